@@ -1,0 +1,111 @@
+"""Builds two binaries: the operator library, which has no Python in it, and the introspection module over it."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent
+GENERATED = ROOT / "build" / "generated"
+INPUTS = ["csrc", "setup.py", "pyproject.toml"]
+OPERATORS = "attention_ext.libattention_ext"
+
+# Warnings are for our code: torch's and pybind11's headers come in as system headers. No -std: torch adds the one it
+# needs. No -march: each file of csrc/cpu/isa opens its own target region.
+FLAGS = ["-O3", "-g0", "-fopenmp", "-Wall", "-Wextra"]
+INSTRUCTION_SETS = {
+    "x86_64": ["baseline", "avx2", "avx512", "avx512_bf16"],
+    "aarch64": ["baseline", "neon"],
+}
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def operator_sources() -> list[str]:
+    isa = INSTRUCTION_SETS.get(platform.machine(), ["baseline"])
+    return sources(
+        "csrc/core/*.cpp", "csrc/cpu/*.cpp", *(f"csrc/cpu/isa/{name}.cpp" for name in isa), "csrc/torch/*.cpp"
+    )
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def write_build_facts() -> None:
+    """The same sources and the same compiler give the same text, so an unchanged build compiles nothing."""
+    compiler = subprocess.run([cpp_extension.get_cxx_compiler(), "--version"], capture_output=True, text=True)
+    facts = {
+        "kCompiler": compiler.stdout.partition("\n")[0],
+        "kFlags": " ".join(FLAGS),
+        "kCommit": git("log", "-1", "--format=%H", "--", *INPUTS) or "unknown",
+    }
+    lines = [f"inline constexpr const char* {name} = {json.dumps(value)};" for name, value in facts.items()]
+    dirty = "true" if git("status", "--porcelain", "--", *INPUTS) else "false"
+    lines.append(f"inline constexpr bool kDirty = {dirty};  // sources differ from the commit")
+    text = "#pragma once\n\nnamespace attention_ext::build_facts {\n\n" + "\n".join(lines) + "\n\n}\n"
+    header = GENERATED / "build_facts.h"
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+
+
+class Build(cpp_extension.BuildExtension):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # pip builds in a new temporary folder each time; a fixed one keeps its rebuilds incremental.
+        self.build_temp = str(ROOT / "build" / f"temp-{platform.machine()}-{sys.implementation.cache_tag}")
+
+    def run(self) -> None:
+        write_build_facts()
+        super().run()
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        if ext_name.rpartition(".")[2] == OPERATORS.rpartition(".")[2]:
+            return ext_name.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(ext_name)
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != OPERATORS:
+            ext.extra_objects = [self.get_ext_fullpath(OPERATORS)]
+        super().build_extension(ext)
+
+
+def extension(name: str, files: list[str], libraries: list[str], link_args: list[str]) -> Extension:
+    headers = cpp_extension.include_paths()
+    flags = [*FLAGS, f"-I{ROOT / 'csrc'}", f"-I{GENERATED}"]
+    flags += [word for path in headers for word in ("-isystem", path)]
+    if os.environ.get("ATTENTION_EXT_WERROR") == "1":
+        flags.append("-Werror")
+    return Extension(
+        name,
+        files,
+        language="c++",
+        library_dirs=cpp_extension.library_paths(),
+        libraries=libraries,
+        extra_compile_args={"cxx": flags},
+        extra_link_args=["-fopenmp", *link_args],
+    )
+
+
+torch_libraries = ["c10", "torch_cpu", "torch"]
+setup(
+    ext_modules=[
+        extension(OPERATORS, operator_sources(), torch_libraries, ["-Wl,-soname,libattention_ext.so", "-Wl,-z,defs"]),
+        extension(
+            "attention_ext._C",
+            sources("csrc/python/*.cpp"),
+            [*torch_libraries, "torch_python"],
+            ["-Wl,-rpath,$ORIGIN"],
+        ),
+    ],
+    cmdclass={"build_ext": Build},
+)
