@@ -1,0 +1,136 @@
+"""Sets up an environment, builds the extension in place and prints the interpreter to use. Does only what is missing.
+
+The interpreter is the active environment's, else .venv's. .venv is made when neither is there; where nothing can be
+installed it borrows the packages of an interpreter that already has torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = "2.13.0"
+OLDEST_TORCH = (2, 11)
+LIBRARY = ROOT / "attention_ext" / "libattention_ext.so"
+
+FACTS = """
+import importlib.metadata as metadata, json, sys
+facts = {"prefix": sys.prefix, "python": sys.version, "torch": "", "torch_home": ""}
+try:
+    torch = metadata.distribution("torch")
+    facts.update(torch=torch.version, torch_home=str(torch.locate_file("")))
+except metadata.PackageNotFoundError:
+    pass
+print(json.dumps(facts))
+"""
+
+
+def say(text: str) -> None:
+    print(f"bootstrap: {text}", file=sys.stderr, flush=True)
+
+
+def call(*command: object) -> bool:
+    """Runs a command with its output on stderr, since stdout carries the answer."""
+    return subprocess.run([str(word) for word in command], cwd=ROOT, stdout=sys.stderr).returncode == 0
+
+
+def facts(python: Path) -> dict[str, str]:
+    return json.loads(subprocess.run([python, "-c", FACTS], capture_output=True, text=True, check=True).stdout)
+
+
+def has_torch(python: Path) -> bool:
+    version = facts(python)["torch"]
+    return version != "" and tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_TORCH
+
+
+def digest(*parts: str, files: list[Path]) -> str:
+    total = hashlib.sha256("\0".join(parts).encode())
+    for path in sorted(files):
+        total.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+def install(python: Path, *what: object) -> bool:
+    return call(python, "-m", "pip", "install", "--quiet", *what)
+
+
+def environment() -> Path:
+    """An interpreter with torch in it."""
+    active = os.environ.get("VIRTUAL_ENV")
+    if active is None and sys.prefix != sys.base_prefix:
+        active = sys.prefix
+    folder = Path(active) if active else ROOT / ".venv"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        say(f"making {folder}")
+        venv.create(folder, symlinks=True, with_pip=True)
+    if has_torch(python):
+        return python
+    say(f"installing torch {TORCH}")
+    if install(python, f"torch=={TORCH}"):
+        return python
+    if not active and has_torch(Path(sys.executable)):
+        say(f"no package index: borrowing torch from {sys.executable}")
+        shutil.rmtree(folder)
+        venv.create(folder, system_site_packages=True, symlinks=True)
+        return python
+    sys.exit(f"bootstrap: torch {TORCH} cannot be installed, and there is no torch >= 2.11 to use instead")
+
+
+def requirements(python: Path, file: Path) -> None:
+    known = facts(python)
+    stamp = Path(known["prefix"]) / f"attention_ext-{file.name}"
+    wanted = digest(known["torch"], files=[file])
+    borrowed = not known["torch_home"].startswith(known["prefix"])
+    if borrowed or (stamp.exists() and stamp.read_text() == wanted):
+        return
+    say(f"installing {file.name}")
+    if not install(python, "--requirement", file):
+        sys.exit(f"bootstrap: {file.name} cannot be installed; pip's output is above")
+    stamp.write_text(wanted)
+
+
+def build(python: Path) -> None:
+    known = facts(python)
+    stamp = ROOT / "build" / "bootstrap"
+    inputs = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    inputs += [ROOT / "setup.py", ROOT / "pyproject.toml"]
+    switches = [os.environ.get(name, "") for name in ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR")]
+    wanted = digest(known["prefix"], known["torch"], known["python"], *switches, files=inputs)
+    if LIBRARY.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return
+    say("building the extension")
+    stamp.unlink(missing_ok=True)
+    if not install(python, "--no-build-isolation", "--no-deps", "--editable", ROOT):
+        sys.exit("bootstrap: the build failed; its output is above")
+    stamp.write_text(wanted)
+
+
+def main() -> None:
+    if sys.version_info < (3, 10):  # noqa: UP036 - a plain answer is better than what an older Python would say
+        sys.exit("bootstrap: needs Python 3.10 or later")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lint", action="store_true", help="also install what the lints need")
+    arguments = parser.parse_args()
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "bootstrap.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        python = environment()
+        requirements(python, ROOT / "requirements.txt")
+        if arguments.lint:
+            requirements(python, ROOT / "requirements-lint.txt")
+        build(python)
+    print(python)
+
+
+if __name__ == "__main__":
+    main()
