@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The sample generator: attention calls with a name, from one list for every test, benchmark and document.
+
+A :class:`Spec` says everything about a call but its numbers; :meth:`Spec.build` makes the tensors in a dtype and a
+size (``"small"`` for gradcheck, ``"large"`` to reach over several kernel tiles), the same numbers every time. Memory between the elements of a strided input is NaN: a kernel that reads it shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+
+_LENGTHS = {
+    "small": {"equal": (5, 5), "more_keys": (4, 7), "more_queries": (6, 4), "decode": (1, 7)},
+    "large": {"equal": (130, 130), "more_keys": (97, 257), "more_queries": (193, 65), "decode": (3, 513)},
+}
+_SEQUENCES = {
+    "small": {"equal": ((2, 0, 3), (2, 0, 3)), "more_keys": ((2, 0, 3, 1), (3, 2, 4, 0))},
+    "large": {"equal": ((97, 0, 65), (97, 0, 65)), "more_keys": ((97, 0, 33, 5), (65, 20, 193, 0))},
+}
+_HEAD_DIMS = {
+    "small": {"same": (3, 3), "wider_value": (2, 4), "narrower_value": (4, 1)},
+    "large": {"same": (64, 64), "wider_value": (40, 72), "narrower_value": (33, 16)},
+}
+_WINDOWS = {
+    "small": {"left": (2, None), "right": (None, 1), "both": (1, 2), "diagonal": (0, 0)},
+    "large": {"left": (70, None), "right": (None, 20), "both": (45, 30), "diagonal": (0, 0)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One attention call: tensors, keywords of :func:`attention_ext.attention`, and what backward receives.
+
+    With ``cu_seqlens_q`` among the options the tensors are packed as ``(1, heads, total_len, head_dim)``.
+    """
+
+    name: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: dict[str, Any]
+    grad_out: Tensor
+    grad_logsumexp: Tensor | None
+    seed: int
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The differentiable inputs that are present, by name, in the operators' order."""
+        given = {"query": self.query, "key": self.key, "value": self.value, **self.options}
+        return {name: given[name] for name in DIFFERENTIABLE if _is_floating(given.get(name))}
+
+    def replace(self, **changes: Any) -> Sample:
+        """The same call with some tensors or keywords changed."""
+        own = {field.name: changes.pop(field.name) for field in dataclasses.fields(self) if field.name in changes}
+        return dataclasses.replace(self, **{"options": {**self.options, **changes}, **own})
+
+    def map(self, function: Any) -> Sample:
+        """The same call with ``function`` applied to every floating tensor."""
+        changes = {name: function(x) for name, x in self.inputs().items()}
+        grad_logsumexp = None if self.grad_logsumexp is None else function(self.grad_logsumexp)
+        return self.replace(**changes, grad_out=function(self.grad_out), grad_logsumexp=grad_logsumexp)
+
+    def requiring(self, *names: str) -> Sample:
+        """The same call on leaves, with the strides they have, where the inputs named require gradients (none: all)."""
+        names = names or tuple(self.inputs())
+        return self.replace(**{k: x.detach().requires_grad_(k in names) for k, x in self.inputs().items()})
+
+    def call(self, function: Any, **more: Any) -> Any:
+        """``function(query, key, value, **options)``, dropout drawn from this sample's seed."""
+        torch.manual_seed(self.seed)
+        return function(self.query, self.key, self.value, **self.options, **more)
+
+    def call_operator(self, operator: Any) -> Any:
+        """``operator(query, key, value, **options)`` for the raw operators, which take the window as two numbers."""
+        torch.manual_seed(self.seed)
+        return operator(self.query, self.key, self.value, **operator_options(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Everything about a sample but its numbers.
+
+    Attributes:
+        lengths: ``"equal"``, ``"more_keys"``, ``"more_queries"``, ``"decode"`` or ``(seqlen_q, seqlen_k)``.
+        head_dims: ``"same"``, ``"wider_value"``, ``"narrower_value"`` or ``(head_dim, head_dim_v)``.
+        mask: kind and dimensions: ``"bool b11k"``, ``"float hqk"`` (3-D); ``"inf"`` as a third word hides some keys and
+            one whole row by -inf, ``"hidden"`` the first batch entry, ``"transposed"`` and ``"strided"`` choose its
+            memory, ``"float32"`` its dtype.
+        causal: the alignment, or None.
+        window: ``"left"``, ``"right"``, ``"both"``, ``"diagonal"`` or ``(left, right)``.
+        alignment: what the diagonal of a window or of ALiBi refers to when not causal.
+        alibi: ``"heads"`` or ``"batch"``, the dimensions of the slopes.
+        key_lengths: one length per batch entry; the default puts one in the middle and one at 1.
+        varlen: pack several sequences, some of them empty.
+        layout: memory of query, key and value, see :func:`laid_out`.
+        distribution: see :func:`distribute`.
+        grad: ``"random"``, ``"ones"`` (one number expanded, as ``out.sum()`` gives) or ``"heads_last"``.
+        grad_logsumexp: whether a gradient arrives at logsumexp.
+    """
+
+    name: str
+    lengths: str | tuple[int, int] = "equal"
+    head_dims: str | tuple[int, int] = "same"
+    batch: int = 2
+    heads: tuple[int, int] = (2, 2)
+    mask: str | None = None
+    causal: str | None = None
+    window: str | tuple[int | None, int | None] | None = None
+    alignment: str = "top_left"
+    softcap: float = 0.0
+    alibi: str | None = None
+    sinks: bool = False
+    scale: float | None = None
+    key_lengths: bool | tuple[int, ...] = False
+    varlen: bool = False
+    dropout_p: float = 0.0
+    layout: str = "contiguous"
+    distribution: str = "gaussian"
+    grad: str = "random"
+    grad_logsumexp: bool = True
+
+    def build(
+        self, dtype: torch.dtype = torch.float64, size: str = "small", device: str | torch.device = "cpu"
+    ) -> Sample:
+        """Make the tensors. The numbers depend on the spec and the size alone, then are rounded to ``dtype``."""
+        seed = zlib.crc32(f"{self.name} {size}".encode())
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, dtype=torch.float64)
+
+        options: dict[str, Any] = {}
+        batch = self.batch
+        seqlen_q, seqlen_k = _LENGTHS[size][self.lengths] if isinstance(self.lengths, str) else self.lengths
+        head_dim, head_dim_v = _HEAD_DIMS[size][self.head_dims] if isinstance(self.head_dims, str) else self.head_dims
+        heads, kv_heads = self.heads
+        mask_sizes = {"b": batch, "h": heads, "q": seqlen_q, "k": seqlen_k, "1": 1}
+        if self.varlen:
+            lens_q, lens_k = _SEQUENCES[size]["equal" if self.lengths == "equal" else "more_keys"]
+            options["cu_seqlens_q"], options["cu_seqlens_k"] = (_starts(x).to(device) for x in (lens_q, lens_k))
+            mask_sizes.update(b=len(lens_q), q=max(lens_q), k=max(lens_k))
+            batch, seqlen_q, seqlen_k = 1, sum(lens_q), sum(lens_k)
+
+        query, key, value = distribute(
+            self.distribution,
+            normal(batch, heads, seqlen_q, head_dim),
+            normal(batch, kv_heads, seqlen_k, head_dim),
+            normal(batch, kv_heads, seqlen_k, head_dim_v),
+        )
+        if self.mask is not None:
+            kind, dims, *words = self.mask.split()
+            shape = [mask_sizes[x] for x in dims]
+            mask = normal(*shape)
+            if kind == "bool":
+                mask = _hide_first_row(mask > -0.5, False)
+                mask[:1] &= "hidden" not in words
+            else:
+                if "inf" in words:
+                    mask = _hide_first_row(mask.masked_fill(mask < -0.5, -math.inf), -math.inf)
+                mask = mask.to(torch.float32 if "float32" in words else dtype)
+            options["attn_mask"] = laid_out(mask, next((w for w in words if w in ("transposed", "strided")), ""))
+        if self.causal:
+            options.update(is_causal=True, causal_alignment=self.causal)
+        elif self.alignment != "top_left":
+            options["causal_alignment"] = self.alignment
+        if self.window:
+            options["window"] = _WINDOWS[size][self.window] if isinstance(self.window, str) else self.window
+        if self.softcap:
+            options["softcap"] = self.softcap
+        if self.alibi:
+            slopes = normal(*([mask_sizes["b"]] if self.alibi == "batch" else []), heads).abs() / 4
+            options["alibi_slopes"] = slopes.to(dtype)
+        if self.sinks:
+            options["sinks"] = normal(heads).to(dtype)
+        if self.scale is not None:
+            options["scale"] = self.scale
+        if self.key_lengths:
+            default = (2 * seqlen_k // 3, 1) * batch
+            lengths = self.key_lengths if isinstance(self.key_lengths, tuple) else default[:batch]
+            options["key_lengths"] = torch.tensor(lengths)
+        if heads != kv_heads:
+            options["enable_gqa"] = True
+        if self.dropout_p:
+            options["dropout_p"] = self.dropout_p
+
+        grad_out = normal(batch, heads, seqlen_q, head_dim_v).to(dtype)
+        if self.grad == "ones":
+            grad_out = torch.ones((), dtype=dtype).expand(grad_out.shape)
+        grad_out = laid_out(grad_out, self.grad)
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        grad_logsumexp = normal(batch, heads, seqlen_q).to(accumulate) if self.grad_logsumexp else None
+        sample = Sample(
+            self.name,
+            *(laid_out(x.to(dtype), self.layout) for x in (query, key, value)),
+            options,
+            grad_out,
+            grad_logsumexp,
+            seed,
+        )
+        return sample if torch.device(device).type == "cpu" else _moved(sample, device)
+
+    def supports_gradcheck(self) -> bool:
+        """Numerical gradients move one element at a time: no two elements may share memory."""
+        return self.layout not in ("expanded", "overlapping")
+
+
+def operator_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of the raw operators: ``window`` as ``window_left`` and ``window_right``."""
+    options = dict(options)
+    left, right = options.pop("window", None) or (None, None)
+    return {**options, "window_left": left, "window_right": right}
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """``x`` with other strides. Gaps hold NaN (True in a bool tensor).
+
+    Layouts of ``(batch, heads, length, head_dim)``: ``"heads_last"`` ``(batch, length, heads, head_dim)`` memory,
+    ``"packed"`` a slice of ``(batch, length, 3, heads, head_dim)``, ``"offset"`` odd row stride and storage offset 1,
+    ``"strided"`` last stride 2, ``"transposed"`` last two exchanged, ``"expanded"`` batch stride 0 (batch entry 0 for
+    all), ``"overlapping"`` each row starts one element after the last (new values); anything else is contiguous.
+    """
+    hole = True if x.dtype == torch.bool else math.nan
+    if x.numel() == 0:
+        return x
+    if layout == "heads_last":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "packed":
+        buffer = x.new_full((x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3]), hole)
+        buffer[:, :, 1] = x.transpose(1, 2)
+        return buffer[:, :, 1].transpose(1, 2)
+    if layout == "offset":
+        rows, row = x.shape[:-1].numel(), x.shape[-1] | 1
+        buffer = x.new_full((rows * row + 1,), hole)[1:].view(*x.shape[:-1], row)[..., : x.shape[-1]]
+        return buffer.copy_(x)
+    if layout == "strided":
+        return torch.stack((x, torch.full_like(x, hole)), -1)[..., 0]
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    if layout == "overlapping":
+        batch, heads, length, dim = x.shape
+        stride = length + dim - 1
+        source = x.flatten().repeat(1 + stride // (length * dim))[: batch * heads * stride].contiguous()
+        return source.as_strided(x.shape, (heads * stride, stride, 1, 1))
+    return x.contiguous() if layout != "ones" else x
+
+
+def distribute(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn Gaussian inputs into harder ones.
+
+    ``"x3"`` and ``"x30"`` scale query; ``"tied"`` repeats three keys so that several share the maximum;
+    ``"one_hot"`` points each query at one key; ``"outlier"`` gives query, key and value one large channel.
+    """
+    if name in ("x3", "x30"):
+        return query * float(name[1:]), key, value
+    if name == "tied":
+        return query * 10, key[:, :, torch.arange(key.shape[2]) % 3 % max(1, key.shape[2])], value
+    if name == "one_hot":
+        group = max(1, query.shape[1] // max(1, key.shape[1]))
+        aim = key.repeat_interleave(group, 1)[:, :, torch.arange(query.shape[2]) * 7 % max(1, key.shape[2])]
+        return query * 0.1 + 8 * aim, key, value
+    if name == "outlier":
+        channel = torch.zeros(query.shape[-1], dtype=query.dtype)
+        channel[0] = 1
+        loud = torch.ones(value.shape[-1], dtype=value.dtype)
+        loud[:1] = 50
+        return query + 3 * channel, key + 20 * channel, value * loud
+    return query, key, value
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _starts(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def _hide_first_row(mask: Tensor, hidden: float) -> Tensor:
+    """Nothing visible for query 0 of the first batch entry and head, where the mask can say so."""
+    if mask.numel() and (mask.dim() < 2 or mask.shape[-2] > 1):
+        mask.view(-1, mask.shape[-1])[0] = hidden
+    return mask
+
+
+def _moved(sample: Sample, device: str | torch.device) -> Sample:
+    options = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in sample.options.items()}
+    moved = dataclasses.replace(sample, options=options)
+    return moved.map(lambda x: x.to(device))

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The lists of samples: every feature alone, every pair of features, sizes at tile edges, empty sizes, hard numbers."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+from attention_ext.testing.samples import Spec
+
+SINGLE = [
+    Spec("plain"),
+    Spec("more_keys", lengths="more_keys"),
+    Spec("more_queries", lengths="more_queries"),
+    Spec("decode", lengths="decode"),
+    Spec("wider_value", head_dims="wider_value"),
+    Spec("narrower_value", head_dims="narrower_value"),
+    Spec("grouped", heads=(4, 2)),
+    Spec("multi_query", heads=(3, 1)),
+    Spec("bool_mask", mask="bool bhqk"),
+    Spec("bool_mask_shared", mask="bool qk"),
+    Spec("bool_mask_padding", mask="bool b11k"),
+    Spec("bool_mask_hidden_batch", mask="bool b11k hidden"),
+    Spec("bool_mask_rows", mask="bool bhq1"),
+    Spec("bool_mask_three_dims", mask="bool hqk"),
+    Spec("bool_mask_transposed", mask="bool b1qk transposed"),
+    Spec("bool_mask_strided", mask="bool 1hqk strided"),
+    Spec("bias", mask="float bhqk"),
+    Spec("bias_shared", mask="float qk"),
+    Spec("bias_per_head", mask="float 1hqk"),
+    Spec("bias_per_batch", mask="float b1qk"),
+    Spec("bias_three_dims", mask="float hqk"),
+    Spec("bias_padding", mask="float b11k"),
+    Spec("bias_one_row", mask="float 1k"),
+    Spec("bias_columns", mask="float bh1k"),
+    Spec("bias_rows", mask="float bhq1"),
+    Spec("bias_one_number", mask="float 11"),
+    Spec("bias_transposed", mask="float bhqk transposed", lengths="more_keys"),
+    Spec("bias_strided", mask="float bhqk strided", lengths="more_keys"),
+    Spec("bias_hiding", mask="float bhqk inf"),
+    Spec("bias_hiding_shared", mask="float qk inf"),
+    Spec("causal", causal="top_left"),
+    Spec("causal_more_keys", causal="top_left", lengths="more_keys"),
+    Spec("causal_more_queries", causal="top_left", lengths="more_queries"),
+    Spec("causal_bottom_right", causal="bottom_right", lengths="more_keys"),
+    Spec("causal_bottom_right_hidden_rows", causal="bottom_right", lengths="more_queries"),
+    Spec("causal_decode", causal="bottom_right", lengths="decode"),
+    Spec("causal_grouped", causal="top_left", heads=(4, 2)),
+    Spec("window", window="both"),
+    Spec("window_left", window="left", lengths="more_keys"),
+    Spec("window_right", window="right", lengths="more_queries"),
+    Spec("window_bottom_right", window="both", alignment="bottom_right", lengths="more_keys"),
+    Spec("window_causal", window="left", causal="bottom_right", lengths="more_keys"),
+    Spec("window_diagonal", window="diagonal"),
+    Spec("softcap", softcap=1.5),
+    Spec("alibi", alibi="heads"),
+    Spec("alibi_per_batch", alibi="batch", lengths="more_keys"),
+    Spec("alibi_bottom_right", alibi="heads", alignment="bottom_right", lengths="more_keys"),
+    Spec("sinks", sinks=True),
+    Spec("sinks_hidden_rows", sinks=True, mask="bool bhqk"),
+    Spec("scale", scale=0.3),
+    Spec("scale_negative", scale=-0.7),
+    Spec("scale_zero", scale=0.0),
+    Spec("key_lengths", key_lengths=True, lengths="more_keys"),
+    Spec("key_lengths_zero", key_lengths=(4, 0)),
+    Spec("key_lengths_bottom_right", key_lengths=True, causal="bottom_right", lengths="more_keys"),
+    Spec("varlen", varlen=True, lengths="more_keys"),
+    Spec("varlen_causal", varlen=True, causal="bottom_right", lengths="more_keys"),
+    Spec("varlen_bias", varlen=True, mask="float bhqk", lengths="more_keys"),
+    Spec("dropout", dropout_p=0.3),
+    Spec("no_grad_logsumexp", grad_logsumexp=False),
+    Spec("everything", (7, 9), (3, 4), 2, (4, 2), "float 1hqk inf", "bottom_right", (4, None), "top_left", 1.5, "batch",
+         True, 0.4, (9, 6), False, 0.2),
+]  # fmt: skip
+
+HARD = [
+    Spec(f"{distribution}_{shape}", distribution=distribution, **more)
+    for distribution in ("x3", "x30", "tied", "one_hot", "outlier")
+    for shape, more in {
+        "plain": {},
+        "causal": {"causal": "top_left", "heads": (4, 2)},
+        "bias": {"mask": "float 1hqk", "lengths": "more_keys"},
+    }.items()
+]
+
+_EDGES = (1, 2, 31, 32, 33, 63, 64, 65, 97, 127, 128, 129, 191, 192, 193, 257, 513)
+
+LENGTHS = [
+    *(Spec(f"lengths_{n}_by_33", lengths=(n, 33), head_dims=(8, 8)) for n in _EDGES),
+    *(Spec(f"lengths_33_by_{n}", lengths=(33, n), head_dims=(8, 8)) for n in _EDGES),
+    *(Spec(f"lengths_{n}_causal", lengths=(n, n), head_dims=(8, 8), causal="top_left", heads=(2, 1)) for n in _EDGES),
+    *(Spec(f"lengths_{n}_window", lengths=(n, n + 1), head_dims=(8, 8), window=(33, 7)) for n in _EDGES),
+    *(Spec(f"decode_{q}_by_{n}", lengths=(q, n), head_dims=(16, 16), heads=(4, 2), causal="bottom_right")
+      for q in (1, 2, 7) for n in (1, 63, 193, 1025)),
+]  # fmt: skip
+
+_DIMS = (1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 72, 80, 96, 111, 112, 128, 129, 192, 256, 320)
+
+HEAD_DIMS = [
+    *(Spec(f"head_dim_{d}", lengths=(35, 70), head_dims=(d, d), batch=1) for d in _DIMS),
+    *(Spec(f"head_dims_{d}_{d_v}", lengths=(35, 70), head_dims=(d, d_v), batch=1)
+      for d, d_v in ((1, 65), (65, 1), (192, 128), (128, 192), (17, 16), (16, 17), (8, 320), (320, 8))),
+]  # fmt: skip
+
+EMPTY = [
+    Spec("empty_batch", batch=0),
+    Spec("empty_heads", heads=(0, 0)),
+    Spec("empty_queries", lengths=(0, 5)),
+    Spec("empty_keys", lengths=(5, 0)),
+    Spec("empty_keys_with_sinks", lengths=(5, 0), sinks=True),
+    Spec("empty_keys_with_bias", lengths=(5, 0), mask="float bhqk"),
+    Spec("empty_lengths", lengths=(0, 0)),
+    Spec("empty_value", head_dims=(3, 0)),
+    Spec("empty_value_with_bias", head_dims=(3, 0), mask="float qk", causal="top_left"),
+]
+
+_FACTORS: dict[str, tuple[Any, ...]] = {
+    "mask": (None, "bool bhqk", "bool qk", "bool b11k", "bool bhqk strided", "float bhqk", "float qk", "float b1q1",
+             "float 1h1k", "float hqk", "float bhqk inf", "float bhqk transposed"),
+    "causal": (None, "top_left", "bottom_right"),
+    "alignment": ("top_left", "bottom_right"),
+    "window": (None, "left", "right", "both"),
+    "lengths": ("equal", "more_keys", "more_queries", "decode"),
+    "head_dims": ("same", "wider_value", "narrower_value"),
+    "heads": ((2, 2), (4, 2), (3, 1)),
+    "softcap": (0.0, 1.5),
+    "alibi": (None, "heads", "batch"),
+    "sinks": (False, True),
+    "scale": (None, 0.4, -0.5),
+    "sequences": ("dense", "key_lengths", "varlen"),
+    "dropout_p": (0.0, 0.3),
+    "layout": ("contiguous", "heads_last", "packed", "offset", "strided", "expanded", "overlapping"),
+    "grad": ("random", "ones", "heads_last"),
+    "grad_logsumexp": (False, True),
+    "distribution": ("gaussian", "x3", "tied"),
+}  # fmt: skip
+
+
+def pairs() -> list[Spec]:
+    """Few samples (about 90) in which every two values of two different features meet at least once."""
+    names = list(_FACTORS)
+    missing = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(range(len(_FACTORS[a])), range(len(_FACTORS[b])))
+    }
+    chance = random.Random(0)
+    specs: list[Spec] = []
+    while missing:
+        row = dict(min(missing))
+        for name in chance.sample(names, len(names)):
+            if name not in row:
+                values = chance.sample(range(len(_FACTORS[name])), len(_FACTORS[name]))
+                gains = [sum(_pair((name, x), item) in missing for item in row.items()) for x in values]
+                row[name] = values[gains.index(max(gains))]
+        missing -= {_pair(x, y) for x, y in itertools.combinations(row.items(), 2)}
+        chosen = {name: _FACTORS[name][x] for name, x in row.items()}
+        sequences = chosen.pop("sequences")
+        chosen |= {"key_lengths": sequences == "key_lengths", "varlen": sequences == "varlen"}
+        specs.append(Spec(f"pair_{len(specs)}", **chosen))
+    return specs
+
+
+def _pair(x: tuple[str, int], y: tuple[str, int]) -> tuple[tuple[str, int], tuple[str, int]]:
+    names = list(_FACTORS)
+    return (x, y) if names.index(x[0]) < names.index(y[0]) else (y, x)
+
+
+PAIRS = pairs()
+
+FEATURES = [*SINGLE, *PAIRS]

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The one rule that says how accurate out, logsumexp and every gradient must be.
+
+The oracle is :mod:`attention_ext.reference` in float64, the baseline the same formula in the dtype of the sample,
+evaluated as torch's math path does. The largest error may be twice the baseline's and the root mean square 1.25 times,
+plus a XXX
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attention_ext import reference
+from attention_ext.testing.samples import Sample, operator_options
+
+MAX_FACTOR, RMS_FACTOR = 2.0, 1.25
+MAX_ROUNDING, RMS_ROUNDING = 1.0, 0.2
+MAX_ACCUMULATING, RMS_ACCUMULATING = 2.0, 0.5
+
+Outputs = dict[str, Tensor]
+
+
+class Comparison(NamedTuple):
+    """How one output did: error over what is allowed, 1 or less passes."""
+
+    name: str
+    max_error: float
+    max_allowed: float
+    rms_error: float
+    rms_allowed: float
+    report: str
+
+    @property
+    def ratio(self) -> float:
+        """The larger of the two errors as a share of what is allowed."""
+        pairs = ((self.max_error, self.max_allowed), (self.rms_error, self.rms_allowed))
+        return max(error / allowed if allowed else (math.inf if error else 0.0) for error, allowed in pairs)
+
+
+def evaluate(sample: Sample, function: Callable[..., Any], backward: bool = True) -> Outputs:
+    """Out, logsumexp and ``grad_<input>`` of every differentiable input, with gradients arriving at both outputs."""
+    if not backward:
+        out, logsumexp = sample.call(function)[:2]
+        return {"out": out, "logsumexp": logsumexp}
+    sample = sample.requiring()
+    out, logsumexp = sample.call(function)[:2]
+    outputs, grads = [out], [sample.grad_out]
+    if sample.grad_logsumexp is not None:
+        outputs, grads = [out, logsumexp], [sample.grad_out, sample.grad_logsumexp]
+    inputs = sample.inputs()
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), grads, materialize_grads=True)
+    named = {f"grad_{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
+    return {"out": out.detach(), "logsumexp": logsumexp.detach(), **named}
+
+
+def operator(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``attention`` with the keywords of :func:`attention_ext.attention`: out, logsumexp, rng_state."""
+    return torch.ops.attention_ext.attention(query, key, value, **operator_options(options))
+
+
+def with_keep(sample: Sample, rng_state: Tensor) -> Sample:
+    """The same call for the reference: the weights kept are those that the operator keeps with this ``rng_state``."""
+    if not sample.options.get("dropout_p"):
+        return sample
+    batch, heads, seqlen_q = sample.query.shape[:3]
+    seqlen_k = sample.key.shape[2]
+    if "cu_seqlens_q" in sample.options:
+        lens_q, lens_k = (sample.options[f"cu_seqlens_{x}"].diff().tolist() for x in "qk")
+        batch, seqlen_q, seqlen_k = len(lens_q), max(lens_q, default=0), max(lens_k, default=0)
+    keep = reference.dropout_keep(rng_state, batch, heads, seqlen_q, seqlen_k, sample.options["dropout_p"])
+    return sample.replace(keep=keep)
+
+
+def assert_accurate(sample: Sample, actual: Outputs) -> list[Comparison]:
+    """Hold ``actual`` (of :func:`evaluate`) to the rule; the sample must have ``keep`` where it has dropout.
+
+    Raises:
+        AssertionError: naming the sample, the output, the errors and what was allowed, and the worst index.
+    """
+    comparisons = compare(sample, actual)
+    failed = [x.report for x in comparisons if not x.ratio <= 1]
+    assert not failed, f"{sample.name}, {sample.query.dtype}:\n" + "\n".join(failed)
+    return comparisons
+
+
+def compare(sample: Sample, actual: Outputs) -> list[Comparison]:
+    """One :class:`Comparison` for each output that ``actual`` has."""
+    exact = sample.map(lambda x: x.detach().double())
+    backward = "grad_query" in actual
+    oracle, baseline = evaluate(exact, reference.attention, backward), evaluate(sample, _baseline, backward)
+    sizes, score_sizes = term_sizes(exact), term_sizes(exact, by_score=True)
+    return [_compare_one(x, actual[x], oracle[x], baseline[x], sizes[x], score_sizes[x]) for x in actual]
+
+
+def term_sizes(sample: Sample, by_score: bool = False) -> Outputs:
+    """The root of the sum of squares of the terms that each element of each output is a sum of, in float64.
+
+    That times an eps is the error when each term is rounded once. The error of ``delta`` is common to a row of score
+    gradients and adds up within it instead. ``by_score`` multiplies each probability by ``1 + |logsumexp|``: rounding
+    a score or a logsumexp changes the probability by as much.
+    """
+    parts = [_squared_terms(x, by_score) for x in _sequences(sample)]
+    squares: Outputs = {}
+    for name in ("out", "logsumexp", "grad_query", "grad_key", "grad_value"):
+        squares[name] = torch.cat([x[name] for x in parts], 2)
+    for name, given in sample.inputs().items():
+        if name == "attn_mask":
+            full = [int(max(x["grad_attn_mask"].shape[i] for x in parts)) for i in range(4)]
+            padded = [_padded(x["grad_attn_mask"], full[2:]) for x in parts]
+            squares["grad_attn_mask"] = torch.cat(padded).sum_to_size(given.shape)
+        elif name in ("alibi_slopes", "sinks"):
+            squares[f"grad_{name}"] = torch.cat([x[f"grad_{name}"] for x in parts]).sum_to_size(given.shape)
+    return {name: x.sqrt() for name, x in squares.items()}
+
+
+def _baseline(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The reference as torch's math path evaluates it: query and key each times the root of the scale."""
+    scale = options.pop("scale", None)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    root = math.sqrt(abs(scale))
+    inner = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
+    scaled_query, scaled_key = query.to(inner) * math.copysign(root, scale), key.to(inner) * root
+    result = reference.attention(scaled_query, scaled_key, value.to(inner), scale=1.0, **options)
+    return result.out.to(query.dtype), result.logsumexp
+
+
+def _compare_one(
+    name: str, actual: Tensor, oracle: Tensor, baseline: Tensor, size: Tensor, score_size: Tensor
+) -> Comparison:
+    assert actual.shape == oracle.shape, f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}"
+    assert actual.dtype == baseline.dtype, f"{name}: expected {baseline.dtype}, got {actual.dtype}"
+    eps = torch.finfo(actual.dtype).eps
+    small = min(eps, torch.finfo(torch.float32).eps)
+    finite = oracle.isfinite()
+    got = actual.double()
+    if bool((got.isfinite() != finite).any()) or not torch.equal(
+        got[~finite].nan_to_num(), oracle[~finite].nan_to_num()
+    ):
+        wrong = (got.nan_to_num(1e300) != oracle.nan_to_num(1e300)) & ~(finite & got.isfinite())
+        index = tuple(wrong.nonzero()[0].tolist())
+        return Comparison(
+            name, math.inf, 0, math.inf, 0, f"  {name}{list(index)}: expected {oracle[index]:.9g}, got {got[index]:.9g}"
+        )
+    if not finite.any():
+        return Comparison(name, 0, 0, 0, 0, "")
+    error = (got - oracle).abs().where(finite, 0)
+    base = (baseline.double() - oracle).abs()[finite]
+    max_floor = MAX_ROUNDING * eps * size[finite].max() + MAX_ACCUMULATING * small * score_size[finite].max()
+    rms_floor = RMS_ROUNDING * eps * _rms(size[finite]) + RMS_ACCUMULATING * small * _rms(score_size[finite])
+    max_allowed, rms_allowed = MAX_FACTOR * base.max() + max_floor, RMS_FACTOR * _rms(base) + rms_floor
+    max_error, rms_error = error.max(), _rms(error[finite])
+    index = tuple(x.item() for x in torch.unravel_index(error.argmax(), error.shape))
+    report = (
+        f"  {name}{list(index)}: expected {oracle[index]:.9g}, got {got[index]:.9g}; max error {max_error:.3g} (allowed "
+        f"{max_allowed:.3g}, baseline {base.max():.3g}), rms {rms_error:.3g} (allowed {rms_allowed:.3g}, baseline "
+        f"{_rms(base):.3g})"
+    )
+    return Comparison(name, float(max_error), float(max_allowed), float(rms_error), float(rms_allowed), report)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def _sequences(sample: Sample) -> list[Sample]:
+    """The sample itself, or one dense sample for each of its packed sequences."""
+    options = dict(sample.options)
+    starts_q, starts_k = options.pop("cu_seqlens_q", None), options.pop("cu_seqlens_k", None)
+    if starts_q is None:
+        return [sample]
+    samples = []
+    for i, (rows_q, rows_k) in enumerate(reference.sequences(starts_q, starts_k)):
+        len_q, len_k = rows_q.stop - rows_q.start, rows_k.stop - rows_k.start
+        one = dict(options)
+        if "attn_mask" in one:
+            full = (len(starts_q) - 1, sample.query.shape[1], int(starts_q.diff().max()), int(starts_k.diff().max()))
+            one["attn_mask"] = one["attn_mask"].expand(full)[i : i + 1, :, :len_q, :len_k]
+        if "alibi_slopes" in one:
+            one["alibi_slopes"] = one["alibi_slopes"].expand(len(starts_q) - 1, -1)[i : i + 1]
+        if "keep" in one:
+            one["keep"] = one["keep"][i : i + 1, :, :len_q, :len_k]
+        grad_logsumexp = None if sample.grad_logsumexp is None else sample.grad_logsumexp[:, :, rows_q]
+        samples.append(
+            Sample(
+                sample.name,
+                sample.query[:, :, rows_q],
+                sample.key[:, :, rows_k],
+                sample.value[:, :, rows_k],
+                one,
+                sample.grad_out[:, :, rows_q],
+                grad_logsumexp,
+                sample.seed,
+            )
+        )
+    return samples
+
+
+def _squared_terms(sample: Sample, by_score: bool) -> Outputs:
+    options = sample.options
+    batch, heads, seqlen_q, head_dim = sample.query.shape
+    kv_heads, seqlen_k = sample.key.shape[1:3]
+    group = max(1, heads // max(1, kv_heads))
+    query, key, value = sample.query, *(x.repeat_interleave(group, 1) for x in (sample.key, sample.value))
+    scale = options.get("scale", 1 / math.sqrt(head_dim))
+    out, logsumexp, weights = sample.call(reference.attention)
+    plain = {name: x for name, x in options.items() if name not in ("dropout_p", "keep")}
+    prob = reference.attention(sample.query, sample.key, sample.value, **plain).weights
+    if by_score:
+        factor = 1 + logsumexp.abs().nan_to_num(posinf=0)[..., None]
+        weights, prob = weights * factor, prob * factor
+    grad_logsumexp = 0 if sample.grad_logsumexp is None else sample.grad_logsumexp.square()[..., None]
+
+    delta = (sample.grad_out.square() * out.square()).sum(-1, keepdim=True) + grad_logsumexp
+    bend = 1.0 if not options.get("softcap") else _softcap_slope(query @ key.mT * scale, options["softcap"])
+    alone = weights.square() * (sample.grad_out.square() @ value.square().mT)
+    inner, row = alone * bend**2, prob * bend
+
+    def of_kv_heads(x: Tensor) -> Tensor:
+        return x.unflatten(1, (kv_heads, group)).sum(2) if kv_heads else x
+
+    squares = {
+        "out": weights.square() @ value.square() + out.square(),
+        "logsumexp": 1 + logsumexp.square().nan_to_num(posinf=0),
+        "grad_query": scale**2 * (inner @ key.square() + (row @ key).square() * delta),
+        "grad_key": scale**2 * of_kv_heads((inner + row.square() * delta).mT @ query.square()),
+        "grad_value": of_kv_heads(weights.square().mT @ sample.grad_out.square()),
+    }
+    mask = options.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        full = (batch, heads, seqlen_q, seqlen_k)
+        shared_keys = mask.shape[-1] == 1
+        row_sum = prob.sum(-1, keepdim=True).square() / max(1, seqlen_k) if shared_keys else prob.square()
+        squares["grad_attn_mask"] = (alone + row_sum * delta).expand(full)
+    distance = reference.visible_keys(
+        seqlen_q,
+        seqlen_k,
+        causal_alignment=options.get("causal_alignment", "top_left"),
+        key_lengths=options.get("key_lengths"),
+    )[1].double()
+    along = (alone * distance.square()).sum(-1) + (prob * distance.abs()).sum(-1).square() * delta.squeeze(-1)
+    squares["grad_alibi_slopes"] = along.sum(-1)
+    if "sinks" in options:
+        sink = torch.exp(options["sinks"][:, None] - logsumexp).nan_to_num()
+        squares["grad_sinks"] = (sink.square() * delta.squeeze(-1)).sum(-1)
+    return squares
+
+
+def _softcap_slope(score: Tensor, softcap: float) -> Tensor:
+    return 1 - torch.tanh(score / softcap).square()
+
+
+def _padded(x: Tensor, size: list[int]) -> Tensor:
+    return torch.nn.functional.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
