@@ -1,0 +1,30 @@
+// Kernels as data: ordered rows, best first. The table is the only list of kernels there is; selection, error texts,
+// explain(), the README's support table and the tests that force a kernel by name all read it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "core/plan.h"
+
+namespace attention_ext {
+
+enum class Pass : uint8_t { kForward, kBackward, kWeights };
+
+struct CpuKernel {
+  const char* name;  // instruction set and algorithm, e.g. "avx512/forward"
+  Pass pass;
+  // Null when the kernel serves the problem, else the reason as a phrase: "needs AVX-512, which this CPU lacks".
+  const char* (*why_not)(const AttentionProblem& problem);
+  Plan (*plan)(const AttentionProblem& problem);
+};
+
+std::span<const CpuKernel> cpu_kernels();
+
+// The first row of the pass that serves the problem (named `forced` if given), or null.
+const CpuKernel* select_cpu_kernel(Pass pass, const AttentionProblem& problem, const char* forced = nullptr);
+
+// The widest instruction set in use: the CPU's, or what ATTENTION_EXT_ISA limits it to; "none" if that names none.
+const char* cpu_instruction_set();
+
+}  // namespace attention_ext

@@ -1,0 +1,79 @@
+// What an attention call is, once every default is filled in and every argument is checked.
+// Plain pointers and numbers: no torch, no CUDA runtime. A kernel reads a Problem and nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace attention_ext {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kBool };
+
+constexpr int64_t kUnlimited = INT64_MAX / 4;  // a window side without a limit; adding lengths to it cannot overflow
+
+// A 4-D array (batch, heads, row, column) that somebody else owns. Strides count elements; 0 where broadcast.
+struct View {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride_b = 0, stride_h = 0, stride_row = 0, stride_col = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// score = softcap(scale * query . key) + attn_mask - alibi_slope * |diagonal - k|, then what hides keys.
+struct AttentionProblem {
+  int64_t batch = 0;  // sequences: with cu_seqlens their number, while the tensors have batch 1
+  int64_t heads = 0, kv_heads = 0;
+  int64_t seqlen_q = 0, seqlen_k = 0;  // with cu_seqlens the total lengths
+  int64_t head_dim = 0, head_dim_v = 0;
+  DType dtype = DType::kFloat32;  // of query, key, value, out and their gradients
+
+  View query, key, value;  // (b, h, q, d), (b, kv_h, k, d), (b, kv_h, k, d_v)
+  View attn_mask;          // (b, h, q, k), bool (true: attend) or added to the score; q and k count within a sequence
+
+  const double* alibi_slopes = nullptr;    // (batch or 1, heads)
+  int64_t alibi_stride_b = 0;              // heads, or 0 where all sequences share their slopes
+  const double* sinks = nullptr;           // (batch or 1, heads)
+  int64_t sinks_stride_b = 0;              // heads, or 0, likewise
+  const int64_t* key_lengths = nullptr;    // (batch,)
+  const int64_t* cu_seqlens_q = nullptr;   // (batch + 1,)
+  const int64_t* cu_seqlens_k = nullptr;   // (batch + 1,)
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // of one sequence
+
+  double scale = 1.0;
+  double softcap = 0.0;                                     // 0: none
+  int64_t window_left = kUnlimited, window_right = kUnlimited;  // causal is window_right = 0
+  bool bottom_right = false;                                // the diagonal ends in the last corner, not starts in the first
+
+  double dropout_p = 0.0;
+  const int64_t* rng_state = nullptr;  // (2,): seed, offset
+
+  int64_t group_size() const { return heads / kv_heads; }
+  bool has_band() const { return window_left < kUnlimited || window_right < kUnlimited; }
+};
+
+// logsumexp, delta and everything else that has one number per query: (b, h, q), contiguous, in the accumulate type
+// (double for float64, else float), natural logarithm, sink included, -inf for a row without a visible key.
+struct ForwardProblem : AttentionProblem {
+  View out;                   // (b, h, q, d_v)
+  void* logsumexp = nullptr;  // (b, h, q)
+};
+
+// Gradients that nobody wants stay null. With head_dim_v == 0 there is no value, no out and no grad_out.
+struct BackwardProblem : AttentionProblem {
+  View out, grad_out;                    // (b, h, q, d_v)
+  const void* logsumexp = nullptr;       // (b, h, q)
+  const void* grad_logsumexp = nullptr;  // (b, h, q) or null
+  View grad_query, grad_key, grad_value; // like query, key, value
+  View grad_attn_mask;                   // accumulate type, mask's shape, zeroed by the caller; stride 0 where broadcast
+  double* grad_alibi_slopes = nullptr;   // (batch, heads), summed over a broadcast batch by the caller
+  double* grad_sinks = nullptr;          // (batch, heads), likewise
+};
+
+struct WeightsProblem : AttentionProblem {
+  const void* logsumexp = nullptr;  // (b, h, q)
+  View weights;                     // (b, h or 1, rows, k), in the dtype of query
+  bool average_heads = false;
+  int64_t row_begin = 0, row_end = 0;  // the queries asked for
+};
+
+}  // namespace attention_ext

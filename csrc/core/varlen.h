@@ -1,0 +1,46 @@
+// Which rows of the tensors one sequence of the batch owns, and where its diagonal runs.
+#pragma once
+
+#include "core/problem.h"
+#include "core/numeric.h"
+
+namespace attention_ext {
+
+struct Range {
+  int64_t begin = 0, end = 0;
+  ATTENTION_INLINE int64_t size() const { return end - begin; }
+  ATTENTION_INLINE bool empty() const { return end <= begin; }
+};
+
+// q and k below count within the sequence; add begin_q and begin_k for rows of the tensors.
+struct Sequence {
+  int64_t batch;                 // index for masks, slopes, dropout
+  int64_t tensor_batch;          // index into query, key, value: 0 with cu_seqlens
+  int64_t begin_q, begin_k;
+  int64_t length_q, length_k;    // length_k ends at key_lengths
+  int64_t diagonal;              // diagonal(q) = q + diagonal
+};
+
+ATTENTION_INLINE Sequence sequence_of(const AttentionProblem& p, int64_t b) {
+  Sequence s{b, b, 0, 0, p.seqlen_q, p.seqlen_k, 0};
+  if (p.cu_seqlens_q) {
+    s.tensor_batch = 0;
+    s.begin_q = p.cu_seqlens_q[b];
+    s.begin_k = p.cu_seqlens_k[b];
+    s.length_q = p.cu_seqlens_q[b + 1] - s.begin_q;
+    s.length_k = p.cu_seqlens_k[b + 1] - s.begin_k;
+  }
+  if (p.key_lengths) s.length_k = p.key_lengths[b];
+  s.diagonal = p.bottom_right ? s.length_k - s.length_q : 0;
+  return s;
+}
+
+// The keys that any query of `q` may see: outside it nothing is read.
+ATTENTION_INLINE Range visible_keys(const AttentionProblem& p, const Sequence& s, Range q) {
+  Range k{maximum<int64_t>(0, q.begin + s.diagonal - p.window_left),
+          minimum(s.length_k, q.end + s.diagonal + p.window_right)};
+  if (k.end < k.begin) k.end = k.begin;
+  return k;
+}
+
+}  // namespace attention_ext

@@ -1,0 +1,69 @@
+// Dropout of a block of weights, by core's Philox bits.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/kernels/tile.h"
+
+namespace attention_ext {
+namespace {
+
+struct Dropout {
+  bool present = false;
+  PhiloxKey key{};
+  uint32_t offset = 0, threshold = 0;
+  double kept_scale = 1.0;  // 1 / (1 - p), 0 when nothing is kept
+};
+
+ATTENTION_INLINE Dropout dropout_of(const AttentionProblem& p) {
+  if (p.dropout_p <= 0.0) return {};
+  const auto seed = static_cast<uint64_t>(p.rng_state[0]);
+  return {true,
+          {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
+          static_cast<uint32_t>(p.rng_state[1]),
+          dropout_threshold(p.dropout_p),
+          p.dropout_p < 1.0 ? 1.0 / (1.0 - p.dropout_p) : 0.0};
+}
+
+// Lanes of T from as many 16-bit numbers held in 32-bit words: true where the weight is kept.
+template <class T>
+ATTENTION_INLINE auto kept_lanes(const uint32_t* bits, uint32_t threshold) {
+  using Words = VectorOf<uint32_t, kLanes<T> * 4>;
+  using Wide = VectorOf<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;
+  const auto words = *reinterpret_cast<const typename Words::Unaligned*>(bits);
+  return __builtin_convertvector(words, typename Wide::Type) >= static_cast<int>(threshold);
+}
+
+// Calls f(row, lanes_offset, kept) for every vector of the block; kept is a mask over lanes.
+template <class T, class F>
+ATTENTION_INLINE void for_each_kept(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, F&& f) {
+  const auto batch_head = static_cast<uint32_t>(tile.sequence.batch * p.heads + tile.head);
+  const int64_t words = ceil_div(tile.vectors * kLanes<T>, kLanes<uint32_t>);
+  alignas(64) uint32_t bits[kKeysPerPhilox][kQueries<float>];
+  for (int64_t octet = k.begin / kKeysPerPhilox; octet * kKeysPerPhilox < k.end; ++octet) {
+    for (int64_t w = 0; w < words; ++w) {
+      const U32 q = iota<uint32_t>() + static_cast<uint32_t>(tile.q.begin + w * kLanes<uint32_t>);
+      const auto random = philox<WordOps>(dropout.key, q, static_cast<uint32_t>(octet), batch_head, dropout.offset);
+      unroll<kKeysPerPhilox>(UNROLLED(j) { store(bits[j] + w * kLanes<uint32_t>, philox_bits(random, j)); });
+    }
+    const int64_t first = maximum(k.begin, octet * kKeysPerPhilox), last = minimum(k.end, (octet + 1) * kKeysPerPhilox);
+    for (int64_t key = first; key < last; ++key) {
+      for (int64_t v = 0; v < tile.vectors; ++v) {
+        const int64_t lane = v * kLanes<T>;
+        f(key - k.begin, lane, kept_lanes<T>(bits[key % kKeysPerPhilox] + lane, dropout.threshold));
+      }
+    }
+  }
+}
+
+// Sets dropped weights to 0; scaling what is kept is left to the caller.
+template <class T>
+void drop(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight) {
+  for_each_kept<T>(p, dropout, tile, k, [&](int64_t row, int64_t lane, auto kept) __attribute__((always_inline)) {
+    T* lanes = weight.row(row) + lane;
+    store(lanes, kept ? load(lanes) : Vec<T>{});
+  });
+}
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,88 @@
+// What a block of score gradients gives to the inputs that are not matrices: attn_mask and ALiBi slopes.
+#pragma once
+
+#include "cpu/kernels/dropout.h"
+
+namespace attention_ext {
+namespace {
+
+// weight, grad_weight (key, query) become what multiplies grad_out for grad_value (dropped weights, not rescaled) and the
+// score gradient weight * (grad_weight - delta). Where a weight is 0 so is the gradient, whatever hidden values hold.
+template <class T>
+void score_gradient(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight,
+                    Matrix<T> grad_weight, const T* delta) {
+  const auto gradient = [&](Vec<T> w, Vec<T> g, int64_t lane) __attribute__((always_inline)) {
+    return w == Vec<T>{} ? Vec<T>{} : w * (g - load(delta + lane));
+  };
+  if (dropout.present) {
+    const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout.kept_scale));
+    for_each_kept<T>(p, dropout, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
+      T *w = weight.row(r) + lane, *g = grad_weight.row(r) + lane;
+      const Vec<T> whole = load(w);
+      store(g, gradient(whole, kept ? load(g) * kept_scale : Vec<T>{}, lane));
+      store(w, kept ? whole : Vec<T>{});
+    });
+  } else {
+    for (int64_t r = 0; r < k.size(); ++r) {
+      for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
+        T* g = grad_weight.row(r) + lane;
+        store(g, gradient(load(weight.row(r) + lane), load(g), lane));
+      }
+    }
+  }
+}
+
+template <class T>
+T sum_of_row(Matrix<const T> m, int64_t row, int64_t vectors) {
+  Vec<T> sum{};
+  for (int64_t v = 0; v < vectors; ++v) sum += load(m.row(row) + v * kLanes<T>);
+  return sum_lanes<T>(sum);
+}
+
+// grad_mask (b, h, q, k) in the accumulate type, summed over the axes along which the mask was broadcast.
+template <class T>
+void add_to_mask_gradient(const View& grad_mask, const Tile& tile, Range k, Matrix<const T> grad_score) {
+  const Source head = source_of(grad_mask, tile.sequence.batch, tile.head, 0);
+  T* const to = reinterpret_cast<T*>(const_cast<char*>(head.data)) + k.begin * head.stride_col + tile.q.begin * head.stride_row;
+  if (head.stride_row == 0) {
+    for (int64_t r = 0; r < k.size(); ++r) to[r * head.stride_col] += sum_of_row(grad_score, r, tile.vectors);
+    return;
+  }
+  for (int64_t lane = 0; lane < tile.q.size(); lane += kLanes<T>) {
+    const int64_t queries = minimum<int64_t>(kLanes<T>, tile.q.size() - lane);
+    if (head.stride_col == 0) {
+      Vec<T> sum{};
+      for (int64_t r = 0; r < k.size(); ++r) sum += load(grad_score.row(r) + lane);
+      for (int64_t i = 0; i < queries; ++i) to[(lane + i) * head.stride_row] += sum[i];
+      continue;
+    }
+    for (int64_t r = 0; r < k.size(); r += kLanes<T>) {
+      const int64_t keys = minimum<int64_t>(kLanes<T>, k.size() - r);
+      Vec<T> block[kLanes<T>];
+      unroll<kLanes<T>>(UNROLLED(i) { block[i] = i < keys ? load(grad_score.row(r + i) + lane) : Vec<T>{}; });
+      transpose(block);
+      unroll<kLanes<T>>(UNROLLED(i) {
+        if (i < queries) {
+          T* row = to + (lane + i) * head.stride_row + r * head.stride_col;
+          store_strided<T>(row, head.stride_col, load_strided<T>(row, head.stride_col, keys) + block[i], keys);
+        }
+      });
+    }
+  }
+}
+
+template <class T>
+double slope_gradient(const Block<T>& block, int64_t vectors, Matrix<const T> grad_score) {
+  double sum = 0.0;
+  for (int64_t r = 0; r < block.k.size(); ++r) {
+    Vec<T> row{};
+    for (int v = 0; v < vectors; ++v) {
+      row += block.mods.alibi.template slope_gradient<VectorOps<T>>(load(grad_score.row(r) + v * kLanes<T>), block.at(r, v));
+    }
+    sum += static_cast<double>(sum_lanes<T>(row));
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace attention_ext

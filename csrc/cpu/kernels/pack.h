@@ -1,0 +1,170 @@
+// Operands of the products, from tensors of any dtype and strides. What already lies as a product reads it stays in place.
+#pragma once
+
+#include "cpu/kernels/matmul.h"
+
+namespace attention_ext {
+namespace {
+
+// A matrix of a tensor: element (row, column) at data[row * stride_row + column * stride_col] of `dtype`.
+struct Source {
+  const char* data;
+  DType dtype;
+  int64_t stride_row, stride_col;
+};
+
+ATTENTION_INLINE int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return 8;
+    case DType::kFloat32: return 4;
+    case DType::kBool: return 1;
+    default: return 2;
+  }
+}
+
+// Rows from `row` on of the head's matrix.
+ATTENTION_INLINE Source source_of(const View& view, int64_t b, int64_t h, int64_t row) {
+  const int64_t offset = b * view.stride_b + h * view.stride_h + row * view.stride_row;
+  return {static_cast<const char*>(view.data) + offset * size_of(view.dtype), view.dtype, view.stride_row, view.stride_col};
+}
+
+template <class T>
+ATTENTION_INLINE bool stored_as(DType dtype) {
+  return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+}
+
+// (rows, columns) to (padded_rows, columns rounded up to whole vectors), the padding 0.
+template <class T>
+void copy_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns, Matrix<T> to) {
+  const int64_t padded_columns = round_up(columns, kLanes<T>);
+  with_storage<T>(from.dtype, [&](auto* storage) __attribute__((always_inline)) {
+    const auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(from.data));
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto* row = data + r * from.stride_row;
+      for (int64_t c = 0; c < columns; c += kLanes<T>) {
+        store(to.row(r) + c, load_strided<T>(row + c * from.stride_col, from.stride_col, columns - c));
+      }
+    }
+  });
+  for (int64_t r = rows; r < padded_rows; ++r) {
+    for (int64_t c = 0; c < padded_columns; c += kLanes<T>) store(to.row(r) + c, Vec<T>{});
+  }
+}
+
+// Rows ready to be broadcast from, or to be read by vectors where C does not pair.
+template <class C>
+Matrix<const typename C::Element> rows_of(Source from, int64_t rows, int64_t padded_rows, int64_t columns,
+                                          typename C::Element* buffer) {
+  using T = typename C::Scalar;
+  if constexpr (C::kPair == 1) {
+    if (stored_as<T>(from.dtype) && from.stride_col == 1 && rows == padded_rows && columns % kLanes<T> == 0) {
+      return {reinterpret_cast<const T*>(from.data), from.stride_row};
+    }
+    const Matrix<T> to{buffer, round_up(columns, kLanes<T>)};
+    copy_rows(from, rows, padded_rows, columns, to);
+    return {to.data, to.stride};
+  } else {
+    return C::paired_rows(from, rows, padded_rows, columns, buffer);
+  }
+}
+
+// B operand whose depth runs over rows: the rows themselves, or C's pairs of neighbouring rows side by side.
+template <class C>
+Matrix<const typename C::Element> lanes_of(Matrix<const typename C::Element> rows, int64_t padded_rows, int64_t columns,
+                                           typename C::Element* buffer) {
+  if constexpr (C::kPair == 1) {
+    return rows;
+  } else {
+    return C::interleaved_rows(rows, padded_rows, columns, buffer);
+  }
+}
+
+// B operand whose depth runs over columns: (depth, rows), from `vectors` vectors of rows.
+template <class C>
+void transpose_rows(Matrix<const typename C::Element> rows, int64_t vectors, int64_t depth, Matrix<typename C::Element> to) {
+  using Element = typename C::Element;
+  constexpr int kSide = kLanes<Element>;
+  for (int64_t r = 0; r < vectors * kSide; r += kSide) {
+    for (int64_t c = 0; c < depth; c += kSide) {
+      Vec<Element> block[kSide];
+      unroll<kSide>(UNROLLED(i) { block[i] = load(rows.row(r + i) + c); });
+      transpose(block);
+      unroll<kSide>(UNROLLED(i) { store(to.row(c + i) + r, block[i]); });
+    }
+  }
+}
+
+// Weights (key, query) as an A operand whose depth runs over keys.
+template <class C>
+Matrix<const typename C::Element> weights_by_keys(Matrix<typename C::Scalar> weight, int64_t keys, int64_t vectors,
+                                                  typename C::Element* buffer) {
+  if constexpr (C::kPair == 1) {
+    return as_operand(weight);
+  } else {
+    return C::paired_keys(weight, keys, vectors, buffer);
+  }
+}
+
+// The same, as an A operand whose depth runs over queries.
+template <class C>
+Matrix<const typename C::Element> weights_by_queries(Matrix<typename C::Scalar> weight, int64_t keys, int64_t vectors,
+                                                     typename C::Element* buffer) {
+  if constexpr (C::kPair == 1) {
+    return as_operand(weight);
+  } else {
+    return C::paired_queries(weight, keys, vectors, buffer);
+  }
+}
+
+// Products come in even rows: the row after an odd number of keys must not count.
+template <class T>
+void clear_spare_row(Matrix<T> m, int64_t rows, int64_t vectors) {
+  if (rows % 2 == 0) return;
+  for (int64_t v = 0; v < vectors; ++v) store(m.row(rows) + v * kLanes<T>, Vec<T>{});
+}
+
+// m *= factor, element by element
+template <class T>
+void multiply_elements(Matrix<T> factor, Matrix<T> m, int64_t rows, int64_t vectors) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) {
+      store(m.row(r) + lane, load(m.row(r) + lane) * load(factor.row(r) + lane));
+    }
+  }
+}
+
+// Rows of the accumulate type, each times its factor, into a tensor.
+template <class T>
+void write_rows(Source to, int64_t rows, int64_t columns, Matrix<const T> from, const T* factor) {
+  with_storage<T>(to.dtype, [&](auto* storage) __attribute__((always_inline)) {
+    auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(to.data));
+    for (int64_t r = 0; r < rows; ++r) {
+      auto* row = data + r * to.stride_row;
+      for (int64_t c = 0; c < columns; c += kLanes<T>) {
+        const Vec<T> v = load(from.row(r) + c) * broadcast(factor + r);
+        store_strided<T>(row + c * to.stride_col, to.stride_col, v, columns - c);
+      }
+    }
+  });
+}
+
+// A run of memory handed out piece by piece; on a null base it only measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace
+}  // namespace attention_ext

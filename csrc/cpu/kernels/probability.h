@@ -1,0 +1,47 @@
+// Weights once the normaliser is known: prob = exp(score - logsumexp), block by block, as every pass after the forward needs.
+#pragma once
+
+#include "cpu/kernels/softmax.h"
+
+namespace attention_ext {
+namespace {
+
+// log2(e) * logsumexp of a tile's queries; +inf, which makes every weight 0, for rows without a visible key and spare lanes.
+template <class T>
+void load_logsumexp(const T* logsumexp, const Tile& tile, T* to) {
+  const T infinity = static_cast<T>(__builtin_inf());
+  for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; ++lane) {
+    const T value = lane < tile.q.size() ? logsumexp[lane] : -infinity;
+    to[lane] = value == -infinity ? infinity : value * static_cast<T>(kLog2E);
+  }
+}
+
+// Dot products become weights in place; `slope`, if given, receives d score / d (scale * dot).
+template <class C, int kVectors, Rules kRules>
+void probability_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,
+                       const typename C::Scalar* logsumexp, Matrix<typename C::Scalar> slope) {
+  using T = typename C::Scalar;
+  const T unit = static_cast<T>(kRules == Rules::kAll ? kLog2E : block.mods.scale * kLog2E);
+  Vec<T> base[kVectors];
+  unroll<kVectors>(UNROLLED(n) { base[n] = load(logsumexp + n * kLanes<T>); });
+  for (int64_t r = 0; r < block.k.size(); ++r) {
+    unroll<kVectors>(UNROLLED(n) {
+      T* lanes = score.row(r) + n * kLanes<T>;
+      Vec<T> s = load(lanes);
+      if constexpr (kRules == Rules::kAll) {
+        const auto at = block.at(r, n);
+        const auto modified = block.mods.template operator()<VectorOps<T>>(s, at);
+        s = block.mods.template hide<VectorOps<T>>(modified.score, at);
+        if (slope.data) store(slope.row(r) + n * kLanes<T>, modified.slope);
+      }
+      Vec<T> weight = C::exponential(fma(s, splat<T>(unit), -base[n]));
+      if constexpr (kRules == Rules::kBand) {
+        weight = block.mods.band.template keep<VectorOps<T>>(block.at(r, n)) ? weight : Vec<T>{};
+      }
+      store(lanes, weight);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace attention_ext

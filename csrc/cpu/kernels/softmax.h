@@ -1,0 +1,68 @@
+// Online softmax over blocks of keys (Milakov & Gimelshein, arXiv 1805.02867), in base 2, one query per lane.
+#pragma once
+
+#include "cpu/kernels/tile.h"
+
+namespace attention_ext {
+namespace {
+
+template <class T>
+struct RowState {
+  T maximum[kQueries<T>];  // of log2(e) * score so far, -inf before the first visible key
+  T sum[kQueries<T>];      // of 2^(log2(e) * score - maximum)
+};
+
+template <class T>
+ATTENTION_INLINE Vec<T> finite_or_zero(Vec<T> maximum) {
+  return maximum == splat<T>(static_cast<T>(-__builtin_inf())) ? Vec<T>{} : maximum;
+}
+
+// Dot products become unnormalised weights in place; `factor` receives what earlier sums of the row are worth now.
+template <class C, int kVectors, Rules kRules>
+void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,
+                   RowState<typename C::Scalar>& state, typename C::Scalar* factor) {
+  using T = typename C::Scalar;
+  const int64_t rows = block.k.size();
+  // Scores that no mod changes stay dot products: scale * log2(e) is folded into the exponent.
+  const T unit = static_cast<T>(kRules == Rules::kAll ? kLog2E : block.mods.scale * kLog2E);
+  Vec<T> top[kVectors];
+  unroll<kVectors>(UNROLLED(n) { top[n] = splat<T>(static_cast<T>(-__builtin_inf())); });
+  for (int64_t r = 0; r < rows; ++r) {
+    unroll<kVectors>(UNROLLED(n) {
+      T* lanes = score.row(r) + n * kLanes<T>;
+      Vec<T> s = load(lanes);
+      if constexpr (kRules == Rules::kAll) {
+        const auto at = block.at(r, n);
+        s = block.mods.template hide<VectorOps<T>>(block.mods.template operator()<VectorOps<T>>(s, at).score, at);
+        store(lanes, s);
+      } else if constexpr (kRules == Rules::kBand) {
+        const auto at = block.at(r, n);
+        s = block.mods.band.template keep<VectorOps<T>>(at) ? s : splat<T>(static_cast<T>(-__builtin_inf()));
+        store(lanes, s);
+      }
+      top[n] = max(s, top[n]);  // a NaN score is left to the exponential
+    });
+  }
+  Vec<T> base[kVectors], sum[kVectors];
+  unroll<kVectors>(UNROLLED(n) {
+    const Vec<T> before = load(state.maximum + n * kLanes<T>);
+    const Vec<T> now = max(top[n] * splat<T>(unit), before);
+    base[n] = finite_or_zero<T>(now);
+    const Vec<T> worth = exp2<T>(before - base[n]);
+    sum[n] = load(state.sum + n * kLanes<T>) * worth;
+    store(state.maximum + n * kLanes<T>, now);
+    store(factor + n * kLanes<T>, worth);
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    unroll<kVectors>(UNROLLED(n) {
+      T* lanes = score.row(r) + n * kLanes<T>;
+      const Vec<T> weight = C::exponential(fma(load(lanes), splat<T>(unit), -base[n]));
+      sum[n] += weight;
+      store(lanes, weight);
+    });
+  }
+  unroll<kVectors>(UNROLLED(n) { store(state.sum + n * kLanes<T>, sum[n]); });
+}
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,143 @@
+// A tile: up to kQueryVectors vectors of neighbouring queries of one head, against one block of keys. Scores lie as
+// (key, query), queries across lanes, so that every softmax step is lane by lane.
+#pragma once
+
+#include "core/score_mods.h"
+#include "core/philox.h"
+#include "cpu/kernels/pack.h"
+#include "core/plan.h"
+
+namespace attention_ext {
+namespace {
+
+constexpr int kQueryVectors = 4;
+template <class T>
+constexpr int64_t kQueries = kQueryVectors * kLanes<T>;
+
+// Keys of a block: 96 to 768 are within a point of each other; 192 x 64 scores fill 48 KB, with the packed operands half of L2.
+constexpr int64_t kKeys = 192;
+
+struct Tile {
+  Sequence sequence;
+  int64_t head;
+  Range q;        // within the sequence
+  int64_t vectors;  // that hold q
+};
+
+template <class T>
+ATTENTION_INLINE Tile tile_of(const Sequence& s, int64_t head, int64_t index) {
+  const Range q{index * kQueries<T>, minimum((index + 1) * kQueries<T>, s.length_q)};
+  return {s, head, q, ceil_div(q.size(), kLanes<T>)};
+}
+
+// Which mods a block of scores needs: each is an instance of its own, the fewer the faster.
+enum class Rules : uint8_t { kNone, kBand, kAll };
+
+// The attn_mask of a block as (key, query) numbers, 0 and -inf for a bool one; and what it does to the block.
+template <class T, class Storage>
+Cover stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range q, Range k, Matrix<T> to) {
+  using Mask = decltype(Vec<T>{} < Vec<T>{});
+  const Vec<T> hidden = splat<T>(static_cast<T>(-__builtin_inf()));
+  const int64_t vectors = ceil_div(q.size(), kLanes<T>);
+  Mask visible{}, changed{};
+  for (int64_t k0 = k.begin; k0 < k.end; k0 += kLanes<T>) {
+    const int64_t count = minimum<int64_t>(kLanes<T>, k.end - k0);
+    for (int64_t v = 0; v < (stride_q == 0 ? 1 : vectors); ++v) {
+      Vec<T> block[kLanes<T>];
+      if (stride_q == 0) {
+        const Vec<T> row = load_mask<T>(mask + k0 * stride_k, stride_k, count);
+        unroll<kLanes<T>>(UNROLLED(i) { block[i] = splat<T>(row[i()]); });
+      } else {
+        unroll<kLanes<T>>(UNROLLED(i) {
+          const int64_t row = minimum(q.begin + v * kLanes<T> + i, q.end - 1);  // lanes past the end repeat the last query
+          block[i] = load_mask<T>(mask + row * stride_q + k0 * stride_k, stride_k, count);
+        });
+        transpose(block);
+      }
+      unroll<kLanes<T>>(UNROLLED(i) {
+        if (i < count) {
+          visible |= block[i] != hidden;
+          changed |= block[i] != Vec<T>{};
+          T* row = to.row(k0 + i - k.begin) + v * kLanes<T>;
+          if (stride_q == 0) {
+            for (int64_t other = 0; other < vectors; ++other) store(row + other * kLanes<T>, block[i]);
+          } else {
+            store(row, block[i]);
+          }
+        }
+      });
+    }
+  }
+  if (!any_lane(visible)) return Cover::kSkip;
+  return any_lane(changed) ? Cover::kPartial : Cover::kFull;
+}
+
+template <class T>
+Cover stage_mask(const View& mask, const Tile& tile, Range k, Matrix<T> to) {
+  const char* data = source_of(mask, tile.sequence.batch, tile.head, 0).data;
+  if (mask.dtype == DType::kBool) {
+    return stage_mask<T>(reinterpret_cast<const bool*>(data), mask.stride_row, mask.stride_col, tile.q, k, to);
+  }
+  Cover cover = Cover::kFull;
+  with_storage<T>(mask.dtype, [&](auto* storage) __attribute__((always_inline)) {
+    cover = stage_mask<T>(reinterpret_cast<decltype(storage)>(const_cast<char*>(data)), mask.stride_row, mask.stride_col,
+                          tile.q, k, to);
+  });
+  return cover;
+}
+
+// One block of scores of a tile, and what is to be done to it.
+template <class T>
+struct Block {
+  Range k;  // within the sequence
+  ScoreMods mods;
+  Rules rules;
+  Matrix<const T> bias;  // staged mask
+  Vec<T> first_distance[kQueryVectors];  // k.begin - diagonal(q)
+
+  ATTENTION_INLINE Position<VectorOps<T>> at(int64_t row, int vector) const {
+    return {first_distance[vector] + splat<T>(static_cast<T>(row)),
+            mods.bias ? load(bias.row(row) + vector * kLanes<T>) : Vec<T>{}};
+  }
+};
+
+// False where the block holds no visible key. `bias` is room for (kKeys, kQueries) numbers.
+template <class T>
+bool open_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> bias, Block<T>& block) {
+  const ScoreMods mods = score_mods_of(p, tile.sequence, tile.head);
+  const Cover band = mods.band.cover(tile.q, k, tile.sequence.diagonal);
+  if (band == Cover::kSkip) return false;
+  block.k = k;
+  block.mods = mods;
+  block.bias = {bias.data, bias.stride};
+  if (mods.bias) {
+    const Cover mask = stage_mask(p.attn_mask, tile, k, bias);
+    if (mask == Cover::kSkip) return false;
+    block.mods.bias.present = mask == Cover::kPartial;
+  }
+  if (band == Cover::kFull) block.mods.band = Band{};
+  const bool plain = !block.mods.bends_or_adds() && mods.scale > 0;
+  block.rules = !plain ? Rules::kAll : band == Cover::kPartial ? Rules::kBand : Rules::kNone;
+  const auto distance = static_cast<T>(k.begin - tile.q.begin - tile.sequence.diagonal);
+  for (int v = 0; v < kQueryVectors; ++v) {
+    block.first_distance[v] = splat<T>(distance - static_cast<T>(v * kLanes<T>)) - iota<T>();
+  }
+  return true;
+}
+
+// Calls f with the vector count and the rules as constants.
+template <class F>
+ATTENTION_INLINE void with_constants(int64_t vectors, Rules rules, F&& f) {
+  unroll<kQueryVectors>(UNROLLED(n) {
+    if (vectors != n + 1) return;
+    constexpr auto kCount = std::integral_constant<int, n + 1>{};
+    switch (rules) {
+      case Rules::kNone: f(kCount, std::integral_constant<Rules, Rules::kNone>{}); break;
+      case Rules::kBand: f(kCount, std::integral_constant<Rules, Rules::kBand>{}); break;
+      case Rules::kAll: f(kCount, std::integral_constant<Rules, Rules::kAll>{}); break;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,107 @@
+// The CPU rows of the kernel table, best first. A call takes the first row whose why_not is silent.
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+
+#include "core/kernel_table.h"
+#include "cpu/unit.h"
+
+namespace attention_ext {
+namespace {
+
+// Higher levels include lower ones: limiting the level by ATTENTION_EXT_ISA leaves the narrower rows in place.
+struct InstructionSet {
+  const char* name;
+  int level;
+  bool supported;
+  const char* missing;
+};
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+const InstructionSet kAvx512Bf16 = {"avx512_bf16", 3, has_avx512() && __builtin_cpu_supports("avx512bf16"),
+                                    "needs AVX-512 BF16, which this CPU lacks"};
+const InstructionSet kAvx512 = {"avx512", 2, has_avx512(), "needs AVX-512 F, BW, DQ and VL, which this CPU lacks"};
+const InstructionSet kAvx2 = {"avx2", 1, has_avx2(), "needs AVX2 and FMA, which this CPU lacks"};
+const InstructionSet kBaseline = {"baseline", 0, true, nullptr};
+const InstructionSet* const kSets[] = {&kAvx512Bf16, &kAvx512, &kAvx2, &kBaseline};
+#elif defined(__aarch64__)
+const InstructionSet kNeon = {"neon", 0, true, nullptr};
+const InstructionSet* const kSets[] = {&kNeon};
+#else
+#error "attention_ext has kernels for x86-64 and AArch64"
+#endif
+
+// -1 for a name that is no instruction set of this architecture: then every row says so.
+int allowed_level() {
+  static const int level = [] {
+    const char* name = std::getenv("ATTENTION_EXT_ISA");
+    if (name == nullptr || *name == '\0') return kSets[0]->level;
+    for (const InstructionSet* set : kSets) {
+      if (std::strcmp(set->name, name) == 0) return set->supported ? set->level : -1;
+    }
+    return -1;
+  }();
+  return level;
+}
+
+template <const InstructionSet& kSet>
+const char* unavailable(const AttentionProblem& /*problem*/) {
+  if (!kSet.supported) return kSet.missing;
+  if (allowed_level() < 0) return "ATTENTION_EXT_ISA names no instruction set of this CPU";
+  if (kSet.level > allowed_level()) return "excluded by ATTENTION_EXT_ISA";
+  return nullptr;
+}
+
+#if defined(__x86_64__)
+const char* not_bfloat16(const AttentionProblem& problem) {
+  return problem.dtype == DType::kBFloat16 ? unavailable<kAvx512Bf16>(problem) : "serves bfloat16 only";
+}
+
+const CpuKernel kKernels[] = {
+    {"avx512_bf16/forward", Pass::kForward, not_bfloat16, kAvx512Bf16Unit.forward},
+    {"avx512_bf16/backward", Pass::kBackward, not_bfloat16, kAvx512Bf16Unit.backward},
+    {"avx512_bf16/weights", Pass::kWeights, not_bfloat16, kAvx512Bf16Unit.weights},
+    {"avx512/forward", Pass::kForward, unavailable<kAvx512>, kAvx512Unit.forward},
+    {"avx512/backward", Pass::kBackward, unavailable<kAvx512>, kAvx512Unit.backward},
+    {"avx512/weights", Pass::kWeights, unavailable<kAvx512>, kAvx512Unit.weights},
+    {"avx2/forward", Pass::kForward, unavailable<kAvx2>, kAvx2Unit.forward},
+    {"avx2/backward", Pass::kBackward, unavailable<kAvx2>, kAvx2Unit.backward},
+    {"avx2/weights", Pass::kWeights, unavailable<kAvx2>, kAvx2Unit.weights},
+    {"baseline/forward", Pass::kForward, unavailable<kBaseline>, kBaselineUnit.forward},
+    {"baseline/backward", Pass::kBackward, unavailable<kBaseline>, kBaselineUnit.backward},
+    {"baseline/weights", Pass::kWeights, unavailable<kBaseline>, kBaselineUnit.weights},
+};
+#else
+const CpuKernel kKernels[] = {
+    {"neon/forward", Pass::kForward, unavailable<kNeon>, kNeonUnit.forward},
+    {"neon/backward", Pass::kBackward, unavailable<kNeon>, kNeonUnit.backward},
+    {"neon/weights", Pass::kWeights, unavailable<kNeon>, kNeonUnit.weights},
+};
+#endif
+
+}  // namespace
+
+std::span<const CpuKernel> cpu_kernels() { return kKernels; }
+
+const CpuKernel* select_cpu_kernel(Pass pass, const AttentionProblem& problem, const char* forced) {
+  for (const CpuKernel& kernel : kKernels) {
+    if (kernel.pass != pass || (forced != nullptr && std::strcmp(forced, kernel.name) != 0)) continue;
+    if (kernel.why_not(problem) == nullptr) return &kernel;
+  }
+  return nullptr;
+}
+
+const char* cpu_instruction_set() {
+  for (const InstructionSet* set : kSets) {
+    if (set->supported && set->level <= allowed_level()) return set->name;
+  }
+  return "none";
+}
+
+}  // namespace attention_ext
