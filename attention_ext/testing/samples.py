@@ -2,7 +2,8 @@
 """The sample generator: attention calls with a name, from one list for every test, benchmark and document.
 
 A :class:`Spec` says everything about a call but its numbers; :meth:`Spec.build` makes the tensors in a dtype and a
-size (``"small"`` for gradcheck, ``"large"`` to reach over several kernel tiles), the same numbers every time. Memory between the elements of a strided input is NaN: a kernel that reads it shows.
+size (``"small"`` for gradcheck, ``"large"`` to reach over several kernel tiles), the same numbers every time. Memory
+between the elements of a strided input is NaN: a kernel that reads it shows.
 """
 
 from __future__ import annotations

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Options, fixtures and the accuracy summary that the tests share."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from attention_ext.testing import Sample, assert_accurate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("attention_ext")
+    group.addoption("--device", default="cpu", help="where the operators run")
+    group.addoption("--poison", action="store_true", help="deterministic mode: torch.empty is filled with NaN")
+    group.addoption("--fuzz-examples", type=int, default=0, help="examples per property test, 0 for the short default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_isa: run again for each instruction set this machine has")
+    if config.getoption("--poison"):
+        torch.use_deterministic_algorithms(True)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def check_accuracy(request: pytest.FixtureRequest) -> Callable[[Sample, dict[str, torch.Tensor]], None]:
+    """Hold outputs to the tolerance rule and remember how close they came."""
+
+    def check(sample: Sample, actual: dict[str, torch.Tensor]) -> None:
+        for x in assert_accurate(sample, actual):
+            fact = (str(sample.query.dtype).removeprefix("torch."), x.name, x.ratio, sample.name)
+            request.node.user_properties.append(("accuracy", fact))
+
+    return check
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads`` for the time of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    worst: dict[tuple[str, str], tuple[float, str]] = collections.defaultdict(lambda: (0.0, ""))
+    for report in terminalreporter.getreports("passed"):
+        for name, fact in report.user_properties:
+            if name == "accuracy":
+                dtype, output, ratio, sample = fact
+                worst[dtype, output] = max(worst[dtype, output], (ratio, sample))
+    if worst:
+        terminalreporter.section("accuracy: the worst error as a share of what is allowed")
+        for (dtype, output), (ratio, sample) in sorted(worst.items()):
+            terminalreporter.line(f"{dtype:10} {output:20} {ratio:.2f}  {sample}")
