@@ -1,0 +1,210 @@
+"""Shape rules: any number of leading dimensions, folded to the 4-D tensors that the operators take, and back.
+
+Everything here runs in TorchScript as well as in eager mode: list arithmetic, no generators, no keyword-only defaults.
+"""
+
+import torch
+from torch import Tensor
+
+attention_op = torch.ops.attention_ext.attention
+attention_weights_op = torch.ops.attention_ext.attention_weights
+
+Window = tuple[int | None, int | None] | None
+
+
+def window_sides(window: Window) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    left, right = window
+    return left, right
+
+
+def at_rank(x: Tensor, rank: int) -> Tensor:
+    """x with dimensions of size 1 put in front until it has `rank` of them."""
+    for _ in range(rank - x.dim()):
+        x = x.unsqueeze(0)
+    return x
+
+
+def broadcast_sizes(query: list[int], key: list[int], value: list[int]) -> list[int]:
+    sizes: list[int] = []
+    for i in range(len(query)):
+        size = query[i] if query[i] != 1 else key[i] if key[i] != 1 else value[i]
+        for other in (query[i], key[i], value[i]):
+            if other != size and other != 1:
+                raise RuntimeError(
+                    "attention: expected the leading dimensions of `query`, `key` and `value` to broadcast, "
+                    f"got {query}, {key} and {value}"
+                )
+        sizes.append(size)
+    return sizes
+
+
+def fold_tensor(x: Tensor, batch: list[int], heads: int) -> Tensor:
+    """(..., H or 1, L, D) to (B, H, L, D)."""
+    sizes = list(batch)
+    sizes.extend([heads if x.size(-3) == 1 else x.size(-3), x.size(-2), x.size(-1)])
+    return x.expand(sizes).flatten(0, -4)
+
+
+def fold(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, list[int], bool]:
+    """(..., H, L, D) each, to (B, H, L, D), with the leading sizes that B stands for and whether heads are grouped.
+
+    Leading dimensions broadcast, as torch's function lets them. So does a single head, unless heads are grouped: a
+    single head of keys and values is grouping under another name, and cheaper so. Other numbers of heads are the
+    operator's to judge.
+    """
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+        raise RuntimeError(
+            "attention: expected `query`, `key` and `value` to have at least 2 dimensions (length, head_dim), "
+            f"got {query.dim()}, {key.dim()} and {value.dim()}"
+        )
+    rank = max(query.dim(), key.dim(), value.dim(), 4)
+    query, key, value = at_rank(query, rank), at_rank(key, rank), at_rank(value, rank)
+    batch = broadcast_sizes(list(query.shape[:-3]), list(key.shape[:-3]), list(value.shape[:-3]))
+    heads_q, heads_k, heads_v = query.size(-3), key.size(-3), value.size(-3)
+    grouped = enable_gqa or (heads_k == 1 and heads_v == 1)
+    if not grouped:
+        heads_q = max(heads_q, heads_k, heads_v)
+        heads_k = heads_q
+        heads_v = heads_q
+    query = fold_tensor(query, batch, heads_q)
+    key = fold_tensor(key, batch, heads_k)
+    value = fold_tensor(value, batch, heads_v)
+    return query, key, value, batch, grouped
+
+
+def fold_mask(attn_mask: Tensor | None, batch: list[int]) -> Tensor | None:
+    """A mask that broadcasts to (*batch, H, L, S), as one that broadcasts to (B, H, L, S).
+
+    Only a mask that differs along some but not all of several leading dimensions is copied.
+    """
+    if attn_mask is None or len(batch) == 1 or attn_mask.dim() < 4:
+        return attn_mask
+    shape = list(attn_mask.shape[-3:])
+    if attn_mask.numel() == shape[0] * shape[1] * shape[2]:
+        return attn_mask.reshape(1, shape[0], shape[1], shape[2])
+    return attn_mask.expand(batch + shape).flatten(0, -4)
+
+
+def fold_slopes(alibi_slopes: Tensor | None, batch: list[int]) -> Tensor | None:
+    """(H,) stays; (*batch, H) becomes (B, H)."""
+    if alibi_slopes is None or len(batch) == 1 or alibi_slopes.dim() < 2:
+        return alibi_slopes
+    return alibi_slopes.expand(batch + list(alibi_slopes.shape[-1:])).flatten(0, -2)
+
+
+def fold_lengths(key_lengths: Tensor | None, batch: list[int]) -> Tensor | None:
+    """(*batch,) becomes (B,)."""
+    if key_lengths is None or len(batch) == 1:
+        return key_lengths
+    return key_lengths.expand(batch).flatten()
+
+
+def unfold(x: Tensor, batch: list[int], rank: int) -> Tensor:
+    """(B, ...) to the last `rank` dimensions of (*batch, ...); those before them have size 1."""
+    shape = batch + list(x.shape[1:])
+    return x.reshape(shape[len(shape) - rank :])
+
+
+def attention_with_state(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator on inputs of any rank: (out, logsumexp, rng_state)."""
+    rank = query.dim()
+    foldable = rank != 4 or key.dim() != 4 or value.dim() != 4
+    if not foldable and not enable_gqa:
+        heads = query.size(1)
+        foldable = key.size(1) != heads or value.size(1) != heads
+    batch: list[int] = []
+    if foldable or query.size(0) != key.size(0) or query.size(0) != value.size(0):
+        foldable = True
+        rank = max(rank, key.dim(), value.dim())
+        query, key, value, batch, enable_gqa = fold(query, key, value, enable_gqa)
+        attn_mask = fold_mask(attn_mask, batch)
+        alibi_slopes = fold_slopes(alibi_slopes, batch)
+        key_lengths = fold_lengths(key_lengths, batch)
+    left: int | None = None
+    right: int | None = None
+    if window is not None:
+        left, right = window
+    out, logsumexp, rng_state = attention_op(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        causal_alignment=causal_alignment,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        key_lengths=key_lengths,
+    )
+    if foldable:
+        out, logsumexp = unfold(out, batch, rank), unfold(logsumexp, batch, rank - 1)
+    return out, logsumexp, rng_state
+
+
+def varlen_with_state(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    causal_alignment: str,
+    window: Window,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator on sequences packed along the first of three dimensions: (out, logsumexp, rng_state)."""
+    left, right = window_sides(window)
+    out, logsumexp, rng_state = attention_op(
+        packed_heads(query, "query"),
+        packed_heads(key, "key"),
+        packed_heads(value, "value"),
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        causal_alignment=causal_alignment,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    return out.squeeze(0).transpose(0, 1), logsumexp.squeeze(0), rng_state
+
+
+def packed_heads(x: Tensor, name: str) -> Tensor:
+    """(total, H, D) to (1, H, total, D)."""
+    if x.dim() != 3:
+        raise RuntimeError(f"attention_varlen: expected `{name}` to be 3-D (total, heads, head_dim), got {x.dim()}-D")
+    return x.transpose(0, 1).unsqueeze(0)

@@ -1,0 +1,266 @@
+"""The functional interface: `attention`, `attention_varlen` and `attention_weights`.
+
+Only shape rules are Python (`folding.py`). Every other check, and every default, is in C++, so that a bare
+`torch.ops.attention_ext.*` call is as safe as these functions. All three can be called from TorchScript;
+`script_forms.py` has what that needs.
+"""
+
+import torch
+from torch import Tensor
+
+from attention_ext import script_forms
+from attention_ext.folding import (
+    Window,
+    attention_op,
+    attention_weights_op,
+    attention_with_state,
+    fold,
+    fold_lengths,
+    fold_mask,
+    fold_slopes,
+    unfold,
+    varlen_with_state,
+    window_sides,
+)
+
+__all__ = ["attention", "attention_varlen", "attention_weights"]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Scaled dot-product attention, ``softmax(scale * query @ key^T + ...) @ value``, in memory linear in the lengths.
+
+    The positional arguments are those of :func:`torch.nn.functional.scaled_dot_product_attention`, in its order and
+    with its meaning; the keyword-only ones go beyond it. A score is made in this order: ``scale``, ``softcap``, then
+    the float mask and ALiBi are added, then whatever hides keys applies. ``is_causal``, ``window``, ``attn_mask`` and
+    ``key_lengths`` may be combined: a key is seen where all of them allow it.
+
+    Shapes: B stands for any number of leading dimensions (also none), which broadcast against each other;
+    H heads, L queries, S keys, D head_dim, Dv head_dim_v.
+
+    Args:
+        query: ``(B, Hq, L, D)``; also ``(H, L, D)`` and ``(L, D)``. float32, bfloat16, float16 or float64, any strides.
+        key: ``(B, Hkv, S, D)``, dtype of query.
+        value: ``(B, Hkv, S, Dv)``, dtype of query.
+        attn_mask: broadcastable to ``(B, Hq, L, S)``. Bool: True attends. Floating: added to the score, differentiable.
+        dropout_p: probability, in [0, 1], with which a weight is dropped. Always applied: pass 0 in evaluation.
+        is_causal: a query sees keys up to its diagonal (see ``causal_alignment``).
+        scale: factor on the dot product; None is ``1 / sqrt(D)``.
+        enable_gqa: allows Hq to be a multiple of Hkv; query head h then reads key head ``h // (Hq // Hkv)``.
+        causal_alignment: where the diagonal that causal, window and ALiBi refer to lies: ``"top_left"``, query i at
+            key i, or ``"bottom_right"``, the last query at the last key (decoding against a cache).
+        window: ``(left, right)``: keys from ``diagonal - left`` to ``diagonal + right``; None on a side: no limit.
+        softcap: c > 0 bends a score to ``c * tanh(score / c)``; 0 leaves it.
+        alibi_slopes: ``(Hq,)`` or ``(B, Hq)``: adds ``-slope * |diagonal - k|`` to the score; differentiable.
+        sinks: ``(Hq,)``: one more logit per head in the normaliser, without a value; differentiable.
+        key_lengths: ``(B,)``, int32 or int64: keys from this position on are hidden, and are not read.
+        return_logsumexp: also return the logarithm of the normaliser.
+
+    Returns:
+        The output ``(B, Hq, L, Dv)`` in the dtype of query, laid out in memory as ``(B, L, Hq, Dv)``. With
+        ``return_logsumexp`` a pair of it and the logsumexp ``(B, Hq, L)``: natural logarithm, sink included, float32
+        (float64 for float64), differentiable. A query that sees no key has output 0 and logsumexp ``-inf``.
+
+    Raises:
+        RuntimeError: for a shape, dtype, device or number that does not fit; the message names the argument, what was
+            expected and what was received.
+
+    Source: "Attention Is All You Need" (arXiv:1706.03762); online softmax as in "FlashAttention" (arXiv:2205.14135).
+    """
+    out, logsumexp, _ = attention_with_state(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        causal_alignment,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        key_lengths,
+    )
+    return (out, logsumexp) if return_logsumexp else out
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention within each of n sequences of different lengths that are packed end to end, without padding.
+
+    Sequence i holds the queries ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]`` and the keys ``cu_seqlens_k[i]`` to
+    ``cu_seqlens_k[i + 1]``. Keywords mean what they mean for :func:`attention`, at positions within a sequence.
+
+    Args:
+        query: ``(total_q, Hq, D)``.
+        key: ``(total_k, Hkv, D)``.
+        value: ``(total_k, Hkv, Dv)``.
+        cu_seqlens_q: ``(n + 1,)``, int32 or int64, from 0 to total_q, never falling.
+        cu_seqlens_k: ``(n + 1,)``, likewise, to total_k.
+        attn_mask: broadcastable to ``(n, Hq, longest query sequence, longest key sequence)``.
+        alibi_slopes: ``(Hq,)`` or ``(n, Hq)``.
+
+    Returns:
+        The output ``(total_q, Hq, Dv)``, contiguous; with ``return_logsumexp`` a pair of it and the logsumexp
+        ``(Hq, total_q)``.
+
+    Raises:
+        RuntimeError: as :func:`attention`.
+
+    Source: the packed layout of FlashAttention's ``flash_attn_varlen_func``.
+    """
+    out, logsumexp, _ = varlen_with_state(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        causal_alignment,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+    )
+    return (out, logsumexp) if return_logsumexp else out
+
+
+script_forms.register(attention, script_forms.attention, script_forms.attention_with_logsumexp)
+script_forms.register(attention_varlen, script_forms.attention_varlen, script_forms.attention_varlen_with_logsumexp)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    logsumexp: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    average_heads: bool = False,
+    rows: tuple[int, int] | None = None,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    r"""The weights that :func:`attention` gives each value, ``exp(score - logsumexp)``, made in one pass.
+
+    This is for looking at weights, or training on them (it is differentiable): it writes what :func:`attention` avoids
+    writing. Arguments that both functions have mean the same and must be equal for the weights to belong to the output.
+
+    Args:
+        query: ``(B, Hq, L, D)``, as for :func:`attention`.
+        key: ``(B, Hkv, S, D)``.
+        logsumexp: ``(B, Hq, L)``, from :func:`attention` with ``return_logsumexp``. None: it is computed, in a second
+            pass over the scores.
+        dropout_p: with ``rng_state``, the dropout of the call that made it: kept weights are scaled by
+            ``1 / (1 - dropout_p)``, dropped ones are 0.
+        average_heads: the mean over heads instead of one matrix per head, without an array per head.
+        rows: ``(begin, end)``: only the queries of this range.
+        rng_state: third output of ``torch.ops.attention_ext.attention``, needed where ``dropout_p > 0``.
+
+    Returns:
+        ``(B, Hq, L, S)``, or ``(B, L, S)`` with ``average_heads``, L being ``end - begin`` where ``rows`` is given; in
+        the dtype of query. A query that sees no key has weights 0. Without a sink, other rows sum to 1.
+
+    Raises:
+        RuntimeError: as :func:`attention`; also where ``dropout_p > 0`` and ``rng_state`` is None.
+    """
+    rank = max(query.dim(), key.dim())
+    q, k, v, batch, gqa = fold(query, key, key, enable_gqa)
+    mask = fold_mask(attn_mask, batch)
+    slopes = fold_slopes(alibi_slopes, batch)
+    lengths = fold_lengths(key_lengths, batch)
+    left, right = window_sides(window)
+    if logsumexp is None:
+        normaliser = attention_op(
+            q,
+            k,
+            v[..., :0],
+            mask,
+            0.0,
+            is_causal,
+            scale,
+            gqa,
+            causal_alignment=causal_alignment,
+            window_left=left,
+            window_right=right,
+            softcap=softcap,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            key_lengths=lengths,
+        )[1]
+    else:
+        normaliser = logsumexp.reshape(q.shape[:-1])
+    row_begin: int | None = None
+    row_end: int | None = None
+    if rows is not None:
+        row_begin, row_end = rows
+    if rng_state is None:
+        rng_state = torch.empty(0, dtype=torch.int64, device=query.device)
+    weights = attention_weights_op(
+        q,
+        k,
+        normaliser,
+        rng_state,
+        mask,
+        dropout_p,
+        is_causal,
+        scale,
+        gqa,
+        causal_alignment=causal_alignment,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        alibi_slopes=slopes,
+        sinks=sinks,
+        key_lengths=lengths,
+        average_heads=average_heads,
+        row_begin=row_begin,
+        row_end=row_end,
+    )
+    return unfold(weights, batch, max(rank - 1, 2) if average_heads else rank)

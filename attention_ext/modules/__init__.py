@@ -1,0 +1,15 @@
+"""Layers on the library's operators."""
+
+from attention_ext.modules.attention import Attention, KVCache, alibi_slopes
+from attention_ext.modules.multihead import MultiheadAttention
+from attention_ext.modules.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
+
+__all__ = [
+    "Attention",
+    "KVCache",
+    "LearnedPositions",
+    "MultiheadAttention",
+    "RotaryPositions",
+    "SinusoidalPositions",
+    "alibi_slopes",
+]

@@ -1,0 +1,247 @@
+"""An attention layer with everything the operator offers, and a cache of keys and values for decoding."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention_ext.folding import Window, attention_with_state
+from attention_ext.functional import attention_weights
+from attention_ext.modules.positional import RotaryPositions
+
+__all__ = ["Attention", "KVCache", "alibi_slopes"]
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    r"""The slopes ``(num_heads,)`` of the ALiBi paper: ``2^(-8 i / n)`` for i = 1 .. n, n a power of two.
+
+    For other numbers of heads: those of the power of two below, then every second one of the power of two above.
+
+    Source: "Train Short, Test Long" (arXiv:2108.12409), and the authors' code for the rest.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    slopes += [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
+    return torch.tensor(slopes)
+
+
+class KVCache:
+    r"""Keys and values of the positions decoded so far, in memory that grows by doubling.
+
+    Pass one cache per layer to :class:`Attention`; it appends what it projects and attends to everything. It is for
+    inference: storing under autograd is refused.
+
+    Args:
+        capacity: positions to make room for at first.
+    """
+
+    def __init__(self, capacity: int = 256) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (..., H, L, D) and (..., H, L, Dv); returns views (..., H, length, D) of all that is stored."""
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise RuntimeError("KVCache: expected inference (torch.no_grad()), got keys or values that require grad")
+        begin, self.length = self.length, self.length + key.size(-2)
+        self._key = self._stored(self._key, key, begin)
+        self._value = self._stored(self._value, value, begin)
+        return self._key[..., : self.length, :], self._value[..., : self.length, :]
+
+    def _stored(self, buffer: Tensor | None, new: Tensor, begin: int) -> Tensor:
+        if buffer is None or self.length > buffer.size(-2):
+            self.capacity = max(self.capacity, 2 ** math.ceil(math.log2(max(self.length, 1))))
+            grown = new.new_zeros(*new.shape[:-2], self.capacity, new.size(-1))
+            if buffer is not None:
+                grown[..., :begin, :] = buffer[..., :begin, :]
+            buffer = grown
+        buffer[..., begin : self.length, :] = new
+        return buffer
+
+    def reset(self) -> None:
+        """Forgets every position; the memory stays."""
+        self.length = 0
+
+
+class Attention(nn.Module):
+    r"""Multi-head attention, batch first, with free head sizes, grouped heads and every score change of the operator.
+
+    Shapes: B any number of leading dimensions, L queries, S keys, H num_heads.
+
+    Args:
+        embed_dim: features of the query, and of the output unless ``out_dim`` says otherwise.
+        num_heads: heads of the query.
+        num_kv_heads: heads of key and value; divides num_heads. None: num_heads.
+        head_dim: features of a query or key head. None: embed_dim // num_heads, which must divide.
+        head_dim_v: features of a value head. None: head_dim.
+        kdim: features of the key input. None: embed_dim.
+        vdim: features of the value input. None: kdim.
+        out_dim: features of the output. None: embed_dim.
+        bias: whether the four projections have one.
+        dropout: probability with which a weight is dropped in training.
+        is_causal: a query sees keys up to its own position.
+        causal_alignment: ``"top_left"`` or ``"bottom_right"``; with a cache always the latter, the last query at the
+            last key.
+        window: (left, right), positions around the diagonal that are seen; None: no limit.
+        scale: factor on the dot product; None: 1 / sqrt(head_dim). Not with cosine similarity.
+        softcap: bends a score to ``softcap * tanh(score / softcap)``; 0: not.
+        similarity: ``"dot"``, or ``"cosine"``: unit-length queries and keys, times a trained temperature per head
+            (parameter ``log_temperature``, at first log 10, at most log 100).
+        alibi: None, ``"fixed"`` slopes, or ``"trained"`` ones (parameter ``slopes``).
+        sinks: one trained logit per head (parameter ``sinks``, at first 0) that takes weight and gives no value.
+        rotary: turns queries and keys by their positions.
+
+    Source: grouped heads arXiv:2305.13245, cosine similarity arXiv:2111.09883, ALiBi arXiv:2108.12409, softcap
+    arXiv:2408.00118, sinks arXiv:2309.17453 and their trained form in gpt-oss.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        head_dim_v: int | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        out_dim: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        causal_alignment: str = "top_left",
+        window: Window = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        similarity: str = "dot",
+        alibi: str | None = None,
+        sinks: bool = False,
+        rotary: RotaryPositions | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+            raise ValueError(
+                f"Attention: expected num_kv_heads to divide num_heads, got num_heads={num_heads} and "
+                f"num_kv_heads={num_kv_heads}"
+            )
+        if head_dim is None and embed_dim % num_heads != 0:
+            raise ValueError(
+                f"Attention: expected num_heads to divide embed_dim, or head_dim to be given, got "
+                f"embed_dim={embed_dim} and num_heads={num_heads}"
+            )
+        if similarity not in ("dot", "cosine"):
+            raise ValueError(f'Attention: expected similarity to be "dot" or "cosine", got {similarity!r}')
+        if similarity == "cosine" and scale is not None:
+            raise ValueError(f"Attention: cosine similarity has a temperature instead of a scale, got scale={scale}")
+        if alibi not in (None, "fixed", "trained"):
+            raise ValueError(f'Attention: expected alibi to be None, "fixed" or "trained", got {alibi!r}')
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.head_dim_v = self.head_dim if head_dim_v is None else head_dim_v
+        self.dropout = dropout
+        self.is_causal = is_causal
+        self.causal_alignment = causal_alignment
+        self.window = window
+        self.scale = 1.0 if similarity == "cosine" else scale
+        self.softcap = softcap
+        self.rotary = rotary
+        kdim = embed_dim if kdim is None else kdim
+        vdim = kdim if vdim is None else vdim
+        out_dim = embed_dim if out_dim is None else out_dim
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, bias, **factory)
+        self.k_proj = nn.Linear(kdim, num_kv_heads * self.head_dim, bias, **factory)
+        self.v_proj = nn.Linear(vdim, num_kv_heads * self.head_dim_v, bias, **factory)
+        self.out_proj = nn.Linear(num_heads * self.head_dim_v, out_dim, bias, **factory)
+        self.register_parameter("log_temperature", None)
+        self.register_parameter("sinks", None)
+        if similarity == "cosine":
+            self.log_temperature = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0), **factory))
+        if sinks:
+            self.sinks = nn.Parameter(torch.zeros(num_heads, **factory))
+        slopes = None if alibi is None else alibi_slopes(num_heads).to(**factory)
+        if alibi == "trained":
+            self.slopes = nn.Parameter(slopes)
+        else:
+            self.register_buffer("slopes", slopes, persistent=False)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        key_lengths: Tensor | None = None,
+        cache: KVCache | None = None,
+        need_weights: bool = False,
+        average_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        r"""Attends from query to key and value; key None is self-attention, value None takes the key.
+
+        Args:
+            query: ``(B, L, embed_dim)``.
+            key: ``(B, S, kdim)``.
+            value: ``(B, S, vdim)``.
+            attn_mask: broadcastable to ``(B, H, L, S)``; bool, True attends, or floating, added.
+            is_causal: None: as constructed.
+            key_lengths: ``(B,)``: keys from this position on are hidden.
+            cache: keys and values are appended to it, and all of them attended to; S counts them all.
+            need_weights: also return the weights, after dropout.
+            average_weights: their mean over heads, ``(B, L, S)``, instead of ``(B, H, L, S)``.
+
+        Returns:
+            The output ``(B, L, out_dim)``, and the weights or None.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        q = self._heads(self.q_proj(query), self.num_heads)
+        k = self._heads(self.k_proj(key), self.num_kv_heads)
+        v = self._heads(self.v_proj(value), self.num_kv_heads)
+        if self.log_temperature is not None:
+            q = F.normalize(q, dim=-1) * self.log_temperature.clamp(max=math.log(100.0)).exp()
+            k = F.normalize(k, dim=-1)
+        if self.rotary is not None:
+            offset = 0 if cache is None else cache.length
+            q, k = self.rotary(q, offset), self.rotary(k, offset)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        options: dict[str, Any] = {
+            "attn_mask": attn_mask,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "is_causal": self.is_causal if is_causal is None else is_causal,
+            "scale": self.scale,
+            "enable_gqa": self.num_kv_heads != self.num_heads,
+            "causal_alignment": self.causal_alignment if cache is None else "bottom_right",
+            "window": self.window,
+            "softcap": self.softcap,
+            "alibi_slopes": self.slopes,
+            "sinks": self.sinks,
+            "key_lengths": key_lengths,
+        }
+        out, logsumexp, rng_state = attention_with_state(q, k, v, **options)
+        weights = None
+        if need_weights:
+            weights = attention_weights(q, k, logsumexp, average_heads=average_weights, rng_state=rng_state, **options)
+        return self.out_proj(out.transpose(-3, -2).flatten(-2)), weights
+
+    @staticmethod
+    def _heads(x: Tensor, heads: int) -> Tensor:
+        """(..., L, H * D) to (..., H, L, D)."""
+        return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.embed_dim}, heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"head_dim_v={self.head_dim_v}, is_causal={self.is_causal}, window={self.window}, dropout={self.dropout}"
+        )

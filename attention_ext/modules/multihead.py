@@ -1,0 +1,264 @@
+"""A drop-in for torch.nn.MultiheadAttention on the library's kernels.
+
+Projections, head views and masks are here; the attention itself is `attention_ext.functional`. The argument checks are
+torch's own functions where it has them, so that errors keep their type and text.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention_ext.folding import attention_with_state
+from attention_ext.functional import attention_weights
+
+__all__ = ["MultiheadAttention"]
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    r"""Multi-head attention with the constructor, parameters, arguments and results of torch.nn.MultiheadAttention.
+
+    Training takes memory linear in the lengths, also with dropout, masks and a trained mask; with ``need_weights`` the
+    weights alone are as large as they are. State dicts go either way between the two classes, and one seed gives both
+    the same initial weights. Differences from torch's class:
+
+    - A query whose keys are all masked has output 0 and weights 0 (torch: NaN with ``need_weights``).
+    - ``out_proj`` is called as a module, so its hooks and wrappers run.
+    - ``is_causal`` together with ``attn_mask``, with ``need_weights=False``, is taken at its word also where there is a
+      ``key_padding_mask``: the mask is not read (torch reads it then), unless ``add_bias_kv`` or ``add_zero_attn``
+      appended keys that every query sees.
+    - Dropout draws other random numbers. A mask may have another floating dtype than the query.
+    - Nested tensors are refused, in every mode. The output is contiguous also with ``batch_first``.
+    - ``_qkv_same_embed_dim`` reads False. By this attribute torch's ``TransformerEncoderLayer`` and
+      ``TransformerEncoder`` decide whether to compute with this module's parameters without calling it. Whether the
+      projections are packed is said by ``in_proj_weight is not None``.
+
+    Shapes, N batch, L queries, S keys, E embed_dim (see torch's class for every argument):
+        query ``(L, N, E)``, key ``(S, N, kdim)``, value ``(S, N, vdim)``; N first with ``batch_first``; without N,
+        unbatched. Output as query; weights ``(N, L, S)`` averaged over heads, or ``(N, num_heads, L, S)``.
+
+    Raises:
+        AssertionError: for ranks, embedding sizes, mask dtypes or padding shapes that do not fit, and nested input.
+        RuntimeError: for an ``attn_mask`` of a wrong shape, and ``is_causal`` without ``attn_mask``.
+
+    Source: "Attention Is All You Need" (arXiv:1706.03762), as implemented by torch.nn.MultiheadAttention.
+    """
+
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self._qkv_same_embed_dim = False
+
+    def _reset_parameters(self) -> None:
+        """torch's own, without the attribute by which others choose a way around this class."""
+        if self.in_proj_weight is not None:
+            nn.init.xavier_uniform_(self.in_proj_weight)
+        else:
+            nn.init.xavier_uniform_(self.q_proj_weight)
+            nn.init.xavier_uniform_(self.k_proj_weight)
+            nn.init.xavier_uniform_(self.v_proj_weight)
+        if self.in_proj_bias is not None:
+            nn.init.constant_(self.in_proj_bias, 0.0)
+            nn.init.constant_(self.out_proj.bias, 0.0)
+        if self.bias_k is not None:
+            nn.init.xavier_normal_(self.bias_k)
+        if self.bias_v is not None:
+            nn.init.xavier_normal_(self.bias_v)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise AssertionError(
+                "MultiheadAttention does not support NestedTensor: pass a padded tensor with key_padding_mask, and "
+                "give nn.TransformerEncoder enable_nested_tensor=False"
+            )
+        is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        if _any_floating(attn_mask, key_padding_mask):
+            key_padding_mask = F._canonical_mask(
+                key_padding_mask, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", query.dtype
+            )
+            attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", query.dtype, False)
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint. "
+                "You may use the Transformer module method "
+                "`generate_square_subsequent_mask` to create this mask."
+            )
+        if not is_batched:
+            query, key, value = _unsqueeze(query, key, value)
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+        batch_first = self.batch_first or not is_batched
+        self._check_sizes(query, key, value, batch_first)
+
+        # The hint spares reading the mask, but causal hides appended keys, which the mask shows to every query.
+        is_causal = is_causal and not need_weights
+        if is_causal and key_padding_mask is not None:
+            is_causal = self._appended_keys() == 0
+        if is_causal:
+            attn_mask = None
+        q, k, v = self._project(query, key, value, batch_first)
+        mask = self._visible(attn_mask, key_padding_mask, q.size(0), q.size(2), k.size(2))
+        dropout_p = self.dropout if self.training else 0.0
+        out, logsumexp, rng_state = attention_with_state(q, k, v, mask, dropout_p, is_causal)
+        weights: Tensor | None = None
+        if need_weights:
+            weights = attention_weights(
+                q, k, logsumexp, mask, dropout_p, average_heads=average_attn_weights, rng_state=rng_state
+            )
+            if not is_batched:
+                weights = weights.squeeze(0)
+        merged = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
+        output = self.out_proj(merged.flatten(-2))
+        return output if is_batched else output.squeeze(0), weights
+
+    def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
+        """torch's checks and texts, which name sequence-first shapes."""
+        if query.size(-1) != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.size(-1)}")
+        key_shape = key.transpose(0, 1).shape if batch_first else key.shape
+        value_shape = value.transpose(0, 1).shape if batch_first else value.shape
+        if self.in_proj_weight is not None:
+            if key_shape != value_shape:
+                raise AssertionError(f"key shape {key_shape} does not match value shape {value_shape}")
+        elif key_shape[:2] != value_shape[:2]:
+            raise AssertionError(
+                f"key's sequence and batch dims {key_shape[:2]} do not match value's {value_shape[:2]}"
+            )
+
+    def _appended_keys(self) -> int:
+        return int(self.bias_k is not None) + int(self.add_zero_attn)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, H, length, head_dim) views of what the projections write, with the appended keys.
+
+        One product serves inputs that are one tensor, as in torch; its parts are not copied apart.
+        """
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is None:
+            q, k, v = self._project_apart(query, key, value)
+        elif query is key and key is value:
+            q, k, v = F.linear(query, weight, bias).unflatten(-1, [3, self.embed_dim]).unbind(-2)
+        elif key is value:
+            sizes = [self.embed_dim, 2 * self.embed_dim]
+            weight_q, weight_kv = weight.split(sizes)
+            bias_q: Tensor | None = None
+            bias_kv: Tensor | None = None
+            if bias is not None:
+                bias_q, bias_kv = bias.split(sizes)
+            q = F.linear(query, weight_q, bias_q)
+            k, v = F.linear(key, weight_kv, bias_kv).unflatten(-1, [2, self.embed_dim]).unbind(-2)
+        else:
+            q, k, v = F._in_projection_packed(query, key, value, weight, bias)
+        bias_k, bias_v = self.bias_k, self.bias_v
+        if bias_k is not None and bias_v is not None:
+            k = _append(k, bias_k, batch_first)
+            v = _append(v, bias_v, batch_first)
+        if self.add_zero_attn:
+            zero = torch.zeros(1, 1, self.embed_dim, dtype=k.dtype, device=k.device)
+            k = _append(k, zero, batch_first)
+            v = _append(v, zero, batch_first)
+        return self._heads(q, batch_first), self._heads(k, batch_first), self._heads(v, batch_first)
+
+    def _project_apart(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bias_q: Tensor | None = None
+        bias_k: Tensor | None = None
+        bias_v: Tensor | None = None
+        bias = self.in_proj_bias
+        if bias is not None:
+            bias_q, bias_k, bias_v = bias.chunk(3)
+        weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        return F._in_projection(query, key, value, weights[0], weights[1], weights[2], bias_q, bias_k, bias_v)
+
+    def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
+        """(N, L, E), or (L, N, E), to (N, H, L, D)."""
+        x = x.unflatten(-1, [self.num_heads, self.head_dim])
+        return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
+
+    def _visible(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, seqlen_q: int, seqlen_k: int
+    ) -> Tensor | None:
+        """torch's masks, where True blocks, as one that broadcasts to (N, H, L, S), where True attends; or as a sum.
+
+        Only both masks together need an array of their own, (N, 1, L, S), or (N, H, L, S) if attn_mask has that size.
+        """
+        appended = self._appended_keys()
+        if attn_mask is not None:
+            attn_mask = self._checked(attn_mask, batch, seqlen_q, seqlen_k - appended)
+            if appended > 0:
+                attn_mask = F.pad(attn_mask, [0, appended])
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.unflatten(0, [batch, self.num_heads])
+        mask = attn_mask
+        if key_padding_mask is not None:
+            if appended > 0:
+                key_padding_mask = F.pad(key_padding_mask, [0, appended])
+            if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+                F._check_key_padding_mask(key_padding_mask, seqlen_k, batch)
+            mask = key_padding_mask.unsqueeze(1).unsqueeze(1)
+            if attn_mask is not None:
+                mask = mask.logical_or(attn_mask) if mask.dtype == torch.bool else mask + attn_mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.logical_not()
+        return mask
+
+    def _checked(self, attn_mask: Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """torch's checks and texts."""
+        if attn_mask.dim() == 2:
+            if attn_mask.shape != (seqlen_q, seqlen_k):
+                raise RuntimeError(
+                    f"The shape of the 2D attn_mask is {attn_mask.shape}, but should be {(seqlen_q, seqlen_k)}."
+                )
+        elif attn_mask.shape != (batch * self.num_heads, seqlen_q, seqlen_k):
+            raise RuntimeError(
+                f"The shape of the 3D attn_mask is {attn_mask.shape}, "
+                f"but should be {(batch * self.num_heads, seqlen_q, seqlen_k)}."
+            )
+        return attn_mask
+
+
+def _any_floating(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
+    """Whether a mask is added rather than hiding (or is of a dtype that is to be refused)."""
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        return True
+    return key_padding_mask is not None and key_padding_mask.dtype != torch.bool
+
+
+def _unsqueeze(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of one, batch first, in which inputs that were one tensor still are."""
+    batched_value = value.unsqueeze(0)
+    batched_key = batched_value if key is value else key.unsqueeze(0)
+    batched_query = batched_key if query is key else query.unsqueeze(0)
+    return batched_query, batched_key, batched_value
+
+
+def _append(x: Tensor, row: Tensor, batch_first: bool) -> Tensor:
+    """(N, S, E), or (S, N, E), with row (1, 1, E) as one more position of every sequence."""
+    if batch_first:
+        return torch.cat([x, row.expand(x.size(0), 1, -1)], dim=1)
+    return torch.cat([x, row.expand(1, x.size(1), -1)], dim=0)

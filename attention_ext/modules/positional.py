@@ -1,0 +1,125 @@
+"""Position codes: sinusoidal and learned ones are added to the input, rotary ones turn queries and keys.
+
+Each takes `offset`, the position of the first row, so that decoding against a cache continues where it stopped.
+"""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LearnedPositions", "RotaryPositions", "SinusoidalPositions"]
+
+
+class SinusoidalPositions(nn.Module):
+    r"""Adds ``sin(p / base^(i / embed_dim))`` at even features i and the cosine of the same angle at i + 1.
+
+    There is no longest length and no state: codes are computed, in float32 (float64 for float64 input).
+
+    Args:
+        embed_dim: features of the input; any number >= 1.
+        base: longest wavelength over 2 pi, in positions.
+
+    Source: "Attention Is All You Need" (arXiv:1706.03762), section 3.5.
+    """
+
+    def __init__(self, embed_dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.base = base
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        """(..., L, embed_dim) to the same shape and dtype."""
+        if x.size(-1) != self.embed_dim:
+            raise RuntimeError(f"SinusoidalPositions: expected {self.embed_dim} features, got {x.size(-1)}")
+        angles = position_angles(x, offset, x.size(-2), self.embed_dim, self.base)
+        codes = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+        return x + codes[:, : self.embed_dim].to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, base={self.base}"
+
+
+class LearnedPositions(nn.Module):
+    r"""Adds one trained vector per position.
+
+    Args:
+        max_length: number of positions.
+        embed_dim: features of the input.
+
+    Source: "Convolutional Sequence to Sequence Learning" (arXiv:1705.03122), section 3.1.
+    """
+
+    def __init__(
+        self,
+        max_length: int,
+        embed_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_length, embed_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        """(..., L, embed_dim) to the same shape; positions ``offset`` to ``offset + L`` must be below max_length."""
+        end = offset + x.size(-2)
+        if offset < 0 or end > self.weight.size(0):
+            raise RuntimeError(
+                f"LearnedPositions: expected positions from 0 to {self.weight.size(0)}, got {offset} to {end}"
+            )
+        return x + self.weight[offset:end]
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.size(0)}, {self.weight.size(1)}"
+
+
+class RotaryPositions(nn.Module):
+    r"""Turns pairs of features by an angle that grows with the position, so that scores depend on distances.
+
+    Apply it to queries and keys, not to values. The angles are computed in float32 (float64 for float64 input), and so
+    is the turn.
+
+    Args:
+        head_dim: features that are turned, an even number; those beyond it pass as they are.
+        base: longest wavelength over 2 pi, in positions.
+        interleaved: pairs are neighbours (0, 1), (2, 3), ... as in the paper; by default feature i goes with
+            ``i + head_dim / 2``, as in most language models.
+
+    Source: "RoFormer" (arXiv:2104.09864).
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0, interleaved: bool = False) -> None:
+        super().__init__()
+        if head_dim < 2 or head_dim % 2 != 0:
+            raise ValueError(f"RotaryPositions: expected an even head_dim >= 2, got {head_dim}")
+        self.head_dim = head_dim
+        self.base = base
+        self.interleaved = interleaved
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        """(..., L, head_dim or more) to the same shape and dtype."""
+        if x.size(-1) < self.head_dim:
+            raise RuntimeError(f"RotaryPositions: expected at least {self.head_dim} features, got {x.size(-1)}")
+        angles = position_angles(x, offset, x.size(-2), self.head_dim, self.base)
+        cosine, sine = angles.cos(), angles.sin()
+        turned = x[..., : self.head_dim].to(angles.dtype)
+        if self.interleaved:
+            first, second = turned[..., 0::2], turned[..., 1::2]
+        else:
+            first, second = turned.chunk(2, dim=-1)
+        pair = [first * cosine - second * sine, second * cosine + first * sine]
+        turned = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
+        return torch.cat([turned.to(x.dtype), x[..., self.head_dim :]], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, base={self.base}, interleaved={self.interleaved}"
+
+
+def position_angles(like: Tensor, offset: int, length: int, features: int, base: float) -> Tensor:
+    """(length, ceil(features / 2)): position times base^(-i / features) for even i."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    positions = torch.arange(offset, offset + length, dtype=dtype, device=like.device)
+    exponents = torch.arange(0, features, 2, dtype=dtype, device=like.device) / features
+    return positions.unsqueeze(1) * base**-exponents
