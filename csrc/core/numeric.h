@@ -29,6 +29,8 @@ ATTENTION_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + 
 
 ATTENTION_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-ATTENTION_INLINE constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) { return minimum(maximum(x, low), high); }
+ATTENTION_INLINE constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return minimum(maximum(x, low), high);
+}
 
 }  // namespace attention_ext

@@ -8,10 +8,12 @@
 
 namespace attention_ext {
 
-// A kernel runs as one to three phases, one after another. Jobs of a phase are independent: any thread may take any job.
+// A kernel runs as one to three phases, one after another. Jobs of a phase are independent: any thread may take any
+// job.
 struct Phase {
   int64_t jobs = 0;
-  // shared: Plan::shared_bytes for the whole call; scratch: Plan::scratch_bytes for this thread alone. Both 64-byte aligned.
+  // shared: Plan::shared_bytes for the whole call; scratch: Plan::scratch_bytes for this thread alone. Both 64-byte
+  // aligned.
   void (*run)(const AttentionProblem& problem, void* shared, void* scratch, int64_t job) = nullptr;
 };
 

@@ -30,19 +30,19 @@ struct AttentionProblem {
   View query, key, value;  // (b, h, q, d), (b, kv_h, k, d), (b, kv_h, k, d_v)
   View attn_mask;          // (b, h, q, k), bool (true: attend) or added to the score; q and k count within a sequence
 
-  const double* alibi_slopes = nullptr;    // (batch or 1, heads)
-  int64_t alibi_stride_b = 0;              // heads, or 0 where all sequences share their slopes
-  const double* sinks = nullptr;           // (batch or 1, heads)
-  int64_t sinks_stride_b = 0;              // heads, or 0, likewise
-  const int64_t* key_lengths = nullptr;    // (batch,)
-  const int64_t* cu_seqlens_q = nullptr;   // (batch + 1,)
-  const int64_t* cu_seqlens_k = nullptr;   // (batch + 1,)
+  const double* alibi_slopes = nullptr;        // (batch or 1, heads)
+  int64_t alibi_stride_b = 0;                  // heads, or 0 where all sequences share their slopes
+  const double* sinks = nullptr;               // (batch or 1, heads)
+  int64_t sinks_stride_b = 0;                  // heads, or 0, likewise
+  const int64_t* key_lengths = nullptr;        // (batch,)
+  const int64_t* cu_seqlens_q = nullptr;       // (batch + 1,)
+  const int64_t* cu_seqlens_k = nullptr;       // (batch + 1,)
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // of one sequence
 
   double scale = 1.0;
-  double softcap = 0.0;                                     // 0: none
+  double softcap = 0.0;                                         // 0: none
   int64_t window_left = kUnlimited, window_right = kUnlimited;  // causal is window_right = 0
-  bool bottom_right = false;                                // the diagonal ends in the last corner, not starts in the first
+  bool bottom_right = false;  // the diagonal ends in the last corner, not starts in the first
 
   double dropout_p = 0.0;
   const int64_t* rng_state = nullptr;  // (2,): seed, offset
@@ -60,13 +60,13 @@ struct ForwardProblem : AttentionProblem {
 
 // Gradients that nobody wants stay null. With head_dim_v == 0 there is no value, no out and no grad_out.
 struct BackwardProblem : AttentionProblem {
-  View out, grad_out;                    // (b, h, q, d_v)
-  const void* logsumexp = nullptr;       // (b, h, q)
-  const void* grad_logsumexp = nullptr;  // (b, h, q) or null
-  View grad_query, grad_key, grad_value; // like query, key, value
-  View grad_attn_mask;                   // accumulate type, mask's shape, zeroed by the caller; stride 0 where broadcast
-  double* grad_alibi_slopes = nullptr;   // (batch, heads), summed over a broadcast batch by the caller
-  double* grad_sinks = nullptr;          // (batch, heads), likewise
+  View out, grad_out;                     // (b, h, q, d_v)
+  const void* logsumexp = nullptr;        // (b, h, q)
+  const void* grad_logsumexp = nullptr;   // (b, h, q) or null
+  View grad_query, grad_key, grad_value;  // like query, key, value
+  View grad_attn_mask;                  // accumulate type, mask's shape, zeroed by the caller; stride 0 where broadcast
+  double* grad_alibi_slopes = nullptr;  // (batch, heads), summed over a broadcast batch by the caller
+  double* grad_sinks = nullptr;         // (batch, heads), likewise
 };
 
 struct WeightsProblem : AttentionProblem {

@@ -1,8 +1,8 @@
 // Which rows of the tensors one sequence of the batch owns, and where its diagonal runs.
 #pragma once
 
-#include "core/problem.h"
 #include "core/numeric.h"
+#include "core/problem.h"
 
 namespace attention_ext {
 
@@ -14,11 +14,11 @@ struct Range {
 
 // q and k below count within the sequence; add begin_q and begin_k for rows of the tensors.
 struct Sequence {
-  int64_t batch;                 // index for masks, slopes, dropout
-  int64_t tensor_batch;          // index into query, key, value: 0 with cu_seqlens
+  int64_t batch;         // index for masks, slopes, dropout
+  int64_t tensor_batch;  // index into query, key, value: 0 with cu_seqlens
   int64_t begin_q, begin_k;
-  int64_t length_q, length_k;    // length_k ends at key_lengths
-  int64_t diagonal;              // diagonal(q) = q + diagonal
+  int64_t length_q, length_k;  // length_k ends at key_lengths
+  int64_t diagonal;            // diagonal(q) = q + diagonal
 };
 
 ATTENTION_INLINE Sequence sequence_of(const AttentionProblem& p, int64_t b) {

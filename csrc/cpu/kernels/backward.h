@@ -1,6 +1,7 @@
 // Gradients of every input from grad_out and grad_logsumexp, in three phases:
 //   rows     delta = rowsum(grad_out * out) - grad_logsumexp, sink gradients; the sums of grad_query become 0
-//   blocks   keys outside, queries inside: weights again from logsumexp, then the five products; grad_key and grad_value of
+//   blocks   keys outside, queries inside: weights again from logsumexp, then the five products; grad_key and
+//   grad_value of
 //            a block are finished in scratch, grad_query is summed per key group
 //   queries  the groups' sums, in their order, become grad_query
 // Nothing depends on which thread runs what: sums that jobs share are kept apart until the last phase.
@@ -33,7 +34,8 @@ class BackwardRows {
       const T product = p.head_dim_v == 0 ? T(0) : row_product(p, s, head, q);
       delta[q] = product - (grad_logsumexp ? grad_logsumexp[q] : T(0));
       if (p.grad_sinks && logsumexp[q] != static_cast<T>(-__builtin_inf())) {
-        sink_gradient -= __builtin_exp(p.sinks[s.batch * p.sinks_stride_b + head] - static_cast<double>(logsumexp[q])) * static_cast<double>(delta[q]);
+        sink_gradient -= __builtin_exp(p.sinks[s.batch * p.sinks_stride_b + head] - static_cast<double>(logsumexp[q])) *
+                         static_cast<double>(delta[q]);
       }
     }
     if (p.grad_sinks) p.grad_sinks[s.batch * p.heads + head] = sink_gradient;
@@ -94,7 +96,8 @@ class BackwardBlocks {
   void key_block(Range rows) {
     const int64_t row = sequence_.begin_k + rows.begin, b = sequence_.tensor_batch;
     for (int64_t i = 0; i < (shape_.keys + 1) * shape_.columns; i += kLanes<T>) store(scratch_.grad_key + i, Vec<T>{});
-    for (int64_t i = 0; i < (shape_.keys + 1) * shape_.value_columns; i += kLanes<T>) store(scratch_.grad_value + i, Vec<T>{});
+    for (int64_t i = 0; i < (shape_.keys + 1) * shape_.value_columns; i += kLanes<T>)
+      store(scratch_.grad_value + i, Vec<T>{});
     const Range k{rows.begin, minimum(rows.end, sequence_.length_k)};
     if (!k.empty()) {
       const int64_t padded = round_up(k.size(), kTileRows);
@@ -112,7 +115,8 @@ class BackwardBlocks {
     }
     if (p_.grad_key) write(p_.grad_key, row, rows.size(), p_.head_dim, scratch_.grad_key, shape_.columns, p_.scale);
     if (p_.grad_value) {
-      write(p_.grad_value, row, rows.size(), p_.head_dim_v, scratch_.grad_value, shape_.value_columns, dropout_.kept_scale);
+      write(p_.grad_value, row, rows.size(), p_.head_dim_v, scratch_.grad_value, shape_.value_columns,
+            dropout_.kept_scale);
     }
   }
 
@@ -144,8 +148,9 @@ class BackwardBlocks {
     const int64_t queries = ceil_div(tile.q.size(), C::kPair);
     if (p_.grad_value) {
       const auto by_query = weights_by_queries<C>(weight, rows, tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_rows(by_query), grad_out_.lanes, queries, grad_matrix(scratch_.grad_value, skip, shape_.value_columns),
-                  rows, shape_.value_columns / kLanes<T>, Start::kAdd);
+      multiply<C>(by_rows(by_query), grad_out_.lanes, queries,
+                  grad_matrix(scratch_.grad_value, skip, shape_.value_columns), rows, shape_.value_columns / kLanes<T>,
+                  Start::kAdd);
     }
     if (p_.grad_key) {
       const auto by_query = weights_by_queries<C>(grad_score, rows, tile.vectors, scratch_.weight_rows);
@@ -212,7 +217,8 @@ void run_backward_queries(const AttentionProblem& problem, void* shared_memory, 
   const Matrix<T> total = shared.query_sums(p, shape, 0, s, head);
   for (int64_t group = 1; group < shape.groups; ++group) {
     const T* more = shared.query_sums(p, shape, group, s, head).data;
-    for (int64_t i = 0; i < s.length_q * shape.columns; i += kLanes<T>) store(total.data + i, load(total.data + i) + load(more + i));
+    for (int64_t i = 0; i < s.length_q * shape.columns; i += kLanes<T>)
+      store(total.data + i, load(total.data + i) + load(more + i));
   }
   const T factor[] = {static_cast<T>(p.scale)};
   for (int64_t q = 0; q < s.length_q; ++q) {

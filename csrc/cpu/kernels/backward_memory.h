@@ -15,7 +15,8 @@ ATTENTION_INLINE int64_t row_of(const AttentionProblem& p, const Sequence& s, in
 }
 
 template <class T>
-ATTENTION_INLINE const T* row_pointer(const void* per_query, const AttentionProblem& p, const Sequence& s, int64_t head) {
+ATTENTION_INLINE const T* row_pointer(const void* per_query, const AttentionProblem& p, const Sequence& s,
+                                      int64_t head) {
   return per_query ? static_cast<const T*>(per_query) + row_of(p, s, head) : nullptr;
 }
 
@@ -68,7 +69,8 @@ struct BackwardShared {
   BackwardShared(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape) {
     delta = arena.take<T>(tensor_batches(p) * p.heads * p.seqlen_q);
     slope_sums = arena.take<double>(shape.groups * p.batch * p.heads);
-    sums = arena.take<T>(p.grad_query ? shape.groups * tensor_batches(p) * p.heads * rows_per_head(p) * shape.columns : 0);
+    sums =
+        arena.take<T>(p.grad_query ? shape.groups * tensor_batches(p) * p.heads * rows_per_head(p) * shape.columns : 0);
   }
 
   Matrix<T> query_sums(const BackwardProblem& p, const BackwardShape<C>& shape, int64_t group, const Sequence& s,

@@ -36,7 +36,8 @@ ATTENTION_INLINE auto kept_lanes(const uint32_t* bits, uint32_t threshold) {
 
 // Calls f(row, lanes_offset, kept) for every vector of the block; kept is a mask over lanes.
 template <class T, class F>
-ATTENTION_INLINE void for_each_kept(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, F&& f) {
+ATTENTION_INLINE void for_each_kept(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k,
+                                    F&& f) {
   const auto batch_head = static_cast<uint32_t>(tile.sequence.batch * p.heads + tile.head);
   const int64_t words = ceil_div(tile.vectors * kLanes<T>, kLanes<uint32_t>);
   alignas(64) uint32_t bits[kKeysPerPhilox][kQueries<float>];

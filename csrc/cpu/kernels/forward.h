@@ -1,5 +1,5 @@
-// out = softmax(scores) value and its logsumexp. A job is a run of query tiles that share a key head; it walks the keys in
-// blocks, packs each block once for all its tiles, and keeps their sums in its scratch.
+// out = softmax(scores) value and its logsumexp. A job is a run of query tiles that share a key head; it walks the keys
+// in blocks, packs each block once for all its tiles, and keeps their sums in its scratch.
 #pragma once
 
 #include "cpu/kernels/dropout.h"
@@ -19,7 +19,7 @@ struct ForwardShape {
   int64_t depth, columns;   // elements of head_dim, columns of value rounded up to vectors
   int64_t tiles_per_group;  // of the longest sequence: query tiles times the heads of a group
   int64_t tiles_per_job, jobs_per_group;
-  int64_t keys;             // rows of a block
+  int64_t keys;  // rows of a block
 
   explicit ForwardShape(const AttentionProblem& p) {
     depth = ceil_div(p.head_dim, C::kPair);
@@ -106,7 +106,8 @@ class ForwardJob {
       const auto rows = rows_of<C>(source, tile.q.size(), queries, p_.head_dim, scratch_.query_rows);
       transpose_rows<C>(rows, tile.vectors, shape_.depth, query_columns(i));
 
-      const T sink = p_.sinks ? static_cast<T>(p_.sinks[sequence_.batch * p_.sinks_stride_b + head] * kLog2E) : static_cast<T>(-__builtin_inf());
+      const T sink = p_.sinks ? static_cast<T>(p_.sinks[sequence_.batch * p_.sinks_stride_b + head] * kLog2E)
+                              : static_cast<T>(-__builtin_inf());
       for (int64_t lane = 0; lane < queries; lane += kLanes<T>) {
         store(scratch_.rows[i].maximum + lane, splat<T>(sink));
         store(scratch_.rows[i].sum + lane, splat<T>(p_.sinks ? 1 : 0));
@@ -166,9 +167,7 @@ class ForwardJob {
   Matrix<Element> query_columns(int64_t i) const {
     return {scratch_.query_columns + i * round_up(shape_.depth, kLanes<Element>) * kQueries<T>, kQueries<T>};
   }
-  Matrix<T> sums(int64_t i) const {
-    return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns};
-  }
+  Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
 
   const ForwardProblem& p_;
   ForwardShape<C> shape_;

@@ -6,8 +6,9 @@
 namespace attention_ext {
 namespace {
 
-// weight, grad_weight (key, query) become what multiplies grad_out for grad_value (dropped weights, not rescaled) and the
-// score gradient weight * (grad_weight - delta). Where a weight is 0 so is the gradient, whatever hidden values hold.
+// weight, grad_weight (key, query) become what multiplies grad_out for grad_value (dropped weights, not rescaled) and
+// the score gradient weight * (grad_weight - delta). Where a weight is 0 so is the gradient, whatever hidden values
+// hold.
 template <class T>
 void score_gradient(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight,
                     Matrix<T> grad_weight, const T* delta) {
@@ -43,7 +44,8 @@ T sum_of_row(Matrix<const T> m, int64_t row, int64_t vectors) {
 template <class T>
 void add_to_mask_gradient(const View& grad_mask, const Tile& tile, Range k, Matrix<const T> grad_score) {
   const Source head = source_of(grad_mask, tile.sequence.batch, tile.head, 0);
-  T* const to = reinterpret_cast<T*>(const_cast<char*>(head.data)) + k.begin * head.stride_col + tile.q.begin * head.stride_row;
+  T* const to =
+      reinterpret_cast<T*>(const_cast<char*>(head.data)) + k.begin * head.stride_col + tile.q.begin * head.stride_row;
   if (head.stride_row == 0) {
     for (int64_t r = 0; r < k.size(); ++r) to[r * head.stride_col] += sum_of_row(grad_score, r, tile.vectors);
     return;
@@ -77,7 +79,8 @@ double slope_gradient(const Block<T>& block, int64_t vectors, Matrix<const T> gr
   for (int64_t r = 0; r < block.k.size(); ++r) {
     Vec<T> row{};
     for (int v = 0; v < vectors; ++v) {
-      row += block.mods.alibi.template slope_gradient<VectorOps<T>>(load(grad_score.row(r) + v * kLanes<T>), block.at(r, v));
+      row += block.mods.alibi.template slope_gradient<VectorOps<T>>(load(grad_score.row(r) + v * kLanes<T>),
+                                                                    block.at(r, v));
     }
     sum += static_cast<double>(sum_lanes<T>(row));
   }

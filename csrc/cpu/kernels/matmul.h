@@ -1,5 +1,5 @@
-// The one matrix product of every pass: C[m][n] (+)= sum over depth of A[m][depth] B[depth][n], small enough for the cache.
-// A is read a number at a time and broadcast, B and C by vectors; so every operand is read as it lies.
+// The one matrix product of every pass: C[m][n] (+)= sum over depth of A[m][depth] B[depth][n], small enough for the
+// cache. A is read a number at a time and broadcast, B and C by vectors; so every operand is read as it lies.
 #pragma once
 
 #include "cpu/vec/memory.h"
@@ -59,7 +59,11 @@ ATTENTION_INLINE Broadcast<T> by_columns(Matrix<const T> a) {
   return {a.data, 1, a.stride};
 }
 
-enum class Start : uint8_t { kZero, kAdd, kScaleAndAdd };  // what becomes of C: dropped, kept, row m multiplied by factor[m]
+enum class Start : uint8_t {
+  kZero,
+  kAdd,
+  kScaleAndAdd
+};  // what becomes of C: dropped, kept, row m multiplied by factor[m]
 
 constexpr int kTileRows = 6;
 
@@ -89,7 +93,8 @@ void multiply_tile(Broadcast<typename C::Element> a, Matrix<const typename C::El
   unroll<kRows>(UNROLLED(m) { unroll<kVectors>(UNROLLED(n) { store(c.row(m) + n * kLanes<T>, sum[m][n]); }); });
 }
 
-// rows: even; at the end a tile of 4 or 2. All tiles of one column strip run before the next strip, so that it stays in cache.
+// rows: even; at the end a tile of 4 or 2. All tiles of one column strip run before the next strip, so that it stays in
+// cache.
 template <class C, int kVectors>
 void multiply_strip(Broadcast<typename C::Element> a, Matrix<const typename C::Element> b, int64_t depth,
                     Matrix<typename C::Scalar> c, int64_t rows, Start start, const typename C::Scalar* factor) {
@@ -98,9 +103,14 @@ void multiply_strip(Broadcast<typename C::Element> a, Matrix<const typename C::E
     const Matrix<typename C::Scalar> c_tile{c.row(m), c.stride};
     const auto* f = factor ? factor + m : nullptr;
     switch (rows - m) {
-      case 2: multiply_tile<C, 2, kVectors>(a_tile, b, depth, c_tile, start, f); break;
-      case 4: multiply_tile<C, 4, kVectors>(a_tile, b, depth, c_tile, start, f); break;
-      default: multiply_tile<C, kTileRows, kVectors>(a_tile, b, depth, c_tile, start, f);
+      case 2:
+        multiply_tile<C, 2, kVectors>(a_tile, b, depth, c_tile, start, f);
+        break;
+      case 4:
+        multiply_tile<C, 4, kVectors>(a_tile, b, depth, c_tile, start, f);
+        break;
+      default:
+        multiply_tile<C, kTileRows, kVectors>(a_tile, b, depth, c_tile, start, f);
     }
   }
 }
@@ -112,7 +122,8 @@ void multiply(Broadcast<typename C::Element> a, Matrix<const typename C::Element
               const typename C::Scalar* factor = nullptr) {
   const int64_t strips = ceil_div(vectors, kTileVectors);
   for (int64_t strip = 0, first = 0; strip < strips; ++strip) {
-    const int64_t width = (vectors - first) / (strips - strip) + ((vectors - first) % (strips - strip) != 0);  // even widths
+    const int64_t width =
+        (vectors - first) / (strips - strip) + ((vectors - first) % (strips - strip) != 0);  // even widths
     const Matrix<const typename C::Element> b_strip{b.data + first * kLanes<typename C::Scalar>, b.stride};
     const Matrix<typename C::Scalar> c_strip{c.data + first * kLanes<typename C::Scalar>, c.stride};
     unroll<kTileVectors>(UNROLLED(n) {

@@ -1,4 +1,5 @@
-// Operands of the products, from tensors of any dtype and strides. What already lies as a product reads it stays in place.
+// Operands of the products, from tensors of any dtype and strides. What already lies as a product reads it stays in
+// place.
 #pragma once
 
 #include "cpu/kernels/matmul.h"
@@ -15,17 +16,22 @@ struct Source {
 
 ATTENTION_INLINE int64_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat64: return 8;
-    case DType::kFloat32: return 4;
-    case DType::kBool: return 1;
-    default: return 2;
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kBool:
+      return 1;
+    default:
+      return 2;
   }
 }
 
 // Rows from `row` on of the head's matrix.
 ATTENTION_INLINE Source source_of(const View& view, int64_t b, int64_t h, int64_t row) {
   const int64_t offset = b * view.stride_b + h * view.stride_h + row * view.stride_row;
-  return {static_cast<const char*>(view.data) + offset * size_of(view.dtype), view.dtype, view.stride_row, view.stride_col};
+  return {static_cast<const char*>(view.data) + offset * size_of(view.dtype), view.dtype, view.stride_row,
+          view.stride_col};
 }
 
 template <class T>
@@ -81,7 +87,8 @@ Matrix<const typename C::Element> lanes_of(Matrix<const typename C::Element> row
 
 // B operand whose depth runs over columns: (depth, rows), from `vectors` vectors of rows.
 template <class C>
-void transpose_rows(Matrix<const typename C::Element> rows, int64_t vectors, int64_t depth, Matrix<typename C::Element> to) {
+void transpose_rows(Matrix<const typename C::Element> rows, int64_t vectors, int64_t depth,
+                    Matrix<typename C::Element> to) {
   using Element = typename C::Element;
   constexpr int kSide = kLanes<Element>;
   for (int64_t r = 0; r < vectors * kSide; r += kSide) {

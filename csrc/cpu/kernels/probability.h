@@ -1,4 +1,5 @@
-// Weights once the normaliser is known: prob = exp(score - logsumexp), block by block, as every pass after the forward needs.
+// Weights once the normaliser is known: prob = exp(score - logsumexp), block by block, as every pass after the forward
+// needs.
 #pragma once
 
 #include "cpu/kernels/softmax.h"
@@ -6,7 +7,8 @@
 namespace attention_ext {
 namespace {
 
-// log2(e) * logsumexp of a tile's queries; +inf, which makes every weight 0, for rows without a visible key and spare lanes.
+// log2(e) * logsumexp of a tile's queries; +inf, which makes every weight 0, for rows without a visible key and spare
+// lanes.
 template <class T>
 void load_logsumexp(const T* logsumexp, const Tile& tile, T* to) {
   const T infinity = static_cast<T>(__builtin_inf());

@@ -2,10 +2,10 @@
 // (key, query), queries across lanes, so that every softmax step is lane by lane.
 #pragma once
 
-#include "core/score_mods.h"
 #include "core/philox.h"
-#include "cpu/kernels/pack.h"
 #include "core/plan.h"
+#include "core/score_mods.h"
+#include "cpu/kernels/pack.h"
 
 namespace attention_ext {
 namespace {
@@ -14,13 +14,14 @@ constexpr int kQueryVectors = 4;
 template <class T>
 constexpr int64_t kQueries = kQueryVectors * kLanes<T>;
 
-// Keys of a block: 96 to 768 are within a point of each other; 192 x 64 scores fill 48 KB, with the packed operands half of L2.
+// Keys of a block: 96 to 768 are within a point of each other; 192 x 64 scores fill 48 KB, with the packed operands
+// half of L2.
 constexpr int64_t kKeys = 192;
 
 struct Tile {
   Sequence sequence;
   int64_t head;
-  Range q;        // within the sequence
+  Range q;          // within the sequence
   int64_t vectors;  // that hold q
 };
 
@@ -49,7 +50,8 @@ Cover stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range 
         unroll<kLanes<T>>(UNROLLED(i) { block[i] = splat<T>(row[i()]); });
       } else {
         unroll<kLanes<T>>(UNROLLED(i) {
-          const int64_t row = minimum(q.begin + v * kLanes<T> + i, q.end - 1);  // lanes past the end repeat the last query
+          const int64_t row =
+              minimum(q.begin + v * kLanes<T> + i, q.end - 1);  // lanes past the end repeat the last query
           block[i] = load_mask<T>(mask + row * stride_q + k0 * stride_k, stride_k, count);
         });
         transpose(block);
@@ -80,8 +82,8 @@ Cover stage_mask(const View& mask, const Tile& tile, Range k, Matrix<T> to) {
   }
   Cover cover = Cover::kFull;
   with_storage<T>(mask.dtype, [&](auto* storage) __attribute__((always_inline)) {
-    cover = stage_mask<T>(reinterpret_cast<decltype(storage)>(const_cast<char*>(data)), mask.stride_row, mask.stride_col,
-                          tile.q, k, to);
+    cover = stage_mask<T>(reinterpret_cast<decltype(storage)>(const_cast<char*>(data)), mask.stride_row,
+                          mask.stride_col, tile.q, k, to);
   });
   return cover;
 }
@@ -92,7 +94,7 @@ struct Block {
   Range k;  // within the sequence
   ScoreMods mods;
   Rules rules;
-  Matrix<const T> bias;  // staged mask
+  Matrix<const T> bias;                  // staged mask
   Vec<T> first_distance[kQueryVectors];  // k.begin - diagonal(q)
 
   ATTENTION_INLINE Position<VectorOps<T>> at(int64_t row, int vector) const {
@@ -132,9 +134,15 @@ ATTENTION_INLINE void with_constants(int64_t vectors, Rules rules, F&& f) {
     if (vectors != n + 1) return;
     constexpr auto kCount = std::integral_constant<int, n + 1>{};
     switch (rules) {
-      case Rules::kNone: f(kCount, std::integral_constant<Rules, Rules::kNone>{}); break;
-      case Rules::kBand: f(kCount, std::integral_constant<Rules, Rules::kBand>{}); break;
-      case Rules::kAll: f(kCount, std::integral_constant<Rules, Rules::kAll>{}); break;
+      case Rules::kNone:
+        f(kCount, std::integral_constant<Rules, Rules::kNone>{});
+        break;
+      case Rules::kBand:
+        f(kCount, std::integral_constant<Rules, Rules::kBand>{});
+        break;
+      case Rules::kAll:
+        f(kCount, std::integral_constant<Rules, Rules::kAll>{});
+        break;
     }
   });
 }

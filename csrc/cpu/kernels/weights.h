@@ -1,5 +1,5 @@
-// The attention weights themselves, for people who look: prob = exp(score - logsumexp), after dropout, in one pass over the
-// keys; per head, or averaged over heads without a buffer per head.
+// The attention weights themselves, for people who look: prob = exp(score - logsumexp), after dropout, in one pass over
+// the keys; per head, or averaged over heads without a buffer per head.
 #pragma once
 
 #include "cpu/kernels/dropout.h"
@@ -59,8 +59,8 @@ class WeightsJob {
         add_head({s, h, q, ceil_div(q.size(), kLanes<T>)}, keys, splat<T>(T(1) / static_cast<T>(heads.size())));
       }
       const Source to = source_of(p_.weights, s.batch, head, q.begin - p_.row_begin);
-      write_transposed({to.data + k * to.stride_col * size_of(to.dtype), to.dtype, to.stride_row, to.stride_col}, q.size(),
-                       keys.size(), as_operand(mean));
+      write_transposed({to.data + k * to.stride_col * size_of(to.dtype), to.dtype, to.stride_row, to.stride_col},
+                       q.size(), keys.size(), as_operand(mean));
     }
   }
 
@@ -70,8 +70,8 @@ class WeightsJob {
     Block<T> block;
     if (k.empty() || !open_block(p_, tile, k, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
     const int64_t b = tile.sequence.batch, rows = round_up(k.size(), kTileRows);
-    const auto query = rows_of<C>(source_of(p_.query, b, tile.head, tile.q.begin), tile.q.size(), tile.vectors * kLanes<T>,
-                                  p_.head_dim, scratch_.query_rows);
+    const auto query = rows_of<C>(source_of(p_.query, b, tile.head, tile.q.begin), tile.q.size(),
+                                  tile.vectors * kLanes<T>, p_.head_dim, scratch_.query_rows);
     const auto key = rows_of<C>(source_of(p_.key, b, tile.head / p_.group_size(), k.begin), k.size(), rows, p_.head_dim,
                                 scratch_.key_rows);
     const int64_t depth = ceil_div(p_.head_dim, C::kPair);
@@ -80,7 +80,8 @@ class WeightsJob {
     const Matrix<T> weight{scratch_.weight, kQueries<T>};
     multiply<C>(by_rows(key), as_operand(columns), depth, weight, rows, tile.vectors, Start::kZero);
 
-    const auto* logsumexp = static_cast<const T*>(p_.logsumexp) + (b * p_.heads + tile.head) * p_.seqlen_q + tile.q.begin;
+    const auto* logsumexp =
+        static_cast<const T*>(p_.logsumexp) + (b * p_.heads + tile.head) * p_.seqlen_q + tile.q.begin;
     load_logsumexp(logsumexp, tile, scratch_.logsumexp);
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
       probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, {});
@@ -126,7 +127,8 @@ Plan plan_weights(const AttentionProblem& problem) {
   Arena measure(nullptr);
   WeightsScratch<C>(measure, p);
   Plan plan;
-  plan.phases[plan.phase_count++] = {p.batch * WeightsJob<C>::head_runs(p) * WeightsJob<C>::tiles(p), WeightsJob<C>::run};
+  plan.phases[plan.phase_count++] = {p.batch * WeightsJob<C>::head_runs(p) * WeightsJob<C>::tiles(p),
+                                     WeightsJob<C>::run};
   plan.scratch_bytes = measure.used();
   return plan;
 }

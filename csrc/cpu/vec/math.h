@@ -6,8 +6,8 @@
 namespace attention_ext {
 namespace {
 
-// (2^r - 1) / r on [-1/2, 1/2], near-minimax: 1 + r q(r) is within 5e-9 (float), 8e-18 (double) and, for weights that are
-// rounded to bfloat16 anyway, 7e-6.
+// (2^r - 1) / r on [-1/2, 1/2], near-minimax: 1 + r q(r) is within 5e-9 (float), 8e-18 (double) and, for weights that
+// are rounded to bfloat16 anyway, 7e-6.
 template <class T>
 struct Exp2Fit;
 template <>
@@ -26,10 +26,10 @@ struct Exp2FitShort {
 template <>
 struct Exp2Fit<double> {
   static constexpr int kCount = 11;
-  static constexpr double kCoefficient[] = {
-      0.69314718055994529,   0.24022650695910097,    0.055504108664821597,  0.0096181291076068882,
-      0.0013333558146416936, 0.0001540353044173605,  1.5252733829836119e-05, 1.3215442587921689e-06,
-      1.0178062445845774e-07, 7.0725859492692234e-09, 4.4549605981865186e-10};
+  static constexpr double kCoefficient[] = {0.69314718055994529,    0.24022650695910097,    0.055504108664821597,
+                                            0.0096181291076068882,  0.0013333558146416936,  0.0001540353044173605,
+                                            1.5252733829836119e-05, 1.3215442587921689e-06, 1.0178062445845774e-07,
+                                            7.0725859492692234e-09, 4.4549605981865186e-10};
   static constexpr double kRound = 0x1.8p52, kLowest = -1100.0;
 };
 

@@ -30,7 +30,7 @@ ATTENTION_INLINE void store_as(double* to, F64 v) { store(to, v); }
 ATTENTION_INLINE void store_as(Half* to, F32 v) { store_half(&to->bits, v); }
 ATTENTION_INLINE void store_as(BFloat16* to, F32 v) {
   const U32 bits = bit_cast<U32>(v);
-  U32 rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);             // to nearest even
+  U32 rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);                           // to nearest even
   rounded = (bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits | 0x400000u) : rounded;  // a NaN stays one
   *reinterpret_cast<HalfWidthWords<kVectorBytes>*>(to) =
       __builtin_convertvector(rounded >> 16, VectorOf<uint16_t, kVectorBytes / 2>::Type);
@@ -96,9 +96,12 @@ ATTENTION_INLINE void with_storage(DType dtype, F&& f) {
     f(static_cast<double*>(nullptr));
   } else {
     switch (dtype) {
-      case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
-      case DType::kFloat16: return f(static_cast<Half*>(nullptr));
-      default: return f(static_cast<float*>(nullptr));
+      case DType::kBFloat16:
+        return f(static_cast<BFloat16*>(nullptr));
+      case DType::kFloat16:
+        return f(static_cast<Half*>(nullptr));
+      default:
+        return f(static_cast<float*>(nullptr));
     }
   }
 }

@@ -1,6 +1,7 @@
-// One vector register of T, on GCC's and clang's vector extensions. Included by a unit of csrc/cpu/isa after it has opened
-// its target and defined kVectorBytes; what the extensions cannot say (fma, max, conversions) is in this folder's file of
-// the instruction set. Everything here is local to the unit, so that no function of one instruction set serves another.
+// One vector register of T, on GCC's and clang's vector extensions. Included by a unit of csrc/cpu/isa after it has
+// opened its target and defined kVectorBytes; what the extensions cannot say (fma, max, conversions) is in this
+// folder's file of the instruction set. Everything here is local to the unit, so that no function of one instruction
+// set serves another.
 #pragma once
 
 #include <cstdint>
