@@ -12,16 +12,13 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
 GENERATED = ROOT / "build" / "generated"
-INPUTS = ["csrc", "setup.py", "pyproject.toml"]
+INPUTS = ["csrc", "attention_ext/include", "setup.py", "pyproject.toml"]
 OPERATORS = "attention_ext.libattention_ext"
 
 # Warnings are for our code: torch's and pybind11's headers come in as system headers. No -std: torch adds the one it
 # needs. No -march: each file of csrc/cpu/isa opens its own target region.
 FLAGS = ["-O3", "-g0", "-fopenmp", "-Wall", "-Wextra"]
-INSTRUCTION_SETS = {
-    "x86_64": ["baseline", "avx2", "avx512", "avx512_bf16"],
-    "aarch64": ["baseline", "neon"],
-}
+INSTRUCTION_SETS = {"x86_64": ["baseline", "avx2", "avx512", "avx512_bf16"], "aarch64": ["neon"]}
 
 
 def sources(*patterns: str) -> list[str]:
@@ -29,10 +26,11 @@ def sources(*patterns: str) -> list[str]:
 
 
 def operator_sources() -> list[str]:
-    isa = INSTRUCTION_SETS.get(platform.machine(), ["baseline"])
-    return sources(
-        "csrc/core/*.cpp", "csrc/cpu/*.cpp", *(f"csrc/cpu/isa/{name}.cpp" for name in isa), "csrc/torch/*.cpp"
-    )
+    machine = platform.machine()
+    if machine not in INSTRUCTION_SETS:
+        sys.exit(f"attention_ext has kernels for {' and '.join(INSTRUCTION_SETS)}, got {machine}")
+    isa = [f"csrc/cpu/isa/{name}.cpp" for name in INSTRUCTION_SETS[machine]]
+    return sources("csrc/core/*.cpp", "csrc/cpu/*.cpp", *isa, "csrc/torch/*.cpp")
 
 
 def git(*arguments: str) -> str:
@@ -81,7 +79,7 @@ class Build(cpp_extension.BuildExtension):
 
 def extension(name: str, files: list[str], libraries: list[str], link_args: list[str]) -> Extension:
     headers = cpp_extension.include_paths()
-    flags = [*FLAGS, f"-I{ROOT / 'csrc'}", f"-I{GENERATED}"]
+    flags = [*FLAGS, *(f"-I{folder}" for folder in (ROOT / "csrc", ROOT / "attention_ext" / "include", GENERATED))]
     flags += [word for path in headers for word in ("-isystem", path)]
     if os.environ.get("ATTENTION_EXT_WERROR") == "1":
         flags.append("-Werror")

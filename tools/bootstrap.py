@@ -102,7 +102,8 @@ def requirements(python: Path, file: Path) -> None:
 def build(python: Path) -> None:
     known = facts(python)
     stamp = ROOT / "build" / "bootstrap"
-    inputs = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    folders = [ROOT / "csrc", ROOT / "attention_ext" / "include"]
+    inputs = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     inputs += [ROOT / "setup.py", ROOT / "pyproject.toml"]
     switches = [os.environ.get(name, "") for name in ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR")]
     wanted = digest(known["prefix"], known["torch"], known["python"], *switches, files=inputs)
