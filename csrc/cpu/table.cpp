@@ -58,27 +58,40 @@ const char* unavailable(const AttentionProblem& /*problem*/) {
   return nullptr;
 }
 
+// Few queries, which would leave most lanes of the ordinary forward kernel empty.
+template <const InstructionSet& kSet>
+const char* not_decoding(const AttentionProblem& problem) {
+  constexpr int64_t kMostQueries = 8;
+  if (problem.max_seqlen_q > kMostQueries) return "serves at most 8 queries a sequence";
+  if (problem.dropout_p > 0) return "has no dropout";
+  return unavailable<kSet>(problem);
+}
+
 #if defined(__x86_64__)
 const char* not_bfloat16(const AttentionProblem& problem) {
   return problem.dtype == DType::kBFloat16 ? unavailable<kAvx512Bf16>(problem) : "serves bfloat16 only";
 }
 
 const CpuKernel kKernels[] = {
+    {"avx512/decode", Pass::kForward, not_decoding<kAvx512>, kAvx512Unit.decode},
     {"avx512_bf16/forward", Pass::kForward, not_bfloat16, kAvx512Bf16Unit.forward},
     {"avx512_bf16/backward", Pass::kBackward, not_bfloat16, kAvx512Bf16Unit.backward},
     {"avx512_bf16/weights", Pass::kWeights, not_bfloat16, kAvx512Bf16Unit.weights},
     {"avx512/forward", Pass::kForward, unavailable<kAvx512>, kAvx512Unit.forward},
     {"avx512/backward", Pass::kBackward, unavailable<kAvx512>, kAvx512Unit.backward},
     {"avx512/weights", Pass::kWeights, unavailable<kAvx512>, kAvx512Unit.weights},
+    {"avx2/decode", Pass::kForward, not_decoding<kAvx2>, kAvx2Unit.decode},
     {"avx2/forward", Pass::kForward, unavailable<kAvx2>, kAvx2Unit.forward},
     {"avx2/backward", Pass::kBackward, unavailable<kAvx2>, kAvx2Unit.backward},
     {"avx2/weights", Pass::kWeights, unavailable<kAvx2>, kAvx2Unit.weights},
+    {"baseline/decode", Pass::kForward, not_decoding<kBaseline>, kBaselineUnit.decode},
     {"baseline/forward", Pass::kForward, unavailable<kBaseline>, kBaselineUnit.forward},
     {"baseline/backward", Pass::kBackward, unavailable<kBaseline>, kBaselineUnit.backward},
     {"baseline/weights", Pass::kWeights, unavailable<kBaseline>, kBaselineUnit.weights},
 };
 #else
 const CpuKernel kKernels[] = {
+    {"neon/decode", Pass::kForward, not_decoding<kNeon>, kNeonUnit.decode},
     {"neon/forward", Pass::kForward, unavailable<kNeon>, kNeonUnit.forward},
     {"neon/backward", Pass::kBackward, unavailable<kNeon>, kNeonUnit.backward},
     {"neon/weights", Pass::kWeights, unavailable<kNeon>, kNeonUnit.weights},

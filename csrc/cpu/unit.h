@@ -8,7 +8,7 @@ namespace attention_ext {
 using Planner = Plan (*)(const AttentionProblem&);
 
 struct CpuUnit {
-  Planner forward, backward, weights;
+  Planner forward, decode, backward, weights;
 };
 
 extern const CpuUnit kBaselineUnit, kAvx2Unit, kAvx512Unit, kAvx512Bf16Unit, kNeonUnit;

@@ -18,6 +18,7 @@ namespace attention_ext {
 
 const CpuUnit kAvx512Bf16Unit = {
     .forward = plan_forward<BFloat16Compute>,
+    .decode = nullptr,  // reading the keys bounds it, not the products
     .backward = plan_backward<BFloat16Compute>,
     .weights = plan_weights<BFloat16Compute>,
 };

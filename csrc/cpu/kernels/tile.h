@@ -77,11 +77,8 @@ Cover stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range 
 template <class T>
 Cover stage_mask(const View& mask, const Tile& tile, Range k, Matrix<T> to) {
   const char* data = source_of(mask, tile.sequence.batch, tile.head, 0).data;
-  if (mask.dtype == DType::kBool) {
-    return stage_mask<T>(reinterpret_cast<const bool*>(data), mask.stride_row, mask.stride_col, tile.q, k, to);
-  }
   Cover cover = Cover::kFull;
-  with_storage<T>(mask.dtype, [&](auto* storage) __attribute__((always_inline)) {
+  with_mask_storage<T>(mask.dtype, [&](auto* storage) __attribute__((always_inline)) {
     cover = stage_mask<T>(reinterpret_cast<decltype(storage)>(const_cast<char*>(data)), mask.stride_row,
                           mask.stride_col, tile.q, k, to);
   });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/backward.h"
+#include "cpu/kernels/decode.h"
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/weights.h"
 #include "cpu/unit.h"
@@ -17,6 +18,7 @@ Plan by_dtype(const AttentionProblem& p) {
 // 16-bit numbers are widened to float.
 constexpr CpuUnit kUnit = {
     .forward = by_dtype<plan_forward<FloatCompute>, plan_forward<DoubleCompute>>,
+    .decode = by_dtype<plan_decode<FloatCompute>, plan_decode<DoubleCompute>>,
     .backward = by_dtype<plan_backward<FloatCompute>, plan_backward<DoubleCompute>>,
     .weights = by_dtype<plan_weights<FloatCompute>, plan_weights<DoubleCompute>>,
 };

@@ -106,5 +106,12 @@ ATTENTION_INLINE void with_storage(DType dtype, F&& f) {
   }
 }
 
+// The same for attn_mask, which may be bool too.
+template <class T, class F>
+ATTENTION_INLINE void with_mask_storage(DType dtype, F&& f) {
+  if (dtype == DType::kBool) return f(static_cast<bool*>(nullptr));
+  with_storage<T>(dtype, f);
+}
+
 }  // namespace
 }  // namespace attention_ext

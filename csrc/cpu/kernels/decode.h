@@ -1,0 +1,244 @@
+// The forward pass for a few queries against many keys, as in decoding with a cache. Keys lie across lanes, all heads
+// of a group share each key while it is in cache, and the keys of a head may be split over jobs, merged in order
+// afterwards.
+#pragma once
+
+#include "cpu/kernels/softmax.h"
+
+namespace attention_ext {
+namespace {
+
+constexpr int64_t kEnoughDecodeJobs = 16;
+constexpr int64_t kLeastSplit = 4 * kKeys;  // a split shorter than this costs more than it spreads
+
+template <class C>
+struct DecodeShape {
+  using T = typename C::Scalar;
+  int64_t width, columns;  // head_dim and head_dim_v in whole vectors
+  int64_t rows;            // queries of all heads of a group
+  int64_t splits, jobs;
+  int64_t keys;
+
+  explicit DecodeShape(const AttentionProblem& p) {
+    width = round_up(p.head_dim, kLanes<T>);
+    columns = round_up(p.head_dim_v, kLanes<T>);
+    rows = p.group_size() * p.max_seqlen_q;
+    const int64_t groups = p.batch * p.kv_heads;
+    splits = clamp(minimum(ceil_div(kEnoughDecodeJobs, maximum<int64_t>(groups, 1)), p.max_seqlen_k / kLeastSplit), 1,
+                   kEnoughDecodeJobs);
+    jobs = groups * splits;
+    keys = minimum(kKeys, round_up(p.max_seqlen_k, kLanes<T>));
+  }
+};
+
+// What a split knows of one query: out * sum and the softmax state.
+template <class C>
+struct DecodeShared {
+  using T = typename C::Scalar;
+  T *maximum, *sum, *sums;  // (job, row), (job, row), (job, row, columns)
+
+  DecodeShared(Arena& arena, const DecodeShape<C>& shape) {
+    maximum = arena.take<T>(shape.jobs * shape.rows);
+    sum = arena.take<T>(shape.jobs * shape.rows);
+    sums = arena.take<T>(shape.jobs * round_up(shape.rows, 2) * shape.columns);
+  }
+};
+
+template <class C>
+struct DecodeScratch {
+  using T = typename C::Scalar;
+  T *query, *key_rows, *value_rows, *score, *factor;
+
+  DecodeScratch(Arena& arena, const DecodeShape<C>& shape) {
+    const int64_t padded_rows = round_up(shape.rows, 2);
+    query = arena.take<T>(padded_rows * shape.width);
+    key_rows = arena.take<T>(shape.keys * shape.width);
+    value_rows = arena.take<T>(shape.keys * shape.columns);
+    score = arena.take<T>(padded_rows * shape.keys);
+    factor = arena.take<T>(padded_rows);
+  }
+};
+
+// score[k] = query . key[k], for `keys` keys, a multiple of the lanes
+template <class T>
+void dot_products(const T* query, Matrix<const T> key, int64_t keys, int64_t width, T* score) {
+  for (int64_t k = 0; k < keys; k += kLanes<T>) {
+    Vec<T> sum[kLanes<T>] = {};
+    for (int64_t d = 0; d < width; d += kLanes<T>) {
+      const Vec<T> q = load(query + d);
+      unroll<kLanes<T>>(UNROLLED(i) { sum[i] = fma(load(key.row(k + i) + d), q, sum[i]); });
+    }
+    transpose(sum);
+    Vec<T> total = sum[0];
+    unroll<kLanes<T> - 1>(UNROLLED(i) { total += sum[i + 1]; });
+    store(score + k, total);
+  }
+}
+
+template <class C>
+class DecodeJob {
+  using T = typename C::Scalar;
+
+ public:
+  static void run(const AttentionProblem& problem, void* shared, void* scratch, int64_t job) {
+    const auto& p = static_cast<const ForwardProblem&>(problem);
+    Arena shared_arena(shared), scratch_arena(scratch);
+    DecodeJob(p, shared_arena, scratch_arena, job).walk();
+  }
+
+ private:
+  DecodeJob(const ForwardProblem& p, Arena& shared, Arena& scratch, int64_t job)
+      : p_(p), shape_(p), shared_(shared, shape_), scratch_(scratch, shape_) {
+    kv_head_ = job / shape_.splits % p.kv_heads;
+    sequence_ = sequence_of(p, job / shape_.splits / p.kv_heads);
+    maximum_ = shared_.maximum + job * shape_.rows;
+    sum_ = shared_.sum + job * shape_.rows;
+    sums_ = {shared_.sums + job * round_up(shape_.rows, 2) * shape_.columns, shape_.columns};
+    split_ = job % shape_.splits;
+  }
+
+  void walk() {
+    open();
+    const Range all = visible_keys(p_, sequence_, {0, sequence_.length_q});
+    const int64_t share = round_up(ceil_div(all.size(), shape_.splits), kKeys);
+    const Range mine{minimum(all.begin + split_ * share, all.end), minimum(all.begin + (split_ + 1) * share, all.end)};
+    for (int64_t k = mine.begin; k < mine.end; k += kKeys) block({k, minimum(k + kKeys, mine.end)});
+  }
+
+  void open() {
+    for (int64_t r = 0; r < shape_.rows; ++r) {
+      maximum_[r] = static_cast<T>(-__builtin_inf());
+      sum_[r] = 0;
+    }
+    for (int64_t i = 0; i < round_up(shape_.rows, 2) * shape_.columns; i += kLanes<T>) store(sums_.data + i, Vec<T>{});
+    for (int64_t g = 0; g < p_.group_size(); ++g) {
+      copy_rows(source_of(p_.query, sequence_.tensor_batch, kv_head_ * p_.group_size() + g, sequence_.begin_q),
+                sequence_.length_q, sequence_.length_q, p_.head_dim,
+                Matrix<T>{scratch_.query + g * sequence_.length_q * shape_.width, shape_.width});
+    }
+  }
+
+  void block(Range k) {
+    const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), kLanes<T>);
+    const auto key = rows_of<C>(source_of(p_.key, b, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows);
+    const auto value =
+        rows_of<C>(source_of(p_.value, b, kv_head_, row), k.size(), k.size(), p_.head_dim_v, scratch_.value_rows);
+    const int64_t rows = p_.group_size() * sequence_.length_q;
+    for (int64_t r = 0; r < rows; ++r) {
+      T* score = scratch_.score + r * shape_.keys;
+      dot_products(scratch_.query + r * shape_.width, key, padded, shape_.width, score);
+      softmax_row(r, k, score);
+    }
+    if (rows % 2 != 0) {
+      for (int64_t i = 0; i < padded; i += kLanes<T>) store(scratch_.score + rows * shape_.keys + i, Vec<T>{});
+      scratch_.factor[rows] = 0;
+    }
+    multiply<C>(by_rows(Matrix<const T>{scratch_.score, shape_.keys}), value, k.size(), sums_, round_up(rows, 2),
+                shape_.columns / kLanes<T>, Start::kScaleAndAdd, scratch_.factor);
+  }
+
+  // One query, a key per lane.
+  void softmax_row(int64_t r, Range k, T* score) {
+    using Ops = VectorOps<T>;
+    const int64_t q = r % sequence_.length_q, head = kv_head_ * p_.group_size() + r / sequence_.length_q;
+    const ScoreMods mods = score_mods_of(p_, sequence_, head);
+    const Vec<T> hidden = splat<T>(static_cast<T>(-__builtin_inf()));
+    Vec<T> top = hidden;
+    for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
+      const int64_t count = k.size() - i;
+      const auto distance = static_cast<T>(k.begin + i - q - sequence_.diagonal);
+      const Position<Ops> at{splat<T>(distance) + iota<T>(), mask_row(head, q, k.begin + i, count)};
+      Vec<T> s = mods.hide<Ops>(mods.operator()<Ops>(load(score + i), at).score, at);
+      s = iota<T>() < splat<T>(static_cast<T>(count)) ? s : hidden;
+      store(score + i, s);
+      top = max(s, top);
+    }
+    T now = maximum_[r];
+    for (int i = 0; i < kLanes<T>; ++i) now = maximum(now, top[i] * static_cast<T>(kLog2E));
+    const Vec<T> base = finite_or_zero<T>(splat<T>(now));
+    const T worth = exp2<T>(splat<T>(maximum_[r]) - base)[0];
+    Vec<T> sum{};
+    for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
+      const Vec<T> weight = exp2<T>(fma(load(score + i), splat<T>(static_cast<T>(kLog2E)), -base));
+      store(score + i, weight);
+      sum += weight;
+    }
+    maximum_[r] = now;
+    sum_[r] = sum_[r] * worth + sum_lanes<T>(sum);
+    scratch_.factor[r] = worth;
+  }
+
+  Vec<T> mask_row(int64_t head, int64_t q, int64_t k, int64_t count) const {
+    Vec<T> bias{};
+    if (!p_.attn_mask) return bias;
+    const Source row = source_of(p_.attn_mask, sequence_.batch, head, q);
+    with_mask_storage<T>(row.dtype, [&](auto* storage) __attribute__((always_inline)) {
+      const auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(row.data));
+      bias = load_mask<T>(data + k * row.stride_col, row.stride_col, count);
+    });
+    return bias;
+  }
+
+  const ForwardProblem& p_;
+  DecodeShape<C> shape_;
+  DecodeShared<C> shared_;
+  DecodeScratch<C> scratch_;
+  Sequence sequence_{};
+  int64_t kv_head_, split_;
+  T *maximum_, *sum_;
+  Matrix<T> sums_;
+};
+
+// The splits of one head become out and logsumexp.
+template <class C>
+void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
+  using T = typename C::Scalar;
+  const auto& p = static_cast<const ForwardProblem&>(problem);
+  const DecodeShape<C> shape(p);
+  Arena arena(shared_memory);
+  const DecodeShared<C> shared(arena, shape);
+  const int64_t head = job % p.heads;
+  const Sequence s = sequence_of(p, job / p.heads);
+  const int64_t first = (s.batch * p.kv_heads + head / p.group_size()) * shape.splits;
+  for (int64_t q = 0; q < s.length_q; ++q) {
+    const int64_t row = head % p.group_size() * s.length_q + q;
+    T top = p.sinks ? static_cast<T>(p.sinks[s.batch * p.sinks_stride_b + head] * kLog2E)
+                    : static_cast<T>(-__builtin_inf());
+    T sum = p.sinks ? T(1) : T(0);
+    const Matrix<T> total{shared.sums + (first * round_up(shape.rows, 2) + row) * shape.columns, shape.columns};
+    for (int64_t split = 0; split < shape.splits; ++split) {
+      const int64_t at = (first + split) * shape.rows + row;
+      const T now = maximum(top, shared.maximum[at]);
+      const Vec<T> base = finite_or_zero<T>(splat<T>(now));
+      const Vec<T> worth = exp2<T>(splat<T>(top) - base), added = exp2<T>(splat<T>(shared.maximum[at]) - base);
+      const T* more = shared.sums + ((first + split) * round_up(shape.rows, 2) + row) * shape.columns;
+      for (int64_t d = 0; d < shape.columns; d += kLanes<T>) {
+        const Vec<T> before = split == 0 ? Vec<T>{} : load(total.data + d) * worth;
+        store(total.data + d, fma(load(more + d), added, before));
+      }
+      sum = sum * worth[0] + shared.sum[at] * added[0];
+      top = now;
+    }
+    static_cast<T*>(p.logsumexp)[(s.tensor_batch * p.heads + head) * p.seqlen_q + s.begin_q + q] =
+        static_cast<T>(kLn2) * (top + log2_of(sum));
+    const T factor[] = {sum == 0 ? T(0) : 1 / sum};
+    write_rows(source_of(p.out, s.tensor_batch, head, s.begin_q + q), 1, p.head_dim_v, as_operand(total), factor);
+  }
+}
+
+template <class C>
+Plan plan_decode(const AttentionProblem& p) {
+  const DecodeShape<C> shape(p);
+  Arena shared(nullptr), scratch(nullptr);
+  DecodeShared<C>(shared, shape);
+  DecodeScratch<C>(scratch, shape);
+  Plan plan;
+  plan.phases[plan.phase_count++] = {shape.jobs, DecodeJob<C>::run};
+  plan.phases[plan.phase_count++] = {p.batch * p.heads, merge_splits<C>};
+  plan.shared_bytes = shared.used();
+  plan.scratch_bytes = scratch.used();
+  return plan;
+}
+
+}  // namespace
+}  // namespace attention_ext
