@@ -71,9 +71,11 @@ struct FlatAs<Result, Types<Lead...>, Types<Option...>, Types<Trailing...>> {
     return function(lead..., AttentionOptions{option...}, trailing...);
   }
 
-  static Result call(const c10::TypedOperatorHandle<Signature>& op, Lead... lead, const AttentionOptions& options,
-                     Trailing... trailing) {
-    return std::apply([&](const auto&... option) { return op.call(lead..., option..., trailing...); },
+  // Calls flat(lead..., option..., trailing...).
+  template <class Callable>
+  static decltype(auto) spread(const Callable& flat, Lead... lead, const AttentionOptions& options,
+                               Trailing... trailing) {
+    return std::apply([&](const auto&... option) -> decltype(auto) { return flat(lead..., option..., trailing...); },
                       options.fields());
   }
 };
@@ -101,7 +103,7 @@ class Operator {
 
   template <class... Argument>
   auto operator()(const Argument&... argument) const {
-    return Flat::call(handle_, argument...);
+    return Flat::spread([&](const auto&... flat) { return handle_.call(flat...); }, argument...);
   }
 
  private:

@@ -1,0 +1,236 @@
+#include "torch/checks.h"
+
+#include <cmath>
+
+namespace attention_ext {
+
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+
+constexpr int64_t kLargestHeadDim = INT32_MAX;  // so that the size of a kernel's tiles cannot overflow
+
+bool is_float(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+}
+
+bool is_index(at::ScalarType dtype) { return dtype == at::kInt || dtype == at::kLong; }
+
+const char* kind(const Tensor& tensor) {
+  if (tensor.is_nested()) return "a nested tensor";
+  if (tensor.is_quantized()) return "a quantized tensor";
+  return tensor.layout() == at::kMkldnn ? "an mkldnn tensor" : "a sparse tensor";
+}
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, c10::Device device) {
+  TORCH_CHECK(tensor.defined(), op, ": expected `", name, "` to be a tensor, got none");
+  TORCH_CHECK(tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_quantized(), op, ": expected `",
+              name, "` to be a dense tensor, got ", kind(tensor));
+  TORCH_CHECK(tensor.device() == device, op, ": expected `", name, "` on the device of `query`, ", device, ", got ",
+              tensor.device());
+}
+
+void check_dtype(const char* op, const char* name, const Tensor& tensor, at::ScalarType dtype) {
+  TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected `", name, "` to be of dtype ", dtype, ", got ",
+              tensor.scalar_type());
+}
+
+void check_float(const char* op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK(is_float(tensor.scalar_type()), op, ": expected `", name,
+              "` to be of dtype float32, bfloat16, float16 or float64, got ", tensor.scalar_type());
+}
+
+void check_rank(const char* op, const char* name, const Tensor& tensor, const char* shape, int64_t rank) {
+  TORCH_CHECK(tensor.dim() == rank, op, ": expected `", name, "` to be ", rank, "-D ", shape, ", got ", tensor.dim(),
+              "-D");
+}
+
+void check_size(const char* op, const char* name, const Tensor& tensor, const char* what, int64_t dim,
+                const SymInt& size) {
+  TORCH_SYM_CHECK(tensor.sym_size(dim).sym_eq(size), op, ": expected `", name, "` to have ", what, " ", size,
+                  ", got ", tensor.sym_size(dim), " in shape ", tensor.sym_sizes());
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<SymInt> shape) {
+  const c10::SymIntArrayRef expected(shape.begin(), shape.size());
+  TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), op, ": expected `", name, "` to be of shape ",
+              expected, ", got ", tensor.sym_sizes());
+  for (size_t i = 0; i < shape.size(); ++i) {
+    TORCH_SYM_CHECK(tensor.sym_size(static_cast<int64_t>(i)).sym_eq(expected[i]), op, ": expected `", name,
+                    "` to be of shape ", expected, ", got ", tensor.sym_sizes());
+  }
+}
+
+void check_numbers(const char* op, const AttentionOptions& options) {
+  TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p <= 1, op, ": expected `dropout_p` to be in [0, 1], got ",
+              options.dropout_p);
+  TORCH_CHECK(!options.scale || std::isfinite(*options.scale), op, ": expected `scale` to be finite or None, got ",
+              *options.scale);
+  TORCH_CHECK(options.softcap >= 0 && std::isfinite(options.softcap), op,
+              ": expected `softcap` to be finite and at least 0 (0: none), got ", options.softcap);
+  TORCH_CHECK(!options.window_left || *options.window_left >= 0, op,
+              ": expected `window_left` to be at least 0 or None, got ", *options.window_left);
+  TORCH_CHECK(!options.window_right || *options.window_right >= 0, op,
+              ": expected `window_right` to be at least 0 or None, got ", *options.window_right);
+  TORCH_CHECK(is_bottom_right(options) || options.causal_alignment == "top_left", op,
+              ": expected `causal_alignment` to be \"top_left\" or \"bottom_right\", got \"",
+              options.causal_alignment, "\"");
+}
+
+// Lengths within a sequence are known from values only: the last two sizes are then checked with them.
+void check_mask(const char* op, const Sizes& sizes, const Tensor& mask) {
+  TORCH_CHECK(mask.scalar_type() == at::kBool || is_float(mask.scalar_type()), op,
+              ": expected `attn_mask` to be of dtype bool, float32, bfloat16, float16 or float64, got ",
+              mask.scalar_type());
+  TORCH_CHECK(mask.dim() >= 2 && mask.dim() <= 4, op, ": expected `attn_mask` to be 2-D to 4-D, got ", mask.dim(),
+              "-D");
+  const SymInt full[4] = {sizes.sequences, sizes.heads, sizes.seqlen_q, sizes.seqlen_k};
+  const int64_t missing = 4 - mask.dim();
+  for (int64_t i = missing; i < (sizes.packed ? 2 : 4); ++i) {
+    const SymInt size = mask.sym_size(i - missing);
+    TORCH_SYM_CHECK(size.sym_eq(1).sym_or(size.sym_eq(full[i])), op, ": expected `attn_mask` to broadcast to ",
+                    c10::SymIntArrayRef(full, 4), ", got shape ", mask.sym_sizes());
+  }
+}
+
+void check_per_head(const char* op, const char* name, const Sizes& sizes, const Tensor& tensor) {
+  check_float(op, name, tensor);
+  TORCH_CHECK(tensor.dim() == 1 || tensor.dim() == 2, op, ": expected `", name,
+              "` to be of shape (heads,) or (batch, heads), got ", tensor.sym_sizes());
+  check_size(op, name, tensor, "number of heads", -1, sizes.heads);
+  if (tensor.dim() == 2) check_size(op, name, tensor, "batch size", 0, sizes.sequences);
+}
+
+void check_lengths(const char* op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK(is_index(tensor.scalar_type()), op, ": expected `", name, "` to be of dtype int32 or int64, got ",
+              tensor.scalar_type());
+  TORCH_CHECK(tensor.dim() == 1, op, ": expected `", name, "` to be 1-D, got ", tensor.dim(), "-D");
+}
+
+// Sets how many sequences there are.
+void check_structure(const char* op, Sizes& sizes, const AttentionOptions& options, c10::Device device) {
+  sizes.sequences = sizes.batch;
+  sizes.packed = options.cu_seqlens_q.has_value();
+  TORCH_CHECK(sizes.packed == options.cu_seqlens_k.has_value(), op,
+              ": expected `cu_seqlens_q` and `cu_seqlens_k` together, got only ",
+              sizes.packed ? "`cu_seqlens_q`" : "`cu_seqlens_k`");
+  if (options.key_lengths) {
+    TORCH_CHECK(!sizes.packed, op, ": expected `key_lengths` or `cu_seqlens_k`, got both");
+    check_tensor(op, "key_lengths", *options.key_lengths, device);
+    check_lengths(op, "key_lengths", *options.key_lengths);
+    check_size(op, "key_lengths", *options.key_lengths, "size", 0, sizes.batch);
+  }
+  if (!sizes.packed) return;
+  const Tensor &cu_q = *options.cu_seqlens_q, &cu_k = *options.cu_seqlens_k;
+  check_tensor(op, "cu_seqlens_q", cu_q, device);
+  check_tensor(op, "cu_seqlens_k", cu_k, device);
+  check_lengths(op, "cu_seqlens_q", cu_q);
+  check_lengths(op, "cu_seqlens_k", cu_k);
+  TORCH_SYM_CHECK(cu_q.sym_size(0).sym_ge(1), op, ": expected `cu_seqlens_q` to have at least one element, got none");
+  check_size(op, "cu_seqlens_k", cu_k, "the size of `cu_seqlens_q`,", 0, cu_q.sym_size(0));
+  TORCH_SYM_CHECK(sizes.batch.sym_eq(1), op, ": expected `query` to have batch size 1 with `cu_seqlens_q`, got ",
+                  sizes.batch);
+  sizes.sequences = cu_q.sym_size(0) - 1;
+}
+
+void check_rng_state(const char* op, const Tensor& rng_state, const AttentionOptions& options, c10::Device device) {
+  check_tensor(op, "rng_state", rng_state, device);
+  check_dtype(op, "rng_state", rng_state, at::kLong);
+  if (options.dropout_p > 0) check_shape(op, "rng_state", rng_state, {2});
+}
+
+void check_logsumexp(const char* op, const char* name, const Sizes& sizes, const Tensor& query,
+                     const Tensor& logsumexp) {
+  check_tensor(op, name, logsumexp, query.device());
+  check_dtype(op, name, logsumexp, accumulate_type(query.scalar_type()));
+  check_shape(op, name, logsumexp, {sizes.batch, sizes.heads, sizes.seqlen_q});
+}
+
+void check_like_out(const char* op, const char* name, const Sizes& sizes, const Tensor& query, const Tensor& tensor) {
+  check_tensor(op, name, tensor, query.device());
+  check_dtype(op, name, tensor, query.scalar_type());
+  check_shape(op, name, tensor, {sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v});
+}
+
+}  // namespace
+
+Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, const Tensor* value,
+                      const AttentionOptions& options) {
+  const c10::Device device = query.device();
+  check_tensor(op, "query", query, device);
+  check_tensor(op, "key", key, device);
+  check_float(op, "query", query);
+  check_dtype(op, "key", key, query.scalar_type());
+  check_rank(op, "query", query, "(batch, heads, length, head_dim)", 4);
+  check_rank(op, "key", key, "(batch, heads, length, head_dim)", 4);
+
+  Sizes sizes{query.sym_size(0), query.sym_size(1), key.sym_size(1), query.sym_size(2), key.sym_size(2),
+              query.sym_size(3), 0, 0};
+  check_size(op, "key", key, "batch size", 0, sizes.batch);
+  check_size(op, "key", key, "head_dim", 3, sizes.head_dim);
+  TORCH_SYM_CHECK(sizes.head_dim.sym_ge(1).sym_and(sizes.head_dim.sym_le(kLargestHeadDim)), op,
+                  ": expected `query` to have head_dim from 1 to ", kLargestHeadDim, ", got ", sizes.head_dim);
+  if (value) {
+    check_tensor(op, "value", *value, device);
+    check_dtype(op, "value", *value, query.scalar_type());
+    check_rank(op, "value", *value, "(batch, heads, length, head_dim_v)", 4);
+    check_size(op, "value", *value, "batch size", 0, sizes.batch);
+    check_size(op, "value", *value, "the number of heads of `key`,", 1, sizes.kv_heads);
+    check_size(op, "value", *value, "the length of `key`,", 2, sizes.seqlen_k);
+    sizes.head_dim_v = value->sym_size(3);
+    TORCH_SYM_CHECK(sizes.head_dim_v.sym_le(kLargestHeadDim), op, ": expected `value` to have head_dim_v up to ",
+                    kLargestHeadDim, ", got ", sizes.head_dim_v);
+  }
+  if (options.enable_gqa) {
+    TORCH_SYM_CHECK(sizes.heads.sym_eq(0).sym_or(sizes.kv_heads.sym_ge(1)), op,
+                    ": expected `key` to have at least one head, got none");
+    TORCH_SYM_CHECK(sizes.heads.sym_eq(0).sym_or((sizes.heads % sizes.kv_heads.max(1)).sym_eq(0)), op,
+                    ": expected `query` to have a multiple of the ", sizes.kv_heads, " heads of `key`, got ",
+                    sizes.heads);
+  } else {
+    TORCH_SYM_CHECK(sizes.kv_heads.sym_eq(sizes.heads), op, ": expected `key` to have as many heads as `query`, ",
+                    sizes.heads, " (`enable_gqa` allows fewer), got ", sizes.kv_heads);
+  }
+
+  check_numbers(op, options);
+  check_structure(op, sizes, options, device);
+  if (options.attn_mask) {
+    check_tensor(op, "attn_mask", *options.attn_mask, device);
+    check_mask(op, sizes, *options.attn_mask);
+  }
+  if (options.alibi_slopes) {
+    check_tensor(op, "alibi_slopes", *options.alibi_slopes, device);
+    check_per_head(op, "alibi_slopes", sizes, *options.alibi_slopes);
+  }
+  if (options.sinks) {
+    check_tensor(op, "sinks", *options.sinks, device);
+    check_per_head(op, "sinks", sizes, *options.sinks);
+  }
+  return sizes;
+}
+
+void check_backward(const char* op, const Sizes& sizes, const Tensor& grad_out,
+                    const std::optional<Tensor>& grad_logsumexp, const Tensor& query, const Tensor& out,
+                    const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options) {
+  check_like_out(op, "grad_out", sizes, query, grad_out);
+  check_like_out(op, "out", sizes, query, out);
+  check_logsumexp(op, "logsumexp", sizes, query, logsumexp);
+  if (grad_logsumexp) check_logsumexp(op, "grad_logsumexp", sizes, query, *grad_logsumexp);
+  check_rng_state(op, rng_state, options, query.device());
+}
+
+Rows check_weights(const char* op, const Sizes& sizes, const Tensor& query, const Tensor& logsumexp,
+                   const Tensor& rng_state, const AttentionOptions& options, const std::optional<SymInt>& row_begin,
+                   const std::optional<SymInt>& row_end) {
+  TORCH_CHECK(!sizes.packed, op, ": expected no `cu_seqlens_q`: weights of packed sequences are not offered, got one");
+  check_logsumexp(op, "logsumexp", sizes, query, logsumexp);
+  check_rng_state(op, rng_state, options, query.device());
+  Rows rows{row_begin.value_or(0), row_end.value_or(sizes.seqlen_q)};
+  TORCH_SYM_CHECK(rows.begin.sym_ge(0).sym_and(rows.begin.sym_le(rows.end)).sym_and(rows.end.sym_le(sizes.seqlen_q)),
+                  op, ": expected `row_begin` and `row_end` to be a range within the ", sizes.seqlen_q,
+                  " queries, got ", rows.begin, " to ", rows.end);
+  return rows;
+}
+
+}  // namespace attention_ext

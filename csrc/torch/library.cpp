@@ -1,0 +1,49 @@
+// The schema of every operator, and nothing else. Conventions:
+//   query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), out (B, Hq, Lq, Dv) with (B, Lq, Hq, Dv) memory,
+//   logsumexp (B, Hq, Lq) in float32, or float64 for float64;
+//   rng_state int64 [seed, offset], empty without dropout;
+//   with cu_seqlens B is 1 and lengths are totals over sequences packed end to end;
+//   gradients, in order: query, key, value, attn_mask, alibi_slopes, sinks; (0,) where output_mask says no.
+// The options are positional because torch's register_vmap refuses operators with keyword-only tensors.
+#include <torch/library.h>
+
+#include <string>
+
+namespace attention_ext {
+
+namespace {
+
+const std::string kOptions =
+    "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, bool enable_gqa=False, "
+    "str causal_alignment=\"top_left\", int? window_left=None, int? window_right=None, float softcap=0.0, "
+    "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "
+    "Tensor? cu_seqlens_k=None";
+
+}  // namespace
+
+TORCH_LIBRARY(attention_ext, m) {
+  const auto define = [&](const std::string& schema, std::vector<at::Tag> tags = {}) {
+    // Outputs do not depend on input strides, but speed does: compilers keep the order of dimensions in memory.
+    tags.insert(tags.end(), {at::Tag::pt2_compliant_tag, at::Tag::needs_fixed_stride_order});
+    m.def(schema.c_str(), std::as_const(tags));
+  };
+
+  define("attention(Tensor query, Tensor key, Tensor value, " + kOptions +
+             ") -> (Tensor out, Tensor logsumexp, Tensor rng_state)",
+         {at::Tag::nondeterministic_seeded});
+
+  define("attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
+         "Tensor out, Tensor logsumexp, Tensor rng_state, " +
+         kOptions +
+         ", bool[6] output_mask=[True, True, True, True, True, True]) -> (Tensor grad_query, Tensor grad_key, "
+         "Tensor grad_value, Tensor grad_attn_mask, Tensor grad_alibi_slopes, Tensor grad_sinks)");
+
+  // (B, Hq, rows, Lk), or (B, rows, Lk) with average_heads, in the dtype of query
+  define("attention_weights(Tensor query, Tensor key, Tensor logsumexp, Tensor rng_state, " + kOptions +
+         ", bool average_heads=False, SymInt? row_begin=None, SymInt? row_end=None) -> Tensor");
+
+  // for a pass: "forward", "backward" or "weights"
+  define("attention_explain(Tensor query, Tensor key, Tensor value, " + kOptions + ", str which=\"forward\") -> str");
+}
+
+}  // namespace attention_ext

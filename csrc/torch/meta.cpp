@@ -1,0 +1,58 @@
+// The operators on tensors without values: the same checks and the same outputs as on a device. Fake tensors, also those
+// with symbolic sizes, come here too.
+#include <torch/library.h>
+
+#include "torch/outputs.h"
+
+namespace attention_ext {
+
+namespace {
+
+using at::Tensor;
+
+ops::Forward attention_meta(const Tensor& query, const Tensor& key, const Tensor& value,
+                            const AttentionOptions& options) {
+  return empty_forward(query, check_attention("attention", query, key, &value, options), options);
+}
+
+ops::Gradients attention_backward_meta(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,
+                                       const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                                       const Tensor& logsumexp, const Tensor& rng_state,
+                                       const AttentionOptions& options, ops::OutputMask output_mask) {
+  const char* op = "attention_backward";
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  check_backward(op, sizes, grad_out, grad_logsumexp, query, out, logsumexp, rng_state, options);
+  const auto wanted = existing_gradients(options, output_mask);
+  const auto heads_like = [&](bool wants, const Tensor& input) {
+    return wants ? empty_heads(input, input.sym_size(0), input.sym_size(1), input.sym_size(2), input.sym_size(3))
+                 : no_gradient(query);
+  };
+  const auto contiguous_like = [&](bool wants, const std::optional<Tensor>& input) {
+    return wants ? at::empty_symint(input->sym_sizes(), input->options()) : no_gradient(query);
+  };
+  return {heads_like(wanted[0], query),
+          heads_like(wanted[1], key),
+          heads_like(wanted[2], value),
+          contiguous_like(wanted[3], options.attn_mask),
+          contiguous_like(wanted[4], options.alibi_slopes),
+          contiguous_like(wanted[5], options.sinks)};
+}
+
+Tensor attention_weights_meta(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
+                              const AttentionOptions& options, bool average_heads,
+                              std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
+  const char* op = "attention_weights";
+  const Sizes sizes = check_attention(op, query, key, nullptr, options);
+  const Rows rows = check_weights(op, sizes, query, logsumexp, rng_state, options, row_begin, row_end);
+  return empty_weights(query, sizes, average_heads, rows);
+}
+
+TORCH_LIBRARY_IMPL(attention_ext, Meta, m) {
+  m.impl("attention", flat_kernel<attention_meta>);
+  m.impl("attention_backward", flat_kernel<attention_backward_meta>);
+  m.impl("attention_weights", flat_kernel<attention_weights_meta>);
+}
+
+}  // namespace
+
+}  // namespace attention_ext

@@ -1,0 +1,24 @@
+#include "torch/ops.h"
+
+namespace attention_ext::ops {
+
+Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+  static const Operator<decltype(attention)> op("attention_ext::attention");
+  return op(query, key, value, options);
+}
+
+Gradients attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
+                             const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& logsumexp,
+                             const Tensor& rng_state, const AttentionOptions& options, OutputMask output_mask) {
+  static const Operator<decltype(attention_backward)> op("attention_ext::attention_backward");
+  return op(grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, options, output_mask);
+}
+
+Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
+                         const AttentionOptions& options, bool average_heads, std::optional<c10::SymInt> row_begin,
+                         std::optional<c10::SymInt> row_end) {
+  static const Operator<decltype(attention_weights)> op("attention_ext::attention_weights");
+  return op(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
+}
+
+}  // namespace attention_ext::ops

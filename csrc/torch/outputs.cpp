@@ -1,0 +1,39 @@
+#include "torch/outputs.h"
+
+namespace attention_ext {
+
+using at::Tensor;
+using c10::SymInt;
+
+Tensor empty_heads(const Tensor& query, const SymInt& batch, const SymInt& heads, const SymInt& length,
+                   const SymInt& head_dim) {
+  const SymInt sizes[4] = {batch, heads, length, head_dim};
+  const SymInt row = heads * head_dim;
+  const SymInt strides[4] = {length * row, head_dim, row, 1};
+  return at::empty_strided_symint({sizes, 4}, {strides, 4}, query.options());
+}
+
+ops::Forward empty_forward(const Tensor& query, const Sizes& sizes, const AttentionOptions& options) {
+  const SymInt rows[3] = {sizes.batch, sizes.heads, sizes.seqlen_q};
+  return {empty_heads(query, sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v),
+          at::empty_symint({rows, 3}, query.options().dtype(accumulate_type(query.scalar_type()))),
+          at::empty({options.dropout_p > 0 ? 2 : 0}, query.options().dtype(at::kLong))};
+}
+
+ops::OutputMask existing_gradients(const AttentionOptions& options, ops::OutputMask output_mask) {
+  output_mask[3] = output_mask[3] && options.attn_mask && options.attn_mask->scalar_type() != at::kBool;
+  output_mask[4] = output_mask[4] && options.alibi_slopes;
+  output_mask[5] = output_mask[5] && options.sinks;
+  return output_mask;
+}
+
+Tensor no_gradient(const Tensor& query) { return at::empty({0}, query.options()); }
+
+Tensor empty_weights(const Tensor& query, const Sizes& sizes, bool average_heads, const Rows& rows) {
+  const SymInt full[4] = {sizes.batch, sizes.heads, rows.end - rows.begin, sizes.seqlen_k};
+  const SymInt averaged[3] = {full[0], full[2], full[3]};
+  return average_heads ? at::empty_symint({averaged, 3}, query.options())
+                       : at::empty_symint({full, 4}, query.options());
+}
+
+}  // namespace attention_ext

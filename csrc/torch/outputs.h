@@ -1,0 +1,21 @@
+// Outputs of the operators before they are computed: sizes, strides and dtypes, on any device, meta included.
+#pragma once
+
+#include "torch/checks.h"
+
+namespace attention_ext {
+
+// (B, H, L, D) over (B, L, H, D) memory, so that merging heads is free.
+at::Tensor empty_heads(const at::Tensor& query, const c10::SymInt& batch, const c10::SymInt& heads,
+                       const c10::SymInt& length, const c10::SymInt& head_dim);
+
+ops::Forward empty_forward(const at::Tensor& query, const Sizes& sizes, const AttentionOptions& options);
+
+// Which of the gradients asked for exist: a bool mask has none, nor has an absent input.
+ops::OutputMask existing_gradients(const AttentionOptions& options, ops::OutputMask output_mask);
+
+at::Tensor no_gradient(const at::Tensor& query);
+
+at::Tensor empty_weights(const at::Tensor& query, const Sizes& sizes, bool average_heads, const Rows& rows);
+
+}  // namespace attention_ext

@@ -1,0 +1,134 @@
+#include "torch/problem.h"
+
+#include <cmath>
+
+namespace attention_ext {
+
+namespace {
+
+using at::Tensor;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    case at::kBool: return DType::kBool;
+    default: return DType::kFloat32;
+  }
+}
+
+const Tensor& keep_as(at::ScalarType dtype, const Tensor& tensor, Converted& converted) {
+  return converted.emplace_back(tensor.to(dtype).contiguous());
+}
+
+const double* per_head(const Tensor& tensor, Converted& converted, int64_t& stride_b) {
+  stride_b = tensor.dim() == 2 ? tensor.size(1) : 0;
+  return keep_as(at::kDouble, tensor, converted).const_data_ptr<double>();
+}
+
+void verify_key_lengths(const char* op, const AttentionProblem& problem) {
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    TORCH_CHECK(problem.key_lengths[b] >= 0 && problem.key_lengths[b] <= problem.seqlen_k, op,
+                ": expected `key_lengths` to be from 0 to ", problem.seqlen_k, ", got ", problem.key_lengths[b],
+                " at index ", b);
+  }
+}
+
+// The longest sequence.
+int64_t verify_cu_seqlens(const char* op, const char* name, const int64_t* cu, int64_t sequences, int64_t total) {
+  TORCH_CHECK(cu[0] == 0, op, ": expected `", name, "` to start with 0, got ", cu[0]);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < sequences; ++i) {
+    TORCH_CHECK(cu[i] <= cu[i + 1], op, ": expected `", name, "` never to fall, got ", cu[i], " then ", cu[i + 1],
+                " at index ", i + 1);
+    longest = std::max(longest, cu[i + 1] - cu[i]);
+  }
+  TORCH_CHECK(cu[sequences] == total, op, ": expected `", name, "` to end with the packed length ", total, ", got ",
+              cu[sequences]);
+  return longest;
+}
+
+void verify_packed_mask(const char* op, const AttentionProblem& problem, const Tensor& mask) {
+  const int64_t longest[2] = {problem.max_seqlen_q, problem.max_seqlen_k};
+  for (int64_t i = 0; i < 2; ++i) {
+    const int64_t size = mask.size(i - 2);
+    TORCH_CHECK(size == 1 || size >= longest[i], op,
+                ": expected `attn_mask` to reach the longest sequence in its last two sizes, ", longest[0], " and ",
+                longest[1], ", got shape ", mask.sizes());
+  }
+}
+
+void fill_structure(AttentionProblem& problem, Converted& converted, const char* op, const AttentionOptions& options) {
+  if (options.key_lengths) {
+    problem.key_lengths = keep_as(at::kLong, *options.key_lengths, converted).const_data_ptr<int64_t>();
+    if (options.key_lengths->is_cpu()) verify_key_lengths(op, problem);
+  }
+  if (!options.cu_seqlens_q) return;
+  problem.cu_seqlens_q = keep_as(at::kLong, *options.cu_seqlens_q, converted).const_data_ptr<int64_t>();
+  problem.cu_seqlens_k = keep_as(at::kLong, *options.cu_seqlens_k, converted).const_data_ptr<int64_t>();
+  if (!options.cu_seqlens_q->is_cpu()) return;
+  problem.max_seqlen_q =
+      verify_cu_seqlens(op, "cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.seqlen_q);
+  problem.max_seqlen_k =
+      verify_cu_seqlens(op, "cu_seqlens_k", problem.cu_seqlens_k, problem.batch, problem.seqlen_k);
+  if (options.attn_mask) verify_packed_mask(op, problem, *options.attn_mask);
+}
+
+}  // namespace
+
+View view_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor), strides[0], strides[1], strides[2], strides[3]};
+}
+
+View broadcast_view_of(const Tensor& tensor) {
+  int64_t strides[4] = {0, 0, 0, 0};
+  const int64_t missing = 4 - tensor.dim();
+  for (int64_t i = missing; i < 4; ++i) {
+    if (tensor.size(i - missing) != 1) strides[i] = tensor.stride(i - missing);
+  }
+  return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor), strides[0], strides[1], strides[2], strides[3]};
+}
+
+const void* contiguous_data(const Tensor& tensor, Converted& converted) {
+  if (tensor.is_contiguous()) return tensor.const_data_ptr();
+  return converted.emplace_back(tensor.contiguous()).const_data_ptr();
+}
+
+void fill_problem(AttentionProblem& problem, Converted& converted, const char* op, const Sizes& sizes,
+                  const Tensor& query, const Tensor& key, const Tensor* value, const Tensor* rng_state,
+                  const AttentionOptions& options) {
+  problem.batch = sizes.sequences.expect_int();
+  problem.heads = sizes.heads.expect_int();
+  problem.kv_heads = sizes.kv_heads.expect_int();
+  problem.seqlen_q = problem.max_seqlen_q = sizes.seqlen_q.expect_int();
+  problem.seqlen_k = problem.max_seqlen_k = sizes.seqlen_k.expect_int();
+  problem.head_dim = sizes.head_dim.expect_int();
+  problem.head_dim_v = sizes.head_dim_v.expect_int();
+  problem.dtype = dtype_of(query);
+  problem.query = view_of(query);
+  problem.key = view_of(key);
+  if (value) problem.value = view_of(*value);
+
+  problem.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
+  problem.softcap = options.softcap;
+  problem.window_left = std::min(options.window_left.value_or(kUnlimited), kUnlimited);
+  problem.window_right = std::min(options.window_right.value_or(kUnlimited), kUnlimited);
+  if (options.is_causal) problem.window_right = 0;
+  problem.bottom_right = is_bottom_right(options);
+
+  if (options.attn_mask) problem.attn_mask = broadcast_view_of(*options.attn_mask);
+  if (options.alibi_slopes) {
+    problem.alibi_slopes = per_head(*options.alibi_slopes, converted, problem.alibi_stride_b);
+  }
+  if (options.sinks) problem.sinks = per_head(*options.sinks, converted, problem.sinks_stride_b);
+  fill_structure(problem, converted, op, options);
+
+  problem.dropout_p = options.dropout_p;
+  if (options.dropout_p > 0 && rng_state) {
+    problem.rng_state = static_cast<const int64_t*>(contiguous_data(*rng_state, converted));
+  }
+}
+
+}  // namespace attention_ext

@@ -1,0 +1,209 @@
+#include "torch/weights_derivative.h"
+
+#include <cmath>
+
+#include "torch/checks.h"
+
+namespace attention_ext {
+
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+
+bool is_one(const SymInt& size) { return TORCH_GUARD_OR_FALSE(size.sym_eq(1)); }
+
+void add_to(Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; }
+
+Tensor tangent_of(const Tensor& tensor) { return tensor.defined() ? tensor._fw_grad(0) : Tensor(); }
+
+// Rows of a tensor (..., rows or 1, columns).
+Tensor rows_of(const Tensor& tensor, const RowBlock& block) {
+  return is_one(tensor.sym_size(-2)) ? tensor : tensor.narrow_symint(-2, block.begin, block.size);
+}
+
+// Puts zeros for the rows that the call left out.
+Tensor all_rows(const WeightsCall& call, const std::vector<Tensor>& blocks, int64_t dim) {
+  const Tensor rows = at::cat(blocks, dim);
+  std::vector<SymInt> pad(2 * static_cast<size_t>(rows.dim() - dim), 0);
+  pad[pad.size() - 2] = call.row_begin;
+  pad[pad.size() - 1] = call.length_q() - call.row_end;
+  return at::constant_pad_nd_symint(rows, pad);
+}
+
+// (B, H, rows, Lk) summed over the dimensions that the mask broadcasts along.
+Tensor sum_like_mask(const Tensor& grad_score, const Tensor& mask) {
+  std::vector<int64_t> summed;
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t dim = i - (4 - mask.dim());
+    if (dim < 0 || is_one(mask.sym_size(dim))) summed.push_back(i);
+  }
+  return summed.empty() ? grad_score : grad_score.sum(summed, /*keepdim=*/true);
+}
+
+Tensor zeros_if(bool wanted, const std::optional<Tensor>& like) { return wanted ? at::zeros_like(*like) : Tensor(); }
+
+}  // namespace
+
+WeightsCall::WeightsCall(const Tensor& query_, const Tensor& key_, const Tensor& logsumexp_, const Tensor& rng_state_,
+                         const AttentionOptions& options_, bool average_heads_,
+                         const std::optional<SymInt>& row_begin_, const std::optional<SymInt>& row_end_)
+    : query(query_.to(accumulate_type(query_.scalar_type()))),
+      key(key_.to(query.scalar_type())),
+      logsumexp(logsumexp_),
+      rng_state(rng_state_),
+      options(options_),
+      average_heads(average_heads_),
+      row_begin(row_begin_.value_or(0)),
+      row_end(row_end_.value_or(query_.sym_size(2))),
+      dtype(query_.scalar_type()) {
+  if (options.key_lengths) {  // keys past the length may hold anything, and 0 times NaN is NaN
+    const Tensor k = at::arange(length_k(), options.key_lengths->options());
+    const Tensor hidden = k >= options.key_lengths->unsqueeze(1);
+    key = key.masked_fill(hidden.unsqueeze(1).unsqueeze(3), 0);
+  }
+}
+
+double WeightsCall::scale() const {
+  return options.scale.value_or(1.0 / std::sqrt(static_cast<double>(query.size(3))));
+}
+
+std::vector<RowBlock> WeightsCall::blocks() const {
+  const SymInt rows = row_end - row_begin;
+  const auto known_rows = rows.maybe_as_int(), heads = query.sym_size(1).maybe_as_int();
+  if (!average_heads || !known_rows || !heads) return {{row_begin, rows}};  // a tracer fuses by itself
+  std::vector<RowBlock> blocks;
+  const int64_t size = (*known_rows + *heads - 1) / *heads;
+  for (int64_t row = 0; row < *known_rows; row += size) {
+    blocks.push_back({row_begin + row, std::min(size, *known_rows - row)});
+  }
+  return blocks;
+}
+
+Tensor WeightsCall::prob(const RowBlock& block) const {
+  return ops::attention_weights(query, key, logsumexp, rng_state, options, /*average_heads=*/false, block.begin,
+                                block.begin + block.size);
+}
+
+Tensor WeightsCall::grouped(const Tensor& rows) const {
+  const SymInt group = query.sym_size(1) / key.sym_size(1);
+  return rows.reshape_symint({rows.sym_size(0), key.sym_size(1), group * rows.sym_size(2), rows.sym_size(3)});
+}
+
+Tensor WeightsCall::ungrouped(const Tensor& rows) const {
+  const SymInt group = query.sym_size(1) / key.sym_size(1);
+  return rows.reshape_symint({rows.sym_size(0), query.sym_size(1), rows.sym_size(2) / group, rows.sym_size(3)});
+}
+
+Tensor WeightsCall::dot(const Tensor& q_rows, const Tensor& k) const {
+  return ungrouped(at::matmul(grouped(q_rows), k.transpose(-2, -1)));
+}
+
+Tensor WeightsCall::softcap_slope(const RowBlock& block) const {
+  const Tensor t = (dot(rows_of(query, block), key) * (scale() / options.softcap)).tanh();
+  return 1 - t * t;
+}
+
+Tensor WeightsCall::distance(const RowBlock& block) const {
+  const auto integers = query.options().dtype(at::kLong);
+  const Tensor q = at::arange(block.begin, block.begin + block.size, integers).unsqueeze(1);
+  const Tensor k = at::arange(length_k(), integers);
+  Tensor diagonal = q;
+  if (is_bottom_right(options)) {
+    diagonal = options.key_lengths ? q + (options.key_lengths->view({-1, 1, 1, 1}) - length_q())
+                                   : q + (length_k() - length_q());
+  }
+  return (diagonal - k).abs().to(query.scalar_type());
+}
+
+std::vector<Tensor> weights_gradients(const WeightsCall& call, const Tensor& grad, const std::vector<bool>& wanted) {
+  const auto& mask = call.options.attn_mask;
+  const auto& slopes = call.options.alibi_slopes;
+  if (TORCH_GUARD_OR_FALSE(grad.sym_numel().sym_eq(0))) {
+    return {zeros_if(wanted[0], call.query.to(call.dtype)), zeros_if(wanted[1], call.key.to(call.dtype)),
+            zeros_if(wanted[2], call.logsumexp), zeros_if(wanted[3], mask), zeros_if(wanted[4], slopes)};
+  }
+  const Tensor grad_of_heads =
+      call.average_heads ? grad.to(call.query.scalar_type()).unsqueeze(1) / call.query.sym_size(1)
+                         : grad.to(call.query.scalar_type());
+  const bool mask_has_rows = wanted[3] && !is_one(mask->sym_size(-2));
+
+  std::vector<Tensor> query_rows, logsumexp_rows, mask_rows;
+  Tensor grad_key, grad_mask, grad_slopes;
+  for (const RowBlock& block : call.blocks()) {
+    const Tensor grad_score =
+        call.prob(block) * grad_of_heads.narrow_symint(-2, block.begin - call.row_begin, block.size);
+    if (wanted[2]) logsumexp_rows.push_back(-grad_score.sum(-1));
+    if (mask_has_rows) {
+      mask_rows.push_back(sum_like_mask(grad_score, *mask));
+    } else if (wanted[3]) {
+      add_to(grad_mask, sum_like_mask(grad_score, *mask));
+    }
+    if (wanted[4]) add_to(grad_slopes, -(grad_score * call.distance(block)).sum({2, 3}));
+    if (!wanted[0] && !wanted[1]) continue;
+    Tensor grad_dot = grad_score * call.scale();
+    if (call.options.softcap > 0) grad_dot = grad_dot * call.softcap_slope(block);
+    const Tensor grad_dot_grouped = call.grouped(grad_dot);
+    if (wanted[0]) query_rows.push_back(call.ungrouped(at::matmul(grad_dot_grouped, call.key)));
+    if (wanted[1]) {
+      const Tensor q_rows = call.grouped(rows_of(call.query, block));
+      add_to(grad_key, at::matmul(grad_dot_grouped.transpose(-2, -1), q_rows));
+    }
+  }
+  if (mask_has_rows) grad_mask = all_rows(call, mask_rows, 2);
+  if (wanted[4] && slopes->dim() == 1) grad_slopes = grad_slopes.sum(0);
+  return {wanted[0] ? all_rows(call, query_rows, 2).to(call.dtype) : Tensor(),
+          wanted[1] ? grad_key.to(call.dtype) : Tensor(),
+          wanted[2] ? all_rows(call, logsumexp_rows, 2) : Tensor(),
+          wanted[3] ? grad_mask.reshape_symint(mask->sym_sizes()).to(mask->scalar_type()) : Tensor(),
+          wanted[4] ? grad_slopes.to(slopes->scalar_type()) : Tensor()};
+}
+
+WeightsTangents::WeightsTangents(const Tensor& query_, const Tensor& key_, const Tensor& logsumexp_,
+                                 const AttentionOptions& options)
+    : query(tangent_of(query_)),
+      key(tangent_of(key_)),
+      logsumexp(tangent_of(logsumexp_)),
+      attn_mask(tangent_of(options.attn_mask.value_or(Tensor()))),
+      alibi_slopes(tangent_of(options.alibi_slopes.value_or(Tensor()))) {}
+
+bool WeightsTangents::any() const {
+  return query.defined() || key.defined() || logsumexp.defined() || attn_mask.defined() || alibi_slopes.defined();
+}
+
+Tensor weights_tangent(const WeightsCall& call, const WeightsTangents& tangents) {
+  const auto dtype = call.query.scalar_type();
+  std::vector<Tensor> rows;
+  for (const RowBlock& block : call.blocks()) {
+    Tensor dot, score;
+    if (tangents.query.defined()) add_to(dot, call.dot(rows_of(tangents.query.to(dtype), block), call.key));
+    if (tangents.key.defined()) add_to(dot, call.dot(rows_of(call.query, block), tangents.key.to(dtype)));
+    if (dot.defined()) {
+      score = dot * call.scale();
+      if (call.options.softcap > 0) score = score * call.softcap_slope(block);
+    }
+    if (tangents.attn_mask.defined()) add_to(score, rows_of(tangents.attn_mask.to(dtype), block));
+    if (tangents.alibi_slopes.defined()) {
+      add_to(score, -tangents.alibi_slopes.to(dtype).unsqueeze(-1).unsqueeze(-1) * call.distance(block));
+    }
+    if (tangents.logsumexp.defined()) {
+      add_to(score, -tangents.logsumexp.narrow_symint(2, block.begin, block.size).unsqueeze(-1));
+    }
+    const Tensor weights = call.prob(block) * score;
+    rows.push_back(call.average_heads ? weights.mean(1) : weights);
+  }
+  return at::cat(rows, -2).to(call.dtype);
+}
+
+Tensor primal(const Tensor& tensor) {
+  return torch::autograd::isFwGradDefined(tensor) ? tensor._fw_primal(0) : tensor;
+}
+
+AttentionOptions primal(const AttentionOptions& options) {
+  AttentionOptions result = options;
+  if (result.attn_mask) result.attn_mask = primal(*result.attn_mask);
+  if (result.alibi_slopes) result.alibi_slopes = primal(*result.alibi_slopes);
+  return result;
+}
+
+}  // namespace attention_ext

@@ -1,0 +1,67 @@
+// Derivatives of attention_weights, composed of differentiable torch operators, so that higher orders follow.
+//
+// prob = keep / (1 - dropout_p) * exp(score - logsumexp) gives d prob = prob * (d score - d logsumexp): dropout needs
+// nothing more. prob itself comes from the operator, block of rows after block of rows: a row keeps its number, so the
+// dropout bits are those of the whole call. Weights averaged over heads take one block per head, which keeps memory a
+// small multiple of what the caller holds.
+#pragma once
+
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include "torch/ops.h"
+
+namespace attention_ext {
+
+struct RowBlock {
+  c10::SymInt begin, size;
+};
+
+// A call of the operator, in accumulate type.
+class WeightsCall {
+ public:
+  WeightsCall(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp, const at::Tensor& rng_state,
+              const AttentionOptions& options, bool average_heads, const std::optional<c10::SymInt>& row_begin,
+              const std::optional<c10::SymInt>& row_end);
+
+  at::Tensor query, key, logsumexp, rng_state;
+  AttentionOptions options;
+  bool average_heads;
+  c10::SymInt row_begin, row_end;
+  at::ScalarType dtype;  // of the weights
+
+  c10::SymInt length_q() const { return query.sym_size(2); }
+  c10::SymInt length_k() const { return key.sym_size(2); }
+  double scale() const;
+  std::vector<RowBlock> blocks() const;
+
+  // (B, H, rows, Lk) each
+  at::Tensor prob(const RowBlock& block) const;
+  at::Tensor dot(const at::Tensor& q_rows, const at::Tensor& k) const;
+  at::Tensor softcap_slope(const RowBlock& block) const;
+
+  at::Tensor distance(const RowBlock& block) const;  // |diagonal - k|: (1 or B, 1, rows, Lk)
+
+  // GQA as plain matrices: (B, H, rows, n) as (B, Hkv, group * rows, n), and back
+  at::Tensor grouped(const at::Tensor& rows) const;
+  at::Tensor ungrouped(const at::Tensor& rows) const;
+};
+
+// Gradients of query, key, logsumexp, attn_mask, alibi_slopes; undefined where not wanted.
+std::vector<at::Tensor> weights_gradients(const WeightsCall& call, const at::Tensor& grad,
+                                          const std::vector<bool>& wanted);
+
+struct WeightsTangents {
+  at::Tensor query, key, logsumexp, attn_mask, alibi_slopes;  // undefined: zero
+
+  WeightsTangents(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
+                  const AttentionOptions& options);
+  bool any() const;
+};
+
+at::Tensor weights_tangent(const WeightsCall& call, const WeightsTangents& tangents);
+
+// Without the tangent that forward mode attached.
+at::Tensor primal(const at::Tensor& tensor);
+AttentionOptions primal(const AttentionOptions& options);
+
+}  // namespace attention_ext
