@@ -59,6 +59,19 @@ void verify_packed_mask(const char* op, const AttentionProblem& problem, const T
   }
 }
 
+// Kernels add a mask of the problem's own precision, or of any narrower one; others are converted, without the copies
+// that a broadcast stands for.
+Tensor readable_mask(const Tensor& mask, at::ScalarType dtype) {
+  const bool readable = mask.scalar_type() == at::kBool || mask.scalar_type() == dtype ||
+                        (dtype != at::kDouble && mask.scalar_type() != at::kDouble);
+  if (readable) return mask;
+  Tensor once = mask;
+  for (int64_t i = 0; i < mask.dim(); ++i) {
+    if (mask.stride(i) == 0 && mask.size(i) > 1) once = once.narrow(i, 0, 1);
+  }
+  return once.to(accumulate_type(dtype));
+}
+
 void fill_structure(AttentionProblem& problem, Converted& converted, const char* op, const AttentionOptions& options) {
   if (options.key_lengths) {
     problem.key_lengths = keep_as(at::kLong, *options.key_lengths, converted).const_data_ptr<int64_t>();
@@ -118,7 +131,10 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   if (options.is_causal) problem.window_right = 0;
   problem.bottom_right = is_bottom_right(options);
 
-  if (options.attn_mask) problem.attn_mask = broadcast_view_of(*options.attn_mask);
+  if (options.attn_mask) {
+    problem.attn_mask =
+        broadcast_view_of(converted.emplace_back(readable_mask(*options.attn_mask, query.scalar_type())));
+  }
   if (options.alibi_slopes) {
     problem.alibi_slopes = per_head(*options.alibi_slopes, converted, problem.alibi_stride_b);
   }

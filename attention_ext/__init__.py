@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Exact attention for PyTorch: fast C++ kernels, memory linear in the lengths, gradients of every argument.
+
+`attention` stands for `torch.nn.functional.scaled_dot_product_attention`, `MultiheadAttention` for
+`torch.nn.MultiheadAttention`, and `replace_(model)` swaps the latter in place.
+"""
+
+from attention_ext import ops  # loads the operator library, so it comes first  # isort: skip
+
+from attention_ext.functional import attention, attention_varlen, attention_weights
+from attention_ext.interop import Replacement, Routed, replace_, restore_, sdpa
+from attention_ext.modules import (
+    Attention,
+    KVCache,
+    LearnedPositions,
+    MultiheadAttention,
+    RotaryPositions,
+    SinusoidalPositions,
+    alibi_slopes,
+)
+from attention_ext.ops import explain, kernels
+from attention_ext.paths import cmake_prefix, include_path, library_path
+
+__all__ = [
+    "Attention",
+    "KVCache",
+    "LearnedPositions",
+    "MultiheadAttention",
+    "Replacement",
+    "RotaryPositions",
+    "Routed",
+    "SinusoidalPositions",
+    "alibi_slopes",
+    "attention",
+    "attention_varlen",
+    "attention_weights",
+    "cmake_prefix",
+    "explain",
+    "include_path",
+    "kernels",
+    "library_path",
+    "ops",
+    "replace_",
+    "restore_",
+    "sdpa",
+]

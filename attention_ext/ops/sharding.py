@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""DTensor: the operators run on shards of the batch or of the heads, without communication.
+
+Importing torch.distributed.tensor takes a second, so the rules are registered when it is there already, or by a call of
+:func:`register`.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+ops = torch.ops.attention_ext
+
+DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+
+_registered = False
+
+
+def register_if_imported() -> None:
+    if "torch.distributed.tensor" in sys.modules:
+        register()
+
+
+def register() -> None:
+    """Teaches DTensor to shard attention, its backward and its weights by batch or by heads; harmless when repeated."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+    from torch.distributed.tensor.experimental import register_sharding
+
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    for op in (ops.attention.default, ops.attention_backward.default, ops.attention_weights.default):
+        register_sharding(op)(_Rule(op))
+        # All that is no tensor is part of the cache key: dropout_p decides the size of rng_state.
+        propagator.op_to_schema_info[op] = RuntimeSchemaInfo(0, needs_pytree=True)
+
+
+class _Rule:
+    """Acceptable placements of outputs and inputs: everything replicated, the batch sharded, or the heads sharded.
+
+    Dropout on shards draws from each rank's generator, as torch's own attention does.
+    """
+
+    def __init__(self, op: Any) -> None:
+        self.defaults = {argument.name: argument.default_value for argument in op._schema.arguments}
+        self.outputs = [output.name for output in op._schema.returns]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Sequence[tuple[list[Any], list[Any]]]:
+        given = {**self.defaults, **dict(zip(self.defaults, args, strict=False)), **kwargs}
+        return [self.placements(given, sharded) for sharded in (None, *_shardable(given))]
+
+    def placements(self, given: dict[str, Any], sharded: int | None) -> tuple[list[Any], list[Any]]:
+        outputs = [_output_placement(name, given, sharded) for name in self.outputs]
+        inputs = [
+            _placement(name, value, sharded) if isinstance(getattr(value, "shape", None), torch.Size) else None
+            for name, value in given.items()
+        ]
+        return outputs, inputs
+
+
+def _shardable(given: dict[str, Any]) -> list[int]:
+    """Which of the dimensions batch (0) and heads (1) may be sharded."""
+    query, key = given["query"], given["key"]
+    dims = [0] if given["cu_seqlens_q"] is None else []
+    aligned = query.shape[1] == key.shape[1] or key.shape[1] % query.mesh.size() == 0
+    return [*dims, 1] if aligned and not given.get("average_heads") else dims
+
+
+def _placement(name: str, spec: Any, sharded: int | None) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+
+    if sharded is None or name in ("rng_state", "cu_seqlens_q", "cu_seqlens_k"):
+        return Replicate()
+    full_rank = {"attn_mask": 4, "alibi_slopes": 2, "sinks": 2}.get(name, len(spec.shape))
+    dim = sharded - (full_rank - len(spec.shape))
+    broadcasts = dim < 0 or dim >= len(spec.shape) or (name == "attn_mask" and spec.shape[dim] == 1)
+    return Replicate() if broadcasts else Shard(dim)
+
+
+def _output_placement(name: str, given: dict[str, Any], sharded: int | None) -> Any:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    if sharded is None or name == "rng_state":
+        return Replicate()
+    if not name.startswith("grad_"):
+        return Shard(sharded)
+    argument = name.removeprefix("grad_")
+    wanted = given["output_mask"][DIFFERENTIABLE.index(argument)]
+    spec = given[argument]
+    if not wanted or spec is None or spec.tensor_meta.dtype == torch.bool:
+        return Replicate()
+    placement = _placement(argument, spec, sharded)
+    return placement if isinstance(placement, Shard) else Partial()

@@ -1,0 +1,101 @@
+// attention_ext._C: what the operator library knows of itself. No operators here, so no Python there.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include "build_facts.h"
+#include "torch/cpu_run.h"
+
+namespace py = pybind11;
+
+namespace attention_ext {
+
+namespace {
+
+constexpr std::pair<const char*, DType> kDTypes[] = {{"float32", DType::kFloat32},
+                                                     {"bfloat16", DType::kBFloat16},
+                                                     {"float16", DType::kFloat16},
+                                                     {"float64", DType::kFloat64}};
+constexpr std::pair<const char*, Pass> kOperators[] = {{"attention", Pass::kForward},
+                                                       {"attention_backward", Pass::kBackward},
+                                                       {"attention_weights", Pass::kWeights}};
+
+// One query against some keys: every kernel can serve this unless the dtype or the CPU is in its way.
+template <class Problem>
+Problem plainest_problem(DType dtype) {
+  Problem problem;
+  problem.batch = problem.heads = problem.kv_heads = problem.seqlen_q = problem.max_seqlen_q = 1;
+  problem.seqlen_k = problem.max_seqlen_k = 128;
+  problem.head_dim = problem.head_dim_v = 64;
+  problem.dtype = dtype;
+  return problem;
+}
+
+const char* why_not(const CpuKernel& kernel, DType dtype) {
+  switch (kernel.pass) {
+    case Pass::kForward: return kernel.why_not(plainest_problem<ForwardProblem>(dtype));
+    case Pass::kBackward: return kernel.why_not(plainest_problem<BackwardProblem>(dtype));
+    default: return kernel.why_not(plainest_problem<WeightsProblem>(dtype));
+  }
+}
+
+py::list kernels() {
+  py::list rows;
+  for (const CpuKernel& kernel : cpu_kernels()) {
+    py::dict reasons;
+    bool available = false;
+    for (const auto& [name, dtype] : kDTypes) {
+      const char* reason = why_not(kernel, dtype);
+      available |= reason == nullptr;
+      reasons[name] = reason;
+    }
+    const std::string name = kernel.name;
+    py::dict row;
+    row["name"] = name;
+    row["pass"] = kPassNames[static_cast<int>(kernel.pass)];
+    row["isa"] = name.substr(0, name.find('/'));
+    row["device"] = "cpu";
+    row["available"] = available;
+    row["why_not"] = reasons;
+    rows.append(row);
+  }
+  return rows;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = build_facts::kCompiler;
+  info["flags"] = build_facts::kFlags;
+  info["cplusplus"] = __cplusplus;
+  info["commit"] = build_facts::kCommit;
+  info["dirty"] = build_facts::kDirty;
+  info["cuda"] = false;
+  return info;
+}
+
+int64_t calls_of(const std::string& op) {
+  for (const auto& [name, pass] : kOperators) {
+    if (op == name) return call_count(pass);
+  }
+  throw py::key_error("no operator of attention_ext counts calls as \"" + op + "\"");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("kernels", kernels,
+        "Rows of the kernel table, best first: name, pass, isa, device, available, and why_not, which gives for each "
+        "dtype the reason why the kernel does not serve it here, or None.");
+  m.def("instruction_set", cpu_instruction_set,
+        "The widest instruction set in use: the CPU's, or what ATTENTION_EXT_ISA limits it to; \"none\" if that names "
+        "none that the CPU has.");
+  m.def("build_info", build_info, "The compiler, flags, commit and torch version this was built with.");
+  m.def("call_count", calls_of, py::arg("op"), "How often an operator has computed in this process.");
+  m.def(
+      "force_kernel", [](const std::string& pass, const std::string& name) { force_cpu_kernel(pass_of(pass), name); },
+      py::arg("pass"), py::arg("name"),
+      "Uses only the kernel of this name for a pass, in the whole process; an empty name lifts that. For tests.");
+}
+
+}  // namespace attention_ext
