@@ -9,17 +9,6 @@ namespace {
 // With fewer heads than this, the keys of a head are dealt to several groups, each with sums of its own for grad_query.
 constexpr int64_t kEnoughBackwardJobs = 8;
 
-// One number per query: index of query 0 of the sequence in (b, h, q).
-ATTENTION_INLINE int64_t row_of(const AttentionProblem& p, const Sequence& s, int64_t head) {
-  return (s.tensor_batch * p.heads + head) * p.seqlen_q + s.begin_q;
-}
-
-template <class T>
-ATTENTION_INLINE const T* row_pointer(const void* per_query, const AttentionProblem& p, const Sequence& s,
-                                      int64_t head) {
-  return per_query ? static_cast<const T*>(per_query) + row_of(p, s, head) : nullptr;
-}
-
 template <class C>
 struct BackwardShape {
   using T = typename C::Scalar;

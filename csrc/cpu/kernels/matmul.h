@@ -42,6 +42,12 @@ ATTENTION_INLINE Matrix<const T> as_operand(Matrix<T> m) {
   return {m.data, m.stride};
 }
 
+// The rows from `first` on.
+template <class T>
+ATTENTION_INLINE Matrix<T> rows_from(Matrix<T> m, int64_t first) {
+  return {m.row(first), m.stride};
+}
+
 // A[m][depth] at data[m * row + depth * step]
 template <class T>
 struct Broadcast {

@@ -1,0 +1,103 @@
+// The walk of every pass that finishes queries: a job is a run of query tiles that share a key head; it walks the keys
+// in blocks, packs each block once for all its tiles, and keeps their sums in its scratch.
+#pragma once
+
+#include "cpu/kernels/tile.h"
+
+namespace attention_ext {
+namespace {
+
+// Tiles of a job: the packed block serves that many, and their operands and sums stay in L2 beside it.
+constexpr int64_t kTilesPerJob = 8;
+constexpr int64_t kRunBytes = 256 << 10;
+constexpr int64_t kEnoughJobs = 16;  // with fewer, jobs shrink so that threads share the work
+
+template <class C>
+struct RunShape {
+  using T = typename C::Scalar;
+  int64_t depth, columns;  // elements of head_dim, numbers of head_dim_v in whole vectors
+  int64_t keys;            // rows of a block
+  int64_t tiles_per_job, jobs_per_group, jobs;
+
+  // numbers_per_query: what a job holds of each of its queries
+  RunShape(const AttentionProblem& p, int64_t numbers_per_query) {
+    depth = ceil_div(p.head_dim, C::kPair);
+    columns = round_up(p.head_dim_v, kLanes<T>);
+    keys = minimum(kKeys, round_up(p.max_seqlen_k, kTileRows));
+    const int64_t tiles = ceil_div(p.max_seqlen_q, kQueries<T>) * p.group_size();
+    const int64_t tile_bytes = kQueries<T> * numbers_per_query * static_cast<int64_t>(sizeof(T));
+    const int64_t fair = ceil_div(tiles * p.batch * p.kv_heads, kEnoughJobs);
+    tiles_per_job = clamp(minimum(kRunBytes / tile_bytes, fair), 1, kTilesPerJob);
+    jobs_per_group = ceil_div(tiles, tiles_per_job);
+    jobs = p.batch * p.kv_heads * jobs_per_group;
+  }
+};
+
+// Job provides open_tile(i), open_keys(k), tile_block(i, k, skip) with `skip` rows of the opened keys before k,
+// close_tile(i).
+template <class C, class Job>
+class QueryRun {
+  using T = typename C::Scalar;
+
+ protected:
+  QueryRun(const AttentionProblem& problem, const RunShape<C>& shape, Tile* tiles)
+      : shape_(shape), tiles_(tiles), problem_(problem) {}
+
+  void walk(int64_t job) {
+    const int64_t group = job / shape_.jobs_per_group;
+    const int64_t run = shape_.jobs_per_group - 1 - job % shape_.jobs_per_group;  // the longest of a causal call first
+    kv_head_ = group % problem_.kv_heads;
+    sequence_ = sequence_of(problem_, group / problem_.kv_heads);
+    const Range all = open_tiles(run);
+    for (int64_t k = all.begin / kKeys * kKeys; k < all.end; k += kKeys) {
+      block(Range{maximum(k, all.begin), minimum(k + kKeys, all.end)});
+    }
+    for (int64_t i = 0; i < count_; ++i) self().close_tile(i);
+  }
+
+  RunShape<C> shape_;
+  Sequence sequence_{};
+  int64_t kv_head_ = 0;
+  Tile* tiles_;
+
+ private:
+  Job& self() { return static_cast<Job&>(*this); }
+
+  // Heads of a group run innermost, so that the tiles of a job see nearly the same keys. Returns the keys that any
+  // sees.
+  Range open_tiles(int64_t run) {
+    const int64_t tiles = ceil_div(sequence_.length_q, kQueries<T>) * problem_.group_size();
+    const int64_t first = run * shape_.tiles_per_job;
+    count_ = clamp(tiles - first, 0, shape_.tiles_per_job);
+    Range all{INT64_MAX, 0};
+    for (int64_t i = 0; i < count_; ++i) {
+      const int64_t head = kv_head_ * problem_.group_size() + (first + i) % problem_.group_size();
+      tiles_[i] = tile_of<T>(sequence_, head, (first + i) / problem_.group_size());
+      const Range seen = keys_of_tile(i);
+      all = {minimum(all.begin, seen.begin), maximum(all.end, seen.end)};
+      self().open_tile(i);
+    }
+    return all;
+  }
+
+  // Whole pairs of keys from the first on, so that pairs of packed rows stay pairs.
+  Range keys_of_tile(int64_t i) const {
+    const Range seen = visible_keys(problem_, sequence_, tiles_[i].q);
+    return {seen.begin - seen.begin % C::kPair, seen.end};
+  }
+
+  void block(Range k) {
+    self().open_keys(k);
+    for (int64_t i = 0; i < count_; ++i) {
+      const Range seen = keys_of_tile(i);
+      const Range part{maximum(k.begin, seen.begin), minimum(k.end, seen.end)};
+      if (!part.empty()) self().tile_block(i, part, part.begin - k.begin);
+    }
+  }
+
+  const AttentionProblem& problem_;
+  int64_t count_ = 0;
+};
+
+}  // namespace
+}  // namespace attention_ext
