@@ -9,7 +9,7 @@
 
 namespace attention_ext {
 
-enum class Pass : uint8_t { kForward, kBackward, kWeights };
+enum class Pass : uint8_t { kForward, kBackward, kWeights, kJvp, kDoubleBackward };
 
 struct CpuKernel {
   const char* name;  // instruction set and algorithm, e.g. "avx512/forward"

@@ -8,7 +8,7 @@
 
 namespace attention_ext {
 
-// A kernel runs as one to three phases, one after another. Jobs of a phase are independent: any thread may take any
+// A kernel runs as a few phases, one after another. Jobs of a phase are independent: any thread may take any
 // job.
 struct Phase {
   int64_t jobs = 0;
@@ -18,7 +18,7 @@ struct Phase {
 };
 
 struct Plan {
-  Phase phases[3];
+  Phase phases[4];
   int phase_count = 0;
   size_t shared_bytes = 0, scratch_bytes = 0;
 };

@@ -69,6 +69,32 @@ struct BackwardProblem : AttentionProblem {
   double* grad_sinks = nullptr;         // (batch, heads), likewise
 };
 
+// Directions along which the six differentiable inputs move; an input that stands still stays null.
+struct Tangents {
+  View query, key, value;  // like the inputs
+  View attn_mask;          // like the mask, in a dtype the mask may have but bool
+  const double* alibi_slopes = nullptr;  // (batch, heads)
+  const double* sinks = nullptr;         // (batch, heads)
+};
+
+// How out and logsumexp move along the tangents.
+struct JvpProblem : AttentionProblem {
+  View out;                            // (b, h, q, d_v)
+  const void* logsumexp = nullptr;     // (b, h, q)
+  Tangents tangent;
+  View out_tangent;                    // (b, h, q, d_v)
+  void* logsumexp_tangent = nullptr;   // (b, h, q)
+};
+
+// The gradients of attention_backward's results along the tangents: with respect to grad_out and grad_logsumexp they are
+// how out and logsumexp move, with respect to the inputs how the first gradients move (the Hessian is symmetric). The
+// grad_* fields of BackwardProblem receive the latter.
+struct DoubleBackwardProblem : BackwardProblem {
+  Tangents tangent;
+  View out_tangent;                   // (b, h, q, d_v)
+  void* logsumexp_tangent = nullptr;  // (b, h, q)
+};
+
 struct WeightsProblem : AttentionProblem {
   const void* logsumexp = nullptr;  // (b, h, q)
   View weights;                     // (b, h or 1, rows, k), in the dtype of query
