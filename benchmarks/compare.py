@@ -1,0 +1,85 @@
+"""Prints benchmark files: our time against torch's, and the share of the machine's limit that each reaches.
+
+python benchmarks/compare.py out/benchmark.json                 one file
+python benchmarks/compare.py out/before.json out/after.json     and how ours changed since the first file
+python benchmarks/compare.py --fail-below 1.0 out/benchmark.json   exits with 1 where torch is faster than that
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in ("group", "case", "dtype", "pass", "length"))
+
+
+def speed_up(row: Row) -> float | None:
+    return row["torch_s"] / row["ours_s"] if row.get("torch_s") else None
+
+
+def share(row: Row, who: str) -> float | None:
+    """Of the peak multiply-add rate or of the read bandwidth."""
+    if row.get("limit_per_s") and row.get(f"{who}_s"):
+        return row["work"] / row[f"{who}_s"] / row["limit_per_s"]
+    return None
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def mebibytes(number: int | None) -> str:
+    return "-" if number is None else f"{number / 2**20:.0f} MiB"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def line(row: Row, before: Row | None = None) -> str:
+    if row["group"] == "memory":
+        ours, theirs = mebibytes(row["ours_bytes"]), mebibytes(row["torch_bytes"])
+        return f"{row['case']} L{row['length']}: ours {ours}, torch {theirs}"
+    ratio = speed_up(row)
+    times = [f"{duration(row[f'{who}_s']):>11} {percent(share(row, who)):>5}" for who in ("ours", "torch")]
+    text = f"{row['case']:48} {row['dtype']:9} {row['pass']:13} {times[0]}   torch {times[1]}"
+    text += "" if ratio is None else f"   {ratio:>6.2f}x"
+    if before is not None:
+        text += f"   before {duration(before['ours_s']):>11}, {before['ours_s'] / row['ours_s']:.2f}x"
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="one file, or an earlier and a later one")
+    parser.add_argument("--fail-below", type=float, metavar="RATIO", help="the least speed-up over torch")
+    options = parser.parse_args(arguments)
+    if len(options.files) > 2:
+        parser.error(f"expected one or two files, got {len(options.files)}")
+    *earlier, latest = (json.loads(file.read_text()) for file in options.files)
+    before = {key(row): row for file in earlier for row in file["results"]}
+    facts = latest["facts"]
+    print(f"{facts['cpu']}, {facts['threads']} thread(s), {facts['instruction_set']}, torch {facts['torch']}")
+    print(f"commit {facts['commit'][:12]}{' with changes' if facts['dirty'] else ''}")
+    slow = []
+    for row in latest["results"]:
+        print(line(row, before.get(key(row))))
+        ratio = speed_up(row)
+        if options.fail_below is not None and ratio is not None and ratio < options.fail_below:
+            slow.append(row)
+    if slow:
+        print(f"\nslower than {options.fail_below:.2f}x of torch:", *(line(row) for row in slow), sep="\n  ")
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

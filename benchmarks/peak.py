@@ -1,0 +1,68 @@
+"""What this machine can do at most, measured beside each case: multiply-adds in registers, bytes read from memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+BUILD = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
+FMA_ITERATIONS = 40_000  # half a millisecond or so
+READ_BYTES = 256 * 2**20
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    file = BUILD / f"peak-{name}.so"
+    if not file.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        subprocess.run([os.environ.get("CXX", "c++"), *FLAGS, str(SOURCE), "-o", str(part)], check=True)
+        part.rename(file)
+    loaded = ctypes.CDLL(str(file))
+    for function in ("float32_rate", "float64_rate", "bfloat16_rate"):
+        getattr(loaded, function).argtypes = [ctypes.c_int64]
+        getattr(loaded, function).restype = ctypes.c_double
+    loaded.read_rate.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.read_rate.restype = ctypes.c_double
+    return loaded
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def _on_all(threads: int, probe: Callable[[], float]) -> float:
+    """ctypes lets go of the interpreter lock, so the probes run side by side."""
+    if threads == 1:
+        return probe()
+    return sum(future.result() for future in [_pool(threads).submit(probe) for _ in range(threads)])
+
+
+def flops(dtype: torch.dtype, threads: int) -> float:
+    """Floating-point operations a second; float16 is computed in float32."""
+    name = {torch.float64: "float64_rate", torch.bfloat16: "bfloat16_rate"}.get(dtype, "float32_rate")
+    return _on_all(threads, lambda: getattr(library(), name)(FMA_ITERATIONS))
+
+
+@functools.cache
+def _memory() -> torch.Tensor:
+    return torch.ones(READ_BYTES // 4)
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second; each thread reads a part of its own."""
+    part = READ_BYTES // threads // 64 * 64
+    starts = iter([_memory().data_ptr() + i * part for i in range(threads)])
+    return _on_all(threads, lambda: library().read_rate(next(starts), part))

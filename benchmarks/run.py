@@ -1,0 +1,143 @@
+"""Times our attention and torch's best path for the same in turns, with a probe of the machine's limit between them.
+
+python benchmarks/run.py                          every group, one thread, into out/benchmark.json
+python benchmarks/run.py --group main --match causal --threads 2
+python benchmarks/run.py --list
+
+Times are medians. A share is that of the peak multiply-add rate (of the read bandwidth where that is the limit) and
+counts only the query-key pairs that masks leave. `compare.py` prints the file, `plot.py` draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import compare
+import memory
+import modules
+import peak
+import timing
+import torch
+from torch import Tensor
+
+from attention_ext import info
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = ["main", "odd", "long", "tiny", "modules", "memory"]
+
+
+def forward(problem: cases.Problem, function: Callable[[], Tensor]) -> Callable[[], object]:
+    return torch.no_grad()(function)
+
+
+def backward(problem: cases.Problem, function: Callable[[], Tensor]) -> Callable[[], object]:
+    out = function()
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return lambda: torch.autograd.grad(out, problem.inputs, grad, retain_graph=True)
+
+
+# How a pass is run; a new one is a line here and one in Case.flop.
+PASSES = {"forward": forward, "backward": backward}
+
+
+def run_case(case: cases.Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    problem = cases.build(case)
+    rows = []
+    for which in case.passes:
+        functions = {"ours": PASSES[which](problem, problem.ours)}
+        functions |= {name: PASSES[which](problem, way) for name, way in problem.theirs.items()}
+        if case.bandwidth_bound:
+            work, probe = case.read_bytes(), lambda: peak.read_bandwidth(options.threads)
+        else:
+            work, probe = case.flop(which), lambda: peak.flops(case.dtype, options.threads)
+        seconds, limit, rounds = timing.medians(functions, probe, options.budget)
+        row = {"group": case.group, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "pass": which}
+        row |= {"limit": "bandwidth" if case.bandwidth_bound else "flops", "limit_per_s": limit, "work": work}
+        row |= result(seconds, rounds)
+        rows.append(row)
+    return rows
+
+
+def run_module(case: modules.ModuleCase, options: argparse.Namespace) -> dict[str, Any]:
+    pair = modules.build(case)
+    seconds, _, rounds = timing.medians({"ours": pair.ours, "torch": pair.theirs}, lambda: 0.0, options.budget)
+    row = {"group": "modules", "case": case.name, "dtype": "bfloat16" if case.autocast else "float32"}
+    return row | {"pass": "training step" if case.training else "inference"} | result(seconds, rounds)
+
+
+def result(seconds: dict[str, float], rounds: int) -> dict[str, Any]:
+    theirs = {name: value for name, value in seconds.items() if name != "ours"}
+    best = min(theirs, key=theirs.__getitem__, default=None)
+    return {"ours_s": seconds["ours"], "torch_s": theirs.get(best or ""), "torch_way": best, "rounds": rounds}
+
+
+def run_memory(length: int, options: argparse.Namespace) -> dict[str, Any]:
+    name = f"nn.MultiheadAttention({memory.WIDTH}, {memory.HEADS}, dropout=0.1)"
+    ours, theirs = (memory.peak_bytes(which, length, options.threads) for which in (True, False))
+    return {"group": "memory", "case": name, "length": length, "ours_bytes": ours, "torch_bytes": theirs}
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def facts(options: argparse.Namespace) -> dict[str, Any]:
+    commit = {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    return {**info.versions(), **commit, "threads": options.threads, "machine": platform.machine()}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--group", nargs="+", choices=GROUPS, default=GROUPS)
+    parser.add_argument("--match", default="", help="a regular expression that name and dtype of a case must contain")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds for each pass of a case")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "benchmark.json")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+
+    def wanted(group: str, name: str) -> bool:
+        return group in options.group and re.search(options.match, name) is not None
+
+    chosen = [x for x in cases.CASES if wanted(x.group, f"{x.name} {x.dtype}")]
+    chosen_modules = [x for x in modules.CASES if wanted("modules", x.name)]
+    lengths = [x for x in memory.LENGTHS if wanted("memory", f"L{x}")]
+    if options.list:
+        print(*(f"{x.group:8} {x.name}, {str(x.dtype).removeprefix('torch.')}" for x in chosen), sep="\n")
+        print(*(f"modules  {x.name}" for x in chosen_modules), *(f"memory   L{x}" for x in lengths), sep="\n")
+        return 0
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
+
+    def add(*new: dict[str, Any]) -> None:
+        rows.extend(new)
+        for row in new:
+            print(compare.line(row), flush=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"facts": facts(options), "results": rows}, indent=1) + "\n")
+
+    for case in chosen:
+        add(*run_case(case, options))
+    for module_case in chosen_modules:
+        add(run_module(module_case, options))
+    for length in lengths:
+        add(run_memory(length, options))
+    print(f"wrote {options.out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Times callables in turns, so that a change of the machine's speed meets all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+SHORTEST = 200e-6  # a shorter call is repeated within one measurement
+ROUNDS = (5, 60)
+
+
+def _seconds(function: Callable[[], object], repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - begin) / repeats
+
+
+def medians(
+    functions: Mapping[str, Callable[[], object]], probe: Callable[[], float], budget: float
+) -> tuple[dict[str, float], float, int]:
+    """Median seconds of each function, the median of the probe that runs between them, and how many rounds there were.
+
+    budget: seconds for all rounds together; there are at least 5.
+    """
+    repeats = {}
+    round_time = 0.0
+    for name, function in functions.items():
+        function()
+        once = _seconds(function, 1)
+        repeats[name] = max(1, round(SHORTEST / max(once, 1e-7)))
+        round_time += max(once, SHORTEST)
+    rounds = min(ROUNDS[1], max(ROUNDS[0], int(budget / round_time)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    peaks = []
+    for turn in range(rounds):
+        names = list(functions) if turn % 2 == 0 else list(reversed(functions))
+        for name in names:
+            times[name].append(_seconds(functions[name], repeats[name]))
+        peaks.append(probe())
+    return {name: statistics.median(values) for name, values in times.items()}, statistics.median(peaks), rounds
