@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Shape rules: any number of leading dimensions, folded to the 4-D tensors that the operators take, and back.
 
 Everything here runs in TorchScript as well as in eager mode: list arithmetic, no generators, no keyword-only defaults.

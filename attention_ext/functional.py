@@ -1,9 +1,12 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The functional interface: `attention`, `attention_varlen` and `attention_weights`.
 
 Only shape rules are Python (`folding.py`). Every other check, and every default, is in C++, so that a bare
 `torch.ops.attention_ext.*` call is as safe as these functions. All three can be called from TorchScript;
 `script_forms.py` has what that needs.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +46,7 @@ def attention(
     sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     return_logsumexp: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     r"""Scaled dot-product attention, ``softmax(scale * query @ key^T + ...) @ value``, in memory linear in the lengths.
 
     The positional arguments are those of :func:`torch.nn.functional.scaled_dot_product_attention`, in its order and
@@ -120,7 +123,7 @@ def attention_varlen(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_logsumexp: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     r"""Attention within each of n sequences of different lengths that are packed end to end, without padding.
 
     Sequence i holds the queries ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]`` and the keys ``cu_seqlens_k[i]`` to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What TorchScript compiles where a script calls `attention` or `attention_varlen`.
 
 Their result depends on the flag `return_logsumexp`, which TorchScript's types cannot say, and their keyword-only
@@ -17,13 +18,14 @@ from attention_ext.folding import Window, attention_with_state, varlen_with_stat
 
 def register(function: Callable[..., Any], alone: Callable[..., Any], with_logsumexp: Callable[..., Any]) -> None:
     """Makes scripts call `with_logsumexp` where they pass return_logsumexp=True to `function`, else `alone`."""
-    boolean_dispatched[function] = {
+    forms: dict[str, Any] = {
         "if_true": with_logsumexp,
         "if_false": alone,
         "index": alone.__code__.co_argcount - 1,
         "default": False,
         "arg_name": "return_logsumexp",
     }
+    boolean_dispatched[function] = forms
 
 
 def attention(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Ways into the library for code that was written against torch."""
 
 from attention_ext.interop.replace import Replacement, replace_, restore_

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Turns the nn.MultiheadAttention modules of a model into ours, and back.
 
 A module changes its class and stays the same object: parameters, buffers, hooks, device, dtype, training mode, places
@@ -117,7 +118,7 @@ def _change_class(module: nn.Module, to: type[nn.MultiheadAttention]) -> None:
     else:
         module.__class__ = to
     same = module.kdim == module.embed_dim and module.vdim == module.embed_dim
-    module._qkv_same_embed_dim = same and to is nn.MultiheadAttention
+    module._qkv_same_embed_dim = same and to is nn.MultiheadAttention  # type: ignore[assignment]
 
 
 def _has_ours(module: nn.Module) -> bool:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Routes F.scaled_dot_product_attention to `attention_ext.attention` for the length of a with-block."""
 
 from collections import Counter
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from attention_ext.functional import attention
 
@@ -39,9 +41,9 @@ def sdpa() -> Iterator[Routed]:
     ``from torch.nn.functional import ...``, C++ callers, scripted functions, and graphs that torch.compile made
     outside.
 
-    Calls that this library does not serve are torch's, and are counted in ``left``: a mask together with
-    ``is_causal``, which torch refuses; tensor subclasses, among them the mask objects of torch.nn.attention.bias;
-    nested tensors; and dtypes and devices without kernels.
+    Calls that this library does not serve are torch's, and are counted in ``left``: tensor subclasses other than
+    torch.nn.attention.bias.CausalBias, nested tensors, and dtypes and devices without kernels. A mask together with
+    ``is_causal`` hides what either of them hides; torch does the same or refuses, depending on its backend.
     """
     original = F.scaled_dot_product_attention
     routed = Routed()
@@ -57,12 +59,19 @@ def sdpa() -> Iterator[Routed]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        reason = _why_not(query, key, value, attn_mask, is_causal)
+        alignment = "top_left"
+        if isinstance(attn_mask, CausalBias):
+            if attn_mask.variant == CausalVariant.LOWER_RIGHT:
+                alignment = "bottom_right"
+            attn_mask, is_causal = None, True
+        reason = _why_not(query, key, value, attn_mask)
         if reason:
             routed.left[reason] += 1
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         routed.taken += 1
-        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment=alignment
+        )
 
     F.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
     try:
@@ -71,10 +80,8 @@ def sdpa() -> Iterator[Routed]:
         F.scaled_dot_product_attention = original
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str:
+def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str:
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
-    if attn_mask is not None and is_causal:
-        return "attn_mask with is_causal"
     if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return "tensor subclass"
     if any(x.is_nested for x in tensors):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """An attention layer with everything the operator offers, and a cache of keys and values for decoding."""
 
 import math
@@ -168,10 +169,10 @@ class Attention(nn.Module):
             self.log_temperature = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0), **factory))
         if sinks:
             self.sinks = nn.Parameter(torch.zeros(num_heads, **factory))
-        slopes = None if alibi is None else alibi_slopes(num_heads).to(**factory)
         if alibi == "trained":
-            self.slopes = nn.Parameter(slopes)
+            self.slopes = nn.Parameter(alibi_slopes(num_heads).to(**factory))
         else:
+            slopes = None if alibi is None else alibi_slopes(num_heads).to(**factory)
             self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(

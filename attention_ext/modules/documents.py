@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The attention layers of five introductory tutorials, as their texts intend them.
 
 Three tutorials call their class `SelfAttention`; here each has a name of its own, and its own name is an alias:
@@ -283,7 +284,7 @@ def numpy_self_attention(x: "np.ndarray", scale: float = 1.0) -> "np.ndarray":
     """
     tensor = torch.as_tensor(x)
     tensor = tensor if tensor.is_floating_point() else tensor.double()
-    return attention(tensor, tensor, tensor, scale=scale).numpy()  # type: ignore[union-attr]
+    return attention(tensor, tensor, tensor, scale=scale).numpy()
 
 
 class ResidualAttentionStack(nn.Module):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A drop-in for torch.nn.MultiheadAttention on the library's kernels.
 
 Projections, head views and masks are here; the attention itself is `attention_ext.functional`. The argument checks are
@@ -97,7 +98,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "MultiheadAttention does not support NestedTensor: pass a padded tensor with key_padding_mask, and "
                 "give nn.TransformerEncoder enable_nested_tensor=False"
             )
-        is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)  # type: ignore[attr-defined]
         if _any_floating(attn_mask, key_padding_mask):
             key_padding_mask = F._canonical_mask(
                 key_padding_mask, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", query.dtype
@@ -174,7 +175,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             q = F.linear(query, weight_q, bias_q)
             k, v = F.linear(key, weight_kv, bias_kv).unflatten(-1, [2, self.embed_dim]).unbind(-2)
         else:
-            q, k, v = F._in_projection_packed(query, key, value, weight, bias)
+            q, k, v = F._in_projection_packed(query, key, value, weight, bias)  # type: ignore[attr-defined]
         bias_k, bias_v = self.bias_k, self.bias_v
         if bias_k is not None and bias_v is not None:
             k = _append(k, bias_k, batch_first)
@@ -192,8 +193,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         bias = self.in_proj_bias
         if bias is not None:
             bias_q, bias_k, bias_v = bias.chunk(3)
-        weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        return F._in_projection(query, key, value, weights[0], weights[1], weights[2], bias_q, bias_k, bias_v)
+        q, k, v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        return F._in_projection(query, key, value, q, k, v, bias_q, bias_k, bias_v)  # type: ignore[attr-defined]
 
     def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
         """(N, L, E), or (L, N, E), to (N, H, L, D)."""
@@ -219,7 +220,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if appended > 0:
                 key_padding_mask = F.pad(key_padding_mask, [0, appended])
             if not torch.jit.is_scripting() and not torch.jit.is_tracing():
-                F._check_key_padding_mask(key_padding_mask, seqlen_k, batch)
+                F._check_key_padding_mask(key_padding_mask, seqlen_k, batch)  # type: ignore[attr-defined]
             mask = key_padding_mask.unsqueeze(1).unsqueeze(1)
             if attn_mask is not None:
                 mask = mask.logical_or(attn_mask) if mask.dtype == torch.bool else mask + attn_mask

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""attention_ext.modules.Attention against plain torch, and decoding against its cache."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention_ext.modules import Attention, KVCache, RotaryPositions, alibi_slopes
+
+EMBED, HEADS = 24, 4
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "grouped": {"num_kv_heads": 2},
+    "one kv head": {"num_kv_heads": 1},
+    "head sizes": {"head_dim": 5, "head_dim_v": 7, "out_dim": 9},
+    "window": {"window": (2, 1), "causal_alignment": "bottom_right"},
+    "causal window": {"window": (3, None), "is_causal": True},
+    "scale": {"scale": -0.3},
+    "softcap": {"softcap": 1.5},
+    "cosine": {"similarity": "cosine"},
+    "fixed alibi": {"alibi": "fixed"},
+    "trained alibi": {"alibi": "trained", "is_causal": True},
+    "sinks": {"sinks": True},
+    "rotary": {"rotary": RotaryPositions(6), "is_causal": True},
+    "no bias": {"bias": False},
+    "all": {
+        "num_kv_heads": 2, "head_dim": 8, "window": (4, 0), "softcap": 2.0, "similarity": "cosine", "alibi": "trained",
+        "sinks": True, "rotary": RotaryPositions(4, interleaved=True), "is_causal": True,
+    },
+}  # fmt: skip
+
+
+def build(options: dict[str, Any], **more: Any) -> Attention:
+    torch.manual_seed(1)
+    module = Attention(EMBED, HEADS, dtype=torch.float64, **options, **more)
+    if module.sinks is not None:
+        torch.nn.init.normal_(module.sinks)
+    return module
+
+
+def reference(
+    module: Attention, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and weights per head from the module's parameters, with every matrix written out."""
+    q, k, v = (
+        projection(x).unflatten(-1, (heads, -1)).transpose(-3, -2)
+        for projection, x, heads in (
+            (module.q_proj, query, module.num_heads),
+            (module.k_proj, key, module.num_kv_heads),
+            (module.v_proj, value, module.num_kv_heads),
+        )
+    )
+    k, v = (x.repeat_interleave(module.num_heads // module.num_kv_heads, dim=-3) for x in (k, v))
+    scale = module.head_dim**-0.5 if module.scale is None else module.scale
+    if module.rotary is not None:
+        q, k = module.rotary(q), module.rotary(k)
+    score = q @ k.mT * scale
+    if module.log_temperature is not None:
+        score = score / (q.norm(dim=-1).unsqueeze(-1) * k.norm(dim=-1).unsqueeze(-2)) * module.log_temperature.exp()
+    if module.softcap:
+        score = module.softcap * (score / module.softcap).tanh()
+    length_q, length_k = score.shape[-2:]
+    shift = length_k - length_q if module.causal_alignment == "bottom_right" else 0
+    distance = torch.arange(length_k) - torch.arange(length_q)[:, None] - shift
+    if module.slopes is not None:
+        score = score - module.slopes[:, None, None] * distance.abs()
+    left, right = module.window or (None, None)
+    hidden = torch.zeros(length_q, length_k, dtype=torch.bool)
+    hidden |= distance > (0 if module.is_causal else math.inf)
+    hidden |= (distance < (-math.inf if left is None else -left)) | (distance > (math.inf if right is None else right))
+    score = score.masked_fill(hidden, float("-inf"))
+    if attn_mask is not None:
+        score = score.masked_fill(~attn_mask, float("-inf"))
+    if module.sinks is not None:
+        score = torch.cat([score, module.sinks[:, None, None].expand(*score.shape[:-1], 1)], dim=-1)
+    prob = score.softmax(dim=-1)[..., :length_k]
+    return module.out_proj((prob @ v).transpose(-3, -2).flatten(-2)), prob
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("average", [False, True])
+def test_against_plain_torch(name: str, average: bool) -> None:
+    module = build(CASES[name])
+    x = torch.randn(2, 9, EMBED, dtype=torch.float64, requires_grad=True)
+    out, weights = module(x, need_weights=True, average_weights=average)
+    expected, expected_weights = reference(module, x, x, x)
+    expected_weights = expected_weights.mean(-3) if average else expected_weights
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(weights, expected_weights)
+    torch.testing.assert_close(module(x)[0], expected)
+    wanted = [x, *module.parameters()]
+
+    def gradients(out: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out.sin().sum() + weights.cos().sum(), wanted)
+
+    torch.testing.assert_close(gradients(out, weights), gradients(expected, expected_weights))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+def test_cross_attention_of_any_rank(shape: tuple[int, ...]) -> None:
+    module = build({"num_kv_heads": 2, "kdim": 10, "vdim": 6})
+    query, key, value = (
+        torch.randn(*shape, length, features, dtype=torch.float64) for length, features in ((5, EMBED), (7, 10), (7, 6))
+    )
+    mask = torch.rand(*shape, 1, 5, 7) > 0.3
+    mask[..., 0] = True
+    torch.testing.assert_close(
+        module(query, key, value, attn_mask=mask)[0], reference(module, query, key, value, mask)[0]
+    )
+
+
+def test_key_lengths() -> None:
+    module = build({})
+    x = torch.randn(3, 6, EMBED, dtype=torch.float64)
+    lengths = torch.tensor([6, 2, 4])
+    mask = torch.arange(6) < lengths[:, None, None, None]
+    torch.testing.assert_close(module(x, key_lengths=lengths)[0], reference(module, x, x, x, mask)[0])
+
+
+def test_key_without_value_is_both() -> None:
+    module = build({})
+    query, memory = torch.randn(2, 3, EMBED, dtype=torch.float64), torch.randn(2, 5, EMBED, dtype=torch.float64)
+    torch.testing.assert_close(module(query, memory)[0], reference(module, query, memory, memory)[0])
+
+
+@pytest.mark.parametrize("name", [name for name, options in CASES.items() if options.get("is_causal")])
+@pytest.mark.parametrize("steps", [(1,) * 9, (4, 1, 1, 3)], ids=["one by one", "in chunks"])
+def test_decoding_equals_the_whole(name: str, steps: tuple[int, ...]) -> None:
+    module = build(CASES[name]).eval()
+    x = torch.randn(2, 9, EMBED, dtype=torch.float64)
+    cache = KVCache(capacity=2)
+    with torch.no_grad():
+        for _ in range(2):
+            parts = [module(part, cache=cache)[0] for part in x.split(steps, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), module(x)[0])
+            assert cache.length == 9
+            cache.reset()
+
+
+def test_cache_is_for_inference() -> None:
+    with pytest.raises(RuntimeError, match="inference"):
+        build({})(torch.randn(1, 2, EMBED, dtype=torch.float64), cache=KVCache())
+
+
+def test_dropout_is_for_training() -> None:
+    module = build({}, dropout=0.5)
+    x = torch.randn(2, 16, EMBED, dtype=torch.float64)
+    out, weights = module(x, need_weights=True, average_weights=False)
+    _, prob = reference(module, x, x, x)
+    assert weights is not None
+    kept = weights > 0
+    assert 0.4 < kept.double().mean() < 0.6
+    torch.testing.assert_close(weights, prob * kept / 0.5)
+    value = module.v_proj(x).unflatten(-1, (HEADS, -1)).transpose(-3, -2)
+    torch.testing.assert_close(out, module.out_proj((weights @ value).transpose(-3, -2).flatten(-2)))
+    torch.testing.assert_close(module.eval()(x)[0], reference(module, x, x, x)[0])
+
+
+def test_cosine_similarity_ignores_length_of_the_input() -> None:
+    module = build({"similarity": "cosine", "bias": False})
+    x = torch.randn(1, 5, EMBED, dtype=torch.float64)
+    torch.testing.assert_close(module(3 * x)[0], 3 * module(x)[0])
+    with torch.no_grad():
+        assert module.log_temperature is not None
+        module.log_temperature.fill_(50.0)
+        hottest = module(x)[0]
+        module.log_temperature.fill_(math.log(100.0))
+        torch.testing.assert_close(hottest, module(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [(1, [2**-8.0]), (4, [2**-2.0, 2**-4.0, 2**-6.0, 2**-8.0]), (3, [2**-4.0, 2**-8.0, 2**-2.0])],
+)
+def test_alibi_slopes(heads: int, expected: list[float]) -> None:
+    torch.testing.assert_close(alibi_slopes(heads), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"similarity": "euclid"}, "similarity"),
+        ({"similarity": "cosine", "scale": 1.0}, "temperature"),
+        ({"alibi": "learned"}, "alibi"),
+    ],
+)
+def test_wrong_constructors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attention(EMBED, HEADS, **options)
+    with pytest.raises(ValueError, match="head_dim"):
+        Attention(10, 3)
+
+
+def test_state_dict_has_what_is_trained() -> None:
+    names = set(build(CASES["all"]).state_dict())
+    assert names >= {"slopes", "sinks", "log_temperature", "q_proj.weight", "out_proj.bias"}
+    assert not {"slopes", "sinks", "log_temperature"} & set(build({"alibi": "fixed"}).state_dict())
+
+
+def test_training_lowers_the_loss() -> None:
+    module = build(CASES["all"], dropout=0.0)
+    x = torch.randn(4, 8, EMBED, dtype=torch.float64)
+    target = x.roll(1, dims=1)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = F.mse_loss(module(x)[0], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(parameter.grad is not None for parameter in module.parameters())

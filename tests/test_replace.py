@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""replace_ swaps torch's modules in place and back, and sdpa() routes torch's function for a while."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.utils import parametrizations, parametrize
+
+import attention_ext
+from attention_ext.interop import replace_, restore_, sdpa
+from attention_ext.modules import MultiheadAttention
+
+
+class OwnForward(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class Renamed(nn.MultiheadAttention):
+    pass
+
+
+def transformer(**options: Any) -> nn.Transformer:
+    torch.manual_seed(0)
+    return nn.Transformer(16, 4, 2, 2, 32, dtype=torch.float64, **options)
+
+
+def attention_classes(model: nn.Module) -> set[type]:
+    return {type(module) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_same_results_there_and_back(batch_first: bool, training: bool) -> None:
+    model = transformer(batch_first=batch_first, dropout=0.0).train(training)
+    src, tgt = torch.randn(5, 3, 16, dtype=torch.float64), torch.randn(4, 3, 16, dtype=torch.float64)
+    if batch_first:
+        src, tgt = src.transpose(0, 1), tgt.transpose(0, 1)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    causal = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
+
+    def run() -> Tensor:
+        return model(src, tgt, tgt_mask=causal, src_key_padding_mask=padding.double() * -1e30)
+
+    expected = run()
+    report = replace_(model)
+    assert attention_classes(model) == {MultiheadAttention}
+    assert len(report.swapped) == 6
+    torch.testing.assert_close(run(), expected)
+    report.restore()
+    assert attention_classes(model) == {nn.MultiheadAttention}
+    torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+
+
+def test_everything_stays() -> None:
+    model = transformer().half().eval()
+    model.decoder.layers[1].self_attn.train()
+    model.encoder.layers[0].self_attn.in_proj_weight.requires_grad_(False)
+    layer, calls = model.encoder.layers[1].self_attn, []
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+    layer.register_load_state_dict_post_hook(lambda *_: calls.append("loaded"))
+    layer.custom = "kept"
+    before = list(model.named_parameters())
+    facts = [(p.dtype, p.device, p.requires_grad) for _, p in before]
+    modes = [module.training for module in model.modules()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replace_(model)
+    assert all(a is b for (_, a), (_, b) in zip(before, model.named_parameters(), strict=True))
+    assert facts == [(p.dtype, p.device, p.requires_grad) for _, p in model.named_parameters()]
+    assert modes == [module.training for module in model.modules()]
+    assert optimizer.param_groups[0]["params"][0] is next(model.parameters())
+    assert model.encoder.layers[1].self_attn is layer
+    assert layer.custom == "kept"
+    model.load_state_dict(transformer().half().state_dict())
+    model.encoder(torch.randn(4, 2, 16).half())
+    assert calls == ["loaded", "forward"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kdim": 6, "vdim": 5}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True, "batch_first": True}],
+    ids=str,
+)
+def test_the_model_itself(options: dict[str, Any]) -> None:
+    module = nn.MultiheadAttention(8, 2, **options)
+    tensors = torch.randn(3, 2, 8), torch.randn(3, 2, module.kdim), torch.randn(3, 2, module.vdim)
+    expected = module(*tensors)
+    state = dict(vars(module))
+    report = replace_(module)
+    assert report.model is module
+    assert report.swapped == [""]
+    assert isinstance(module, MultiheadAttention)
+    torch.testing.assert_close(module(*tensors), expected)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(module))(*tensors), expected)
+    torch.testing.assert_close(copy.deepcopy(module)(*tensors), expected)
+    restore_(module)
+    assert type(module) is nn.MultiheadAttention
+    assert vars(module) == state
+
+
+def test_shared_modules_stay_shared() -> None:
+    shared = nn.MultiheadAttention(8, 2)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.MultiheadAttention(8, 2)})
+    report = replace_(model)
+    assert report.swapped == ["a", "c"]
+    assert model["a"] is next(model["b"].children()) is shared
+    assert isinstance(shared, MultiheadAttention)
+
+
+def test_report_says_what_was_left_and_why() -> None:
+    model = nn.Module()
+    model.mine = nn.MultiheadAttention(8, 2)
+    model.done = MultiheadAttention(8, 2)
+    model.own = OwnForward(8, 2)
+    model.renamed = Renamed(8, 2)
+    model.scripted = torch.jit.script(nn.MultiheadAttention(8, 2))
+    model.quantizable = torch.ao.nn.quantizable.MultiheadAttention(8, 2)
+    model.linear = nn.Linear(8, 8)
+    report = replace_(model)
+    assert report.swapped == ["mine"]
+    assert set(report.left) == {"done", "own", "renamed", "scripted", "quantizable"}
+    assert "already" in report.left["done"]
+    assert "OwnForward is a subclass with a forward of its own" in report.left["own"]
+    assert "Renamed is a subclass" in report.left["renamed"]
+    assert "before torch.jit.script" in report.left["scripted"]
+    assert "quantizable" in report.left["quantizable"]
+    assert type(model.own) is OwnForward
+    text = str(report)
+    assert "1 attention modules swapped, 5 left" in text
+    assert "swapped  mine" in text
+    assert replace_(model).swapped == []
+    report.restore()
+    assert type(model.mine) is nn.MultiheadAttention
+    assert type(model.done) is MultiheadAttention
+    assert restore_(model).swapped == ["done"]
+
+
+def test_restore_reports_what_is_gone() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
+    report = replace_(model)
+    model[0] = nn.Identity()
+    back = report.restore()
+    assert back.swapped == ["1"]
+    assert list(back.left) == ["0"]
+
+
+def test_parametrized_modules() -> None:
+    module = nn.MultiheadAttention(8, 2)
+    parametrizations.weight_norm(module, "in_proj_weight")
+    parametrizations.orthogonal(module.out_proj)
+    x = torch.randn(3, 2, 8)
+    expected = module(x, x, x)
+    names = [name for name, _ in module.named_parameters()]
+    replace_(module)
+    assert isinstance(module, MultiheadAttention)
+    assert [name for name, _ in module.named_parameters()] == names
+    torch.testing.assert_close(module(x, x, x), expected)
+    module(x, x, x)[0].sum().backward()
+    assert module.get_parameter("parametrizations.in_proj_weight.original0").grad is not None
+    restore_(module)
+    assert parametrize.is_parametrized(module, "in_proj_weight")
+    torch.testing.assert_close(module(x, x, x), expected, rtol=0, atol=0)
+    replace_(module)
+    parametrize.remove_parametrizations(module, "in_proj_weight")
+    assert type(module) is MultiheadAttention
+    torch.testing.assert_close(module(x, x, x), expected)
+
+
+def test_encoder_does_not_make_nested_tensors() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2).eval()
+    model = nn.Sequential(encoder)
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected = encoder(x, src_key_padding_mask=padding)
+        report = replace_(model)
+        assert report.encoders == ["0"]
+        assert encoder.use_nested_tensor is False
+        actual = encoder(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(actual[~padding], expected[~padding])
+        report.restore()
+        assert encoder.use_nested_tensor is True
+        replace_(model)
+        assert restore_(copy.deepcopy(model)).encoders == ["0"]
+        assert restore_(model).encoders == ["0"]
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), expected, rtol=0, atol=0)
+
+
+def test_encoder_that_made_none_is_not_touched() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32), 2, enable_nested_tensor=False)
+    assert replace_(encoder).encoders == []
+    assert restore_(encoder).encoders == []
+    assert encoder.use_nested_tensor is False
+
+
+def test_training_goes_on_with_the_same_optimizer() -> None:
+    """Two steps of Adam with a replacement between them are two steps of Adam."""
+    x = torch.randn(3, 2, 16, dtype=torch.float64)
+
+    def train(replace: bool) -> dict[str, Tensor]:
+        model = transformer(dropout=0.0).encoder
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for step in range(2):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+            if replace and step == 0:
+                replace_(model)
+        return model.state_dict()
+
+    torch.testing.assert_close(train(replace=True), train(replace=False))
+
+
+def test_exported_at_the_top() -> None:
+    assert attention_ext.replace_ is replace_
+    assert attention_ext.restore_ is restore_
+    assert attention_ext.MultiheadAttention is MultiheadAttention
+
+
+def tensors(*shape: int) -> Any:
+    return [torch.randn(2, 3, *shape, dtype=torch.float64) for _ in range(3)]
+
+
+def test_sdpa_is_routed_in_the_block_only() -> None:
+    original = F.scaled_dot_product_attention
+    x = tensors(5, 4)
+    mask = torch.rand(5, 5) > 0.3
+    cases: list[dict[str, Any]] = [{}, {"is_causal": True}, {"attn_mask": mask}, {"scale": 0.1}]
+    cases.append({"attn_mask": mask, "is_causal": True})
+    expected = [original(*x, **case) for case in cases]
+    with sdpa() as routed:
+        actual = [torch.nn.functional.scaled_dot_product_attention(*x, **case) for case in cases]
+        grouped = F.scaled_dot_product_attention(x[0], x[1][:, :1], x[2][:, :1], enable_gqa=True)
+    assert routed.taken == 6
+    assert not routed.left
+    assert F.scaled_dot_product_attention is original
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(grouped, original(x[0], x[1][:, :1], x[2][:, :1], enable_gqa=True))
+
+
+def test_sdpa_reaches_torchs_own_modules() -> None:
+    module = nn.MultiheadAttention(8, 2)
+    x = torch.randn(3, 2, 8)
+    with sdpa() as routed:
+        module(x, x, x, need_weights=False)
+    assert routed.taken == 1
+
+
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_sdpa_takes_causal_biases(bias: Any) -> None:
+    (query, _, _), (key, value, _) = tensors(3, 4), tensors(5, 4)
+    expected = F.scaled_dot_product_attention(query, key, value, bias(3, 5))
+    with sdpa() as routed:
+        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value, bias(3, 5)), expected)
+    assert routed.taken == 1
+
+
+def test_sdpa_leaves_to_torch_what_it_cannot_do() -> None:
+    class Wrapper(Tensor):
+        pass
+
+    x = tensors(5, 4)
+    with sdpa() as routed:
+        F.scaled_dot_product_attention(x[0].as_subclass(Wrapper), x[1], x[2])
+    assert routed.taken == 0
+    assert dict(routed.left) == {"tensor subclass": 1}
+
+
+def test_sdpa_ends_with_an_error() -> None:
+    original = F.scaled_dot_product_attention
+    with pytest.raises(KeyError), sdpa():
+        raise KeyError
+    assert F.scaled_dot_product_attention is original
