@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "call.h"
+
+#include <algorithm>
+
+#include "scalar_words.h"
+
+namespace attention_ext::test {
+
+namespace {
+
+constexpr int64_t kSequences = 3;
+
+// Of the packed rows, sequence 1 has no query and the last one no key.
+int64_t start_of(int64_t total, int64_t sequences, int64_t i, bool of_keys) {
+  if (i >= sequences) return total;
+  if (of_keys) return i == sequences - 1 ? total : i * total / 3;
+  return i == 0 ? 0 : total / 2;
+}
+
+int64_t value_at(const Guarded& memory, int64_t i) { return static_cast<const int64_t*>(memory.data())[i]; }
+
+double number_at(const Guarded& memory, int64_t i) { return static_cast<const double*>(memory.data())[i]; }
+
+}  // namespace
+
+Call::Call(const Case& c, DType type)
+    : spec(c),
+      dtype(type),
+      query(type, c.batch, c.heads, c.seqlen_q, c.head_dim, c.heads_last),
+      key(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim, c.heads_last),
+      value(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim_v, c.heads_last),
+      out(type, c.batch, c.heads, c.seqlen_q, c.head_dim_v, true),
+      grad_out(type, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.heads_last),
+      grad_query(type, c.batch, c.heads, c.seqlen_q, c.head_dim, true),
+      grad_key(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim, true),
+      grad_value(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim_v, true),
+      logsumexp(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
+      grad_logsumexp(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
+      weights(type, c.batch, c.heads, c.seqlen_q, c.seqlen_k),
+      slopes(static_cast<size_t>(c.heads) * 8),
+      sinks(static_cast<size_t>(c.heads) * 8),
+      lengths(static_cast<size_t>(c.batch) * 8),
+      starts_q((kSequences + 1) * 8),
+      starts_k((kSequences + 1) * 8),
+      rng_state(16),
+      grad_slopes(static_cast<size_t>((c.varlen ? kSequences : c.batch) * c.heads) * 8),
+      grad_sinks(static_cast<size_t>((c.varlen ? kSequences : c.batch) * c.heads) * 8) {
+  std::mt19937 random(static_cast<unsigned>(c.seqlen_q * 131 + c.seqlen_k * 7 + c.head_dim));
+  std::normal_distribution<double> normal;
+  const auto draw = [&] { return normal(random); };
+  for (Array* array : {&query, &key, &value, &grad_out, &grad_logsumexp}) array->fill(draw);
+  if (c.mask != Mask::kNone) {
+    const int64_t rows = c.mask == Mask::kFloatPerKey ? 1 : c.seqlen_q,
+                  columns = c.mask == Mask::kFloatPerQuery ? 1 : c.seqlen_k;
+    const DType kind = c.mask == Mask::kBool ? DType::kBool : type;
+    mask.emplace(kind, 1, c.heads, rows, columns);
+    mask->fill([&] {
+      const double x = draw();
+      return c.mask == Mask::kBool ? static_cast<double>(x > -0.5) : x < -1 ? -INFINITY : x;
+    });
+    grad_mask.emplace(accumulate_type(type), 1, c.heads, rows, columns);
+    grad_mask->fill([] { return 0.0; });
+  }
+  for (int64_t h = 0; h < c.heads; ++h) {
+    static_cast<double*>(slopes.data())[h] = 0.1 * static_cast<double>(h + 1);
+    static_cast<double*>(sinks.data())[h] = draw();
+  }
+  for (int64_t b = 0; b < c.batch; ++b) static_cast<int64_t*>(lengths.data())[b] = b == 0 ? c.seqlen_k * 2 / 3 : b - 1;
+  for (int64_t i = 0; i <= kSequences; ++i) {
+    static_cast<int64_t*>(starts_q.data())[i] = start_of(c.seqlen_q, kSequences, i, false);
+    static_cast<int64_t*>(starts_k.data())[i] = start_of(c.seqlen_k, kSequences, i, true);
+  }
+  if (c.key_lengths) poison_past_lengths();
+  static_cast<int64_t*>(rng_state.data())[0] = 0x123456789ABCDEF;
+  static_cast<int64_t*>(rng_state.data())[1] = 42;
+}
+
+void Call::poison_past_lengths() {
+  for (int64_t b = 0; b < spec.batch; ++b) {
+    for (int64_t h = 0; h < spec.kv_heads; ++h) {
+      for (int64_t k = value_at(lengths, b); k < spec.seqlen_k; ++k) {
+        for (int64_t d = 0; d < spec.head_dim; ++d) key.set(b, h, k, d, NAN);
+        for (int64_t d = 0; d < spec.head_dim_v; ++d) value.set(b, h, k, d, NAN);
+      }
+    }
+  }
+}
+
+void Call::fill(AttentionProblem& p) const {
+  const auto* starts = static_cast<const int64_t*>(starts_q.data());
+  p.batch = spec.varlen ? kSequences : spec.batch;
+  p.heads = spec.heads;
+  p.kv_heads = spec.kv_heads;
+  p.seqlen_q = p.max_seqlen_q = spec.seqlen_q;
+  p.seqlen_k = p.max_seqlen_k = spec.seqlen_k;
+  p.head_dim = spec.head_dim;
+  p.head_dim_v = spec.head_dim_v;
+  p.dtype = dtype;
+  p.query = query.view;
+  p.key = key.view;
+  p.value = value.view;
+  if (mask) {
+    p.attn_mask = mask->view;
+    p.attn_mask.stride_b = 0;
+    if (mask->sizes[2] == 1) p.attn_mask.stride_row = 0;
+    if (mask->sizes[3] == 1) p.attn_mask.stride_col = 0;
+  }
+  if (spec.alibi) p.alibi_slopes = static_cast<const double*>(slopes.data());
+  if (spec.sinks) p.sinks = static_cast<const double*>(sinks.data());
+  if (spec.key_lengths) p.key_lengths = static_cast<const int64_t*>(lengths.data());
+  if (spec.varlen) {
+    p.cu_seqlens_q = starts;
+    p.cu_seqlens_k = static_cast<const int64_t*>(starts_k.data());
+    p.max_seqlen_q = p.max_seqlen_k = 0;
+    for (int64_t i = 0; i < kSequences; ++i) {
+      p.max_seqlen_q = std::max(p.max_seqlen_q, p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i]);
+      p.max_seqlen_k = std::max(p.max_seqlen_k, p.cu_seqlens_k[i + 1] - p.cu_seqlens_k[i]);
+    }
+  }
+  p.scale = spec.scale;
+  p.softcap = spec.softcap;
+  p.window_left = spec.window_left;
+  p.window_right = spec.window_right;
+  p.bottom_right = spec.bottom_right;
+  p.dropout_p = spec.dropout_p;
+  if (spec.dropout_p > 0) p.rng_state = static_cast<const int64_t*>(rng_state.data());
+}
+
+ForwardProblem Call::forward() const {
+  ForwardProblem p;
+  fill(p);
+  p.out = out.view;
+  p.logsumexp = logsumexp.view.data;
+  return p;
+}
+
+BackwardProblem Call::backward() {
+  BackwardProblem p;
+  fill(p);
+  p.out = out.view;
+  p.grad_out = grad_out.view;
+  p.logsumexp = logsumexp.view.data;
+  p.grad_logsumexp = grad_logsumexp.view.data;
+  p.grad_query = grad_query.view;
+  p.grad_key = grad_key.view;
+  p.grad_value = grad_value.view;
+  if (mask && mask->view.dtype != DType::kBool) {
+    p.grad_attn_mask = grad_mask->view;
+    p.grad_attn_mask.stride_b = p.attn_mask.stride_b;
+    p.grad_attn_mask.stride_row = p.attn_mask.stride_row;
+    p.grad_attn_mask.stride_col = p.attn_mask.stride_col;
+    grad_mask->fill([] { return 0.0; });
+  }
+  if (spec.alibi) p.grad_alibi_slopes = static_cast<double*>(grad_slopes.data());
+  if (spec.sinks) p.grad_sinks = static_cast<double*>(grad_sinks.data());
+  return p;
+}
+
+WeightsProblem Call::weights_problem(bool average_heads) const {
+  WeightsProblem p;
+  fill(p);
+  p.logsumexp = logsumexp.view.data;
+  p.weights = weights.view;
+  p.average_heads = average_heads;
+  p.row_begin = 0;
+  p.row_end = spec.seqlen_q;
+  return p;
+}
+
+Expected expect(const Call& call) {
+  const Case& c = call.spec;
+  const int64_t sequences = c.varlen ? kSequences : c.batch, group = c.heads / c.kv_heads;
+  Expected e{{c.batch, c.heads, c.seqlen_q, c.head_dim_v},
+             {c.batch, c.heads, c.seqlen_q, 1},
+             {c.batch, c.heads, c.seqlen_q, c.seqlen_k},
+             {c.batch, c.heads, c.seqlen_q, c.head_dim},
+             {c.batch, c.kv_heads, c.seqlen_k, c.head_dim},
+             {c.batch, c.kv_heads, c.seqlen_k, c.head_dim_v},
+             {1, c.heads, c.seqlen_q, c.seqlen_k},
+             {sequences, c.heads, 1, 1},
+             {sequences, c.heads, 1, 1}};
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t b = c.varlen ? 0 : s;
+    const int64_t first_q = c.varlen ? value_at(call.starts_q, s) : 0,
+                  first_k = c.varlen ? value_at(call.starts_k, s) : 0;
+    const int64_t length_q = c.varlen ? value_at(call.starts_q, s + 1) - first_q : c.seqlen_q;
+    const int64_t length_k = c.varlen        ? value_at(call.starts_k, s + 1) - first_k
+                             : c.key_lengths ? value_at(call.lengths, s)
+                                             : c.seqlen_k;
+    for (int64_t h = 0; h < c.heads; ++h) {
+      for (int64_t q = 0; q < length_q; ++q) {
+        const int64_t row = first_q + q, diagonal = q + (c.bottom_right ? length_k - length_q : 0);
+        std::vector<double> score(static_cast<size_t>(length_k)), bend(score.size(), 1), keep(score.size(), 1);
+        double total = c.sinks ? std::exp(number_at(call.sinks, h)) : 0;
+        for (int64_t k = 0; k < length_k; ++k) {
+          double& x = score[static_cast<size_t>(k)];
+          for (int64_t d = 0; d < c.head_dim; ++d)
+            x += call.query.at(b, h, row, d) * call.key.at(b, h / group, first_k + k, d);
+          x *= c.scale;
+          if (c.softcap > 0) {
+            const double bent = std::tanh(x / c.softcap);
+            x = c.softcap * bent;
+            bend[static_cast<size_t>(k)] = 1 - bent * bent;
+          }
+          if (c.alibi) x -= number_at(call.slopes, h) * static_cast<double>(std::abs(diagonal - k));
+          if (c.mask != Mask::kNone) {
+            const double bias =
+                call.mask->at(0, h, c.mask == Mask::kFloatPerKey ? 0 : q, c.mask == Mask::kFloatPerQuery ? 0 : k);
+            x = c.mask != Mask::kBool ? x + bias : bias != 0 ? x : -INFINITY;
+          }
+          if (k < diagonal - c.window_left || k > diagonal + c.window_right) x = -INFINITY;
+          total += std::exp(x);
+          if (c.dropout_p > 0) {
+            const auto words =
+                philox<ScalarWords>({0x89ABCDEFu, 0x01234567u}, static_cast<uint32_t>(q), static_cast<uint32_t>(k / 8),
+                                    static_cast<uint32_t>(s * c.heads + h), 42u);
+            const uint32_t bits = (words.word[k % 8 / 2] >> (16 * (k % 2))) & 0xFFFF;
+            keep[static_cast<size_t>(k)] = bits >= std::lround(c.dropout_p * 65536) ? 1 / (1 - c.dropout_p) : 0;
+          }
+        }
+        const double logsumexp = std::log(total);
+        e.logsumexp.at(b, h, row, 0) = logsumexp;
+        std::vector<double> grad(score.size());
+        double delta = -call.grad_logsumexp.at(b, h, row, 0);
+        for (int64_t k = 0; k < length_k; ++k) {
+          const auto i = static_cast<size_t>(k);
+          score[i] = total > 0 ? std::exp(score[i] - logsumexp) : 0;
+          const double weight = score[i] * keep[i];
+          e.weights.at(b, h, row, k) = weight;
+          for (int64_t d = 0; d < c.head_dim_v; ++d) {
+            const double value = call.value.at(b, h / group, first_k + k, d), grad_out = call.grad_out.at(b, h, row, d);
+            e.out.at(b, h, row, d) += weight * value;
+            grad[i] += keep[i] * grad_out * value;
+            e.grad_value.at(b, h / group, first_k + k, d) += weight * grad_out;
+          }
+          delta += score[i] * grad[i];
+        }
+        if (c.sinks && total > 0) e.grad_sinks.at(s, h, 0, 0) -= std::exp(number_at(call.sinks, h) - logsumexp) * delta;
+        for (int64_t k = 0; k < length_k; ++k) {
+          const auto i = static_cast<size_t>(k);
+          const double grad_score = score[i] * (grad[i] - delta);
+          if (c.mask != Mask::kNone) {
+            e.grad_mask.at(0, h, c.mask == Mask::kFloatPerKey ? 0 : q, c.mask == Mask::kFloatPerQuery ? 0 : k) +=
+                grad_score;
+          }
+          e.grad_slopes.at(s, h, 0, 0) -= grad_score * static_cast<double>(std::abs(diagonal - k));
+          for (int64_t d = 0; d < c.head_dim; ++d) {
+            const double grad_dot = grad_score * bend[i] * c.scale;
+            e.grad_query.at(b, h, row, d) += grad_dot * call.key.at(b, h / group, first_k + k, d);
+            e.grad_key.at(b, h / group, first_k + k, d) += grad_dot * call.query.at(b, h, row, d);
+          }
+        }
+      }
+    }
+  }
+  return e;
+}
+
+}  // namespace attention_ext::test

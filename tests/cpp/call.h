@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A call with all its memory, and what it should give, computed score by score in double from the manual's words.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "numbers.h"
+
+namespace attention_ext::test {
+
+enum class Mask : uint8_t { kNone, kBool, kFloat, kFloatPerKey, kFloatPerQuery };
+
+struct Case {
+  std::string name;
+  int64_t batch = 2, heads = 2, kv_heads = 1, seqlen_q = 5, seqlen_k = 7, head_dim = 8, head_dim_v = 8;
+  Mask mask = Mask::kNone;
+  int64_t window_left = kUnlimited, window_right = kUnlimited;
+  bool bottom_right = false;
+  double softcap = 0.0, scale = 0.3, dropout_p = 0.0;
+  bool alibi = false, sinks = false, key_lengths = false, varlen = false, heads_last = false;
+};
+
+struct Call {
+  Case spec;
+  DType dtype;
+  Array query, key, value, out, grad_out, grad_query, grad_key, grad_value, logsumexp, grad_logsumexp, weights;
+  std::optional<Array> mask, grad_mask;
+  Guarded slopes, sinks, lengths, starts_q, starts_k, rng_state, grad_slopes, grad_sinks;
+
+  Call(const Case& spec, DType dtype);
+
+  ForwardProblem forward() const;
+  BackwardProblem backward();
+  WeightsProblem weights_problem(bool average_heads) const;
+
+ private:
+  void fill(AttentionProblem& problem) const;
+  void poison_past_lengths();
+};
+
+struct Expected {
+  Numbers out, logsumexp, weights, grad_query, grad_key, grad_value, grad_mask, grad_slopes, grad_sinks;
+};
+
+Expected expect(const Call& call);
+
+}  // namespace attention_ext::test

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A test is a function; CHECK counts and reports, it does not stop.
+#pragma once
+
+#include <cstdio>
+#include <string>
+
+namespace attention_ext::test {
+
+struct Tally {
+  long checks = 0, failures = 0;
+};
+
+inline Tally& tally() {
+  static Tally counts;
+  return counts;
+}
+
+constexpr long kMostReports = 20;
+
+inline void check(bool holds, const std::string& what) {
+  ++tally().checks;
+  if (!holds && ++tally().failures <= kMostReports) std::fprintf(stderr, "FAILED %s\n", what.c_str());
+}
+
+void test_headers();
+void test_vectors();
+void test_kernels();
+
+}  // namespace attention_ext::test

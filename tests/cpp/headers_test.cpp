@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// csrc/core against brute force: which keys a block holds, and the random numbers' published vectors.
+#include "check.h"
+#include "core/score_mods.h"
+#include "scalar_words.h"
+
+namespace attention_ext::test {
+
+namespace {
+
+void test_philox() {
+  const auto zero = philox<ScalarWords, uint32_t>({0, 0}, 0, 0, 0, 0);
+  const uint32_t of_zero[] = {0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48};
+  const auto ones = philox<ScalarWords, uint32_t>({~0u, ~0u}, ~0u, ~0u, ~0u, ~0u);
+  const uint32_t of_ones[] = {0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662};
+  for (int i = 0; i < 4; ++i) {
+    check(zero.word[i] == of_zero[i], "philox of zeros");
+    check(ones.word[i] == of_ones[i], "philox of ones");
+  }
+  for (int64_t k = 0; k < 16; ++k) {
+    check(philox_bits(zero, k) == ((of_zero[k % 8 / 2] >> (k % 2 == 1 ? 16 : 0)) & 0xFFFF), "philox bits of a key");
+  }
+  check(dropout_threshold(0.0) == 0 && dropout_threshold(1.0) == 65536 && dropout_threshold(0.3) == 19661, "threshold");
+}
+
+bool sees(const AttentionProblem& p, int64_t q, int64_t k, int64_t length_q, int64_t length_k) {
+  const int64_t diagonal = q + (p.bottom_right ? length_k - length_q : 0);
+  return k < length_k && k >= diagonal - p.window_left && k <= diagonal + p.window_right;
+}
+
+// Every block of every tiling of a small problem: cover and visible_keys say what a look at each pair says.
+void check_blocks(const AttentionProblem& p) {
+  const Sequence s = sequence_of(p, 0);
+  const Band band{p.window_left, p.window_right};
+  for (int64_t q0 = 0; q0 < p.seqlen_q; ++q0) {
+    for (int64_t q1 = q0 + 1; q1 <= p.seqlen_q; ++q1) {
+      const Range keys = visible_keys(p, s, {q0, q1});
+      check(keys.begin >= 0 && keys.end >= keys.begin, "visible_keys is a range");
+      for (int64_t k = 0; k < p.seqlen_k; ++k) {
+        bool seen = false;
+        for (int64_t q = q0; q < q1; ++q) seen = seen || sees(p, q, k, p.seqlen_q, s.length_k);
+        check(!seen || (k >= keys.begin && k < keys.end), "visible_keys holds every visible key");
+        check(seen || k < keys.begin || k >= keys.end || !p.has_band() || q1 - q0 > 1 || k >= s.length_k,
+              "visible_keys of one query holds no other key");
+      }
+      for (int64_t k0 = 0; k0 < s.length_k; ++k0) {
+        for (int64_t k1 = k0 + 1; k1 <= s.length_k; ++k1) {
+          int64_t seen = 0;
+          for (int64_t q = q0; q < q1; ++q) {
+            for (int64_t k = k0; k < k1; ++k) seen += sees(p, q, k, p.seqlen_q, s.length_k) ? 1 : 0;
+          }
+          const Cover cover = band.cover({q0, q1}, {k0, k1}, s.diagonal);
+          check(cover != Cover::kSkip || seen == 0, "a skipped block holds nothing");
+          check((cover == Cover::kFull) == (seen == (q1 - q0) * (k1 - k0)), "a full block hides nothing");
+        }
+      }
+    }
+  }
+}
+
+void test_blocks() {
+  const int64_t lengths[] = {4};
+  for (const int64_t left : {int64_t{0}, int64_t{2}, kUnlimited}) {
+    for (const int64_t right : {int64_t{0}, int64_t{1}, kUnlimited}) {
+      for (const bool bottom_right : {false, true}) {
+        for (const bool key_lengths : {false, true}) {
+          AttentionProblem p;
+          p.batch = 1;
+          p.seqlen_q = 5;
+          p.seqlen_k = 7;
+          p.window_left = left;
+          p.window_right = right;
+          p.bottom_right = bottom_right;
+          p.key_lengths = key_lengths ? lengths : nullptr;
+          check_blocks(p);
+        }
+      }
+    }
+  }
+}
+
+void test_packed_sequences() {
+  const int64_t starts_q[] = {0, 3, 3, 8}, starts_k[] = {0, 0, 4, 6};
+  AttentionProblem p;
+  p.batch = 3;
+  p.cu_seqlens_q = starts_q;
+  p.cu_seqlens_k = starts_k;
+  p.bottom_right = true;
+  const Sequence last = sequence_of(p, 2);
+  check(last.tensor_batch == 0 && last.batch == 2 && last.begin_q == 3 && last.begin_k == 4, "where a sequence starts");
+  check(last.length_q == 5 && last.length_k == 2 && last.diagonal == -3, "how long a sequence is");
+  check(sequence_of(p, 1).length_q == 0 && sequence_of(p, 0).length_k == 0, "an empty sequence");
+}
+
+}  // namespace
+
+void test_headers() {
+  test_philox();
+  test_blocks();
+  test_packed_sequences();
+}
+
+}  // namespace attention_ext::test

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Arrays of the library's dtypes, read and written as double.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "core/problem.h"
+#include "guarded.h"
+
+namespace attention_ext::test {
+
+inline int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kBool:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+inline DType accumulate_type(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+inline const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return "float64";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    default:
+      return "bool";
+  }
+}
+
+inline double load_number(const void* data, DType dtype, int64_t i) {
+  const auto read = [&](auto value) {
+    std::memcpy(&value, static_cast<const char*>(data) + i * size_of(dtype), sizeof(value));
+    return value;
+  };
+  switch (dtype) {
+    case DType::kFloat64:
+      return read(double{});
+    case DType::kFloat32:
+      return read(float{});
+    case DType::kBool:
+      return read(uint8_t{});
+    case DType::kFloat16:
+      return static_cast<double>(read(_Float16{}));
+    default: {
+      const uint32_t bits = static_cast<uint32_t>(read(uint16_t{})) << 16;
+      float value = 0;
+      std::memcpy(&value, &bits, sizeof(value));
+      return value;
+    }
+  }
+}
+
+inline void store_number(void* data, DType dtype, int64_t i, double x) {
+  const auto write = [&](auto value) {
+    std::memcpy(static_cast<char*>(data) + i * size_of(dtype), &value, sizeof(value));
+  };
+  switch (dtype) {
+    case DType::kFloat64:
+      return write(x);
+    case DType::kFloat32:
+      return write(static_cast<float>(x));
+    case DType::kBool:
+      return write(static_cast<uint8_t>(x != 0));
+    case DType::kFloat16:
+      return write(static_cast<_Float16>(x));
+    default: {
+      const auto value = static_cast<float>(x);
+      uint32_t bits = 0;
+      std::memcpy(&bits, &value, sizeof(bits));
+      return write(static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16));
+    }
+  }
+}
+
+// (batch, heads, rows, columns) as a View sees it, with (batch, rows, heads, columns) memory where heads_last.
+struct Array {
+  Guarded memory;
+  View view;
+  int64_t sizes[4];
+
+  Array(DType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t columns, bool heads_last = false)
+      : memory(static_cast<size_t>(batch * heads * rows * columns * size_of(dtype))),
+        sizes{batch, heads, rows, columns} {
+    view.data = memory.data();
+    view.dtype = dtype;
+    view.stride_b = heads * rows * columns;
+    view.stride_h = heads_last ? columns : rows * columns;
+    view.stride_row = heads_last ? heads * columns : columns;
+    view.stride_col = 1;
+  }
+
+  int64_t index(int64_t b, int64_t h, int64_t row, int64_t column) const {
+    return b * view.stride_b + h * view.stride_h + row * view.stride_row + column;
+  }
+  double at(int64_t b, int64_t h, int64_t row, int64_t column) const {
+    return load_number(view.data, view.dtype, index(b, h, row, column));
+  }
+  void set(int64_t b, int64_t h, int64_t row, int64_t column, double x) {
+    store_number(view.data, view.dtype, index(b, h, row, column), x);
+  }
+  int64_t count() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
+
+  template <class F>
+  void fill(F&& number) {
+    for (int64_t i = 0; i < count(); ++i) store_number(view.data, view.dtype, i, number());
+  }
+};
+
+// Numbers in double, (batch, heads, rows, columns).
+struct Numbers {
+  int64_t heads, rows, columns;
+  std::vector<double> values;
+
+  Numbers(int64_t batch, int64_t h, int64_t r, int64_t c)
+      : heads(h), rows(r), columns(c), values(static_cast<size_t>(batch * h * r * c)) {}
+  double& at(int64_t b, int64_t h, int64_t row, int64_t column) {
+    return values[static_cast<size_t>(((b * heads + h) * rows + row) * columns + column)];
+  }
+};
+
+}  // namespace attention_ext::test

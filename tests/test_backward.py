@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every gradient is as accurate as the tolerance rule demands, and is made for exactly the inputs that ask."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from attention_ext.testing import (
+    DIFFERENTIABLE,
+    EMPTY,
+    FEATURES,
+    HARD,
+    HEAD_DIMS,
+    LENGTHS,
+    Sample,
+    Spec,
+    evaluate,
+    operator,
+    operator_options,
+    with_keep,
+)
+
+Check = Callable[[Sample, dict[str, torch.Tensor]], None]
+
+ALL_INPUTS = Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks=True, heads=(4, 2), head_dims="wider_value")
+
+
+def check_backward(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
+    sample = spec.build(dtype, "large", device)
+    rng_state = sample.call(operator)[2]
+    check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("spec", FEATURES, ids=lambda x: x.name)
+def test_features(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
+    check_backward(spec, dtype, device, check_accuracy)
+
+
+@pytest.mark.parametrize("spec", HARD, ids=lambda x: x.name)
+def test_hard_numbers(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
+    check_backward(spec, dtype, device, check_accuracy)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("spec", LENGTHS, ids=lambda x: x.name)
+def test_lengths(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
+    check_backward(spec, dtype, device, check_accuracy)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("spec", HEAD_DIMS, ids=lambda x: x.name)
+def test_head_dims(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
+    check_backward(spec, dtype, device, check_accuracy)
+
+
+@pytest.mark.parametrize("spec", EMPTY, ids=lambda x: x.name)
+def test_empty(spec: Spec, dtype: torch.dtype, device: str) -> None:
+    sample = spec.build(dtype, device=device)
+    if spec.head_dims == (3, 0):
+        return check_backward(spec, dtype, device, lambda *_: None)
+    gradients = evaluate(sample, operator)
+    for name, x in sample.inputs().items():
+        assert gradients[f"grad_{name}"].shape == x.shape
+        zero = name != "sinks"
+        assert not zero or (gradients[f"grad_{name}"] == 0).all()
+
+
+@pytest.mark.parametrize("wanted", range(1, 64))
+def test_every_subset_of_inputs(wanted: int, device: str) -> None:
+    """Asking for fewer gradients changes none of them: bit-equal, and None for the others."""
+    sample = ALL_INPUTS.build(torch.float32, device=device)
+    expected = evaluate(sample, operator)
+    names = [name for i, name in enumerate(DIFFERENTIABLE) if wanted >> i & 1]
+    asking = sample.requiring(*names)
+    out, logsumexp, _ = asking.call(operator)
+    torch.autograd.backward([out, logsumexp], [sample.grad_out, sample.grad_logsumexp])
+    for name, x in asking.inputs().items():
+        assert (x.grad is not None) == (name in names)
+        assert x.grad is None or torch.equal(x.grad, expected[f"grad_{name}"]), name
+
+
+@pytest.mark.parametrize("output_mask", list(itertools.product([False, True], repeat=6))[::5])
+def test_backward_operator_makes_what_is_asked(output_mask: tuple[bool, ...], device: str) -> None:
+    sample = ALL_INPUTS.build(torch.bfloat16, device=device)
+    forward = sample.call(operator)
+    gradients = torch.ops.attention_ext.attention_backward(
+        sample.grad_out, sample.grad_logsumexp, sample.query, sample.key, sample.value, *forward,
+        **operator_options(sample.options), output_mask=list(output_mask),
+    )  # fmt: skip
+    for gradient, wanted, x in zip(gradients, output_mask, sample.inputs().values(), strict=True):
+        assert gradient.shape == (x.shape if wanted else (0,))
+        assert gradient.dtype == x.dtype
+
+
+def test_only_one_output_gets_a_gradient(device: str) -> None:
+    sample = ALL_INPUTS.build(device=device)
+    asking = sample.requiring()
+    inputs = list(asking.inputs().values())
+    out, logsumexp, _ = asking.call(operator)
+    both = torch.autograd.grad([out, logsumexp], inputs, [sample.grad_out, sample.grad_logsumexp], retain_graph=True)
+    from_out = torch.autograd.grad(out, inputs, sample.grad_out, retain_graph=True)
+    from_logsumexp = torch.autograd.grad(logsumexp, inputs, sample.grad_logsumexp, materialize_grads=True)
+    for x, y, z in zip(both, from_out, from_logsumexp, strict=True):
+        torch.testing.assert_close(x, y + z)
+    assert (from_logsumexp[2] == 0).all()
+
+
+def test_gradients_have_the_layout_of_out(device: str) -> None:
+    sample = Spec("layout", heads=(4, 2)).build(torch.float32, "large", device)
+    gradients = evaluate(sample, operator)
+    for name in ("query", "key", "value"):
+        assert gradients[f"grad_{name}"].transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("mask", ["float32", "float64", "bfloat16"])
+def test_bias_of_another_dtype(mask: str, device: str) -> None:
+    sample = Spec("mixed", mask="float bhqk").build(torch.float32, device=device)
+    bias = sample.options["attn_mask"].to(getattr(torch, mask)).requires_grad_()
+    out, logsumexp, _ = sample.replace(attn_mask=bias).call(operator)
+    torch.autograd.backward([out, logsumexp], [sample.grad_out, sample.grad_logsumexp])
+    expected = evaluate(sample.map(torch.Tensor.double).replace(attn_mask=bias.detach().double()), operator)
+    assert bias.grad is not None
+    assert bias.grad.dtype == bias.dtype
+    eps = max(torch.finfo(bias.dtype).eps, 2e-6)
+    torch.testing.assert_close(bias.grad.double(), expected["grad_attn_mask"], rtol=eps, atol=eps)
+
+
+def test_changed_inputs_are_noticed(device: str) -> None:
+    for name in ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks"):
+        asking = ALL_INPUTS.build(torch.float32, device=device).requiring()
+        out = asking.call(operator)[0]
+        with torch.no_grad():
+            asking.inputs()[name].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_changed_out_is_noticed(device: str) -> None:
+    asking = ALL_INPUTS.build(torch.float32, device=device).requiring()
+    out = asking.call(operator)[0]
+    loss = out.sum()
+    with torch.no_grad():
+        out.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_graph_can_be_kept_and_is_freed(device: str) -> None:
+    asking = ALL_INPUTS.build(torch.float32, device=device).requiring("query")
+    loss = asking.call(operator)[0].sum()
+    first = torch.autograd.grad(loss, asking.query, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, asking.query)[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, asking.query)
+
+
+def test_no_graph_without_a_need(device: str) -> None:
+    sample = ALL_INPUTS.build(torch.float32, device=device)
+    assert not any(x.requires_grad for x in sample.call(operator))
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in sample.requiring().call(operator))
+    out, logsumexp, rng_state = sample.requiring().call(operator)
+    assert out.requires_grad
+    assert logsumexp.requires_grad
+    assert not rng_state.requires_grad
+
+
+def test_saved_tensor_hooks(device: str) -> None:
+    sample = ALL_INPUTS.build(torch.float32, device=device)
+    expected = evaluate(sample, operator)
+    packed = []
+
+    def pack(x: torch.Tensor) -> int:
+        packed.append(x.clone())
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, packed.__getitem__):
+        actual = evaluate(sample, operator)
+    assert len(packed) > 5
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_gradients_accumulate(device: str) -> None:
+    asking = ALL_INPUTS.build(torch.float32, device=device).requiring()
+    for _ in range(2):
+        asking.call(operator)[0].sum().backward()
+    twice = asking.query.grad
+    asking.query.grad = None
+    asking.call(operator)[0].sum().backward()
+    assert twice is not None
+    torch.testing.assert_close(twice, 2 * asking.query.grad)
