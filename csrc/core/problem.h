@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/numeric.h"
+
 namespace attention_ext {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kBool };
@@ -16,7 +18,7 @@ struct View {
   DType dtype = DType::kFloat32;
   int64_t stride_b = 0, stride_h = 0, stride_row = 0, stride_col = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  ATTENTION_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
 // score = softcap(scale * query . key) + attn_mask - alibi_slope * |diagonal - k|, then what hides keys.
@@ -47,8 +49,7 @@ struct AttentionProblem {
   double dropout_p = 0.0;
   const int64_t* rng_state = nullptr;  // (2,): seed, offset
 
-  int64_t group_size() const { return heads / kv_heads; }
-  bool has_band() const { return window_left < kUnlimited || window_right < kUnlimited; }
+  ATTENTION_INLINE int64_t group_size() const { return heads / kv_heads; }
 };
 
 // logsumexp, delta and everything else that has one number per query: (b, h, q), contiguous, in the accumulate type
@@ -71,24 +72,24 @@ struct BackwardProblem : AttentionProblem {
 
 // Directions along which the six differentiable inputs move; an input that stands still stays null.
 struct Tangents {
-  View query, key, value;  // like the inputs
-  View attn_mask;          // like the mask, in a dtype the mask may have but bool
+  View query, key, value;                // like the inputs
+  View attn_mask;                        // like the mask, in a dtype the mask may have but bool
   const double* alibi_slopes = nullptr;  // (batch, heads)
   const double* sinks = nullptr;         // (batch, heads)
 };
 
 // How out and logsumexp move along the tangents.
 struct JvpProblem : AttentionProblem {
-  View out;                            // (b, h, q, d_v)
-  const void* logsumexp = nullptr;     // (b, h, q)
+  View out;                         // (b, h, q, d_v)
+  const void* logsumexp = nullptr;  // (b, h, q)
   Tangents tangent;
-  View out_tangent;                    // (b, h, q, d_v)
-  void* logsumexp_tangent = nullptr;   // (b, h, q)
+  View out_tangent;                   // (b, h, q, d_v)
+  void* logsumexp_tangent = nullptr;  // (b, h, q)
 };
 
-// The gradients of attention_backward's results along the tangents: with respect to grad_out and grad_logsumexp they are
-// how out and logsumexp move, with respect to the inputs how the first gradients move (the Hessian is symmetric). The
-// grad_* fields of BackwardProblem receive the latter.
+// The gradients of attention_backward's results along the tangents: with respect to grad_out and grad_logsumexp they
+// are how out and logsumexp move, with respect to the inputs how the first gradients move (the Hessian is symmetric).
+// The grad_* fields of BackwardProblem receive the latter.
 struct DoubleBackwardProblem : BackwardProblem {
   Tangents tangent;
   View out_tangent;                   // (b, h, q, d_v)

@@ -34,6 +34,10 @@ struct Softcap {
     const auto t = capped * Ops::splat(1.0 / cap);
     return Ops::splat(1.0) - t * t;
   }
+  template <class Ops>
+  ATTENTION_INLINE typename Ops::V curve(typename Ops::V capped) const {
+    return capped * Ops::splat(-2.0 / (cap * cap)) * slope<Ops>(capped);
+  }
 };
 
 struct Bias {
@@ -60,9 +64,10 @@ struct Alibi {
   ATTENTION_INLINE typename Ops::V modify(typename Ops::V score, const Position<Ops>& at) const {
     return score - Ops::splat(slope) * Ops::abs(at.distance);
   }
+  // d score / d slope
   template <class Ops>
-  ATTENTION_INLINE typename Ops::V slope_gradient(typename Ops::V grad_score, const Position<Ops>& at) const {
-    return -(grad_score * Ops::abs(at.distance));
+  ATTENTION_INLINE typename Ops::V by_slope(const Position<Ops>& at) const {
+    return -Ops::abs(at.distance);
   }
 };
 
@@ -87,7 +92,7 @@ struct Band {
 template <class Ops>
 struct Modified {
   typename Ops::V score;
-  typename Ops::V slope;  // d score / d (scale * dot)
+  typename Ops::V slope, curve;  // first and second derivative of score by scale * dot
 };
 
 // All mods of one head of one sequence.
@@ -103,10 +108,11 @@ struct ScoreMods {
   // dot: query . key, not scaled. Hidden keys come out as -inf.
   template <class Ops>
   ATTENTION_INLINE Modified<Ops> operator()(typename Ops::V dot, const Position<Ops>& at) const {
-    Modified<Ops> out{dot * Ops::splat(scale), Ops::splat(1.0)};
+    Modified<Ops> out{dot * Ops::splat(scale), Ops::splat(1.0), Ops::splat(0.0)};
     if (softcap) {
       out.score = softcap.modify<Ops>(out.score);
       out.slope = softcap.slope<Ops>(out.score);
+      out.curve = softcap.curve<Ops>(out.score);
     }
     if (bias) out.score = bias.modify<Ops>(out.score, at);
     if (alibi) out.score = alibi.modify<Ops>(out.score, at);

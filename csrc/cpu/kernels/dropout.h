@@ -34,10 +34,16 @@ ATTENTION_INLINE auto kept_lanes(const uint32_t* bits, uint32_t threshold) {
   return __builtin_convertvector(words, typename Wide::Type) >= static_cast<int>(threshold);
 }
 
-// Calls f(row, lanes_offset, kept) for every vector of the block; kept is a mask over lanes.
+// Calls f(row, lane, kept) for every vector of the block; kept is a mask over its lanes, or just true without dropout.
 template <class T, class F>
-ATTENTION_INLINE void for_each_kept(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k,
-                                    F&& f) {
+ATTENTION_INLINE void for_each_vector(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k,
+                                      F&& f) {
+  if (!dropout.present) {
+    for (int64_t r = 0; r < k.size(); ++r) {
+      for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) f(r, lane, std::true_type{});
+    }
+    return;
+  }
   const auto batch_head = static_cast<uint32_t>(tile.sequence.batch * p.heads + tile.head);
   const int64_t words = ceil_div(tile.vectors * kLanes<T>, kLanes<uint32_t>);
   alignas(64) uint32_t bits[kKeysPerPhilox][kQueries<float>];
@@ -60,7 +66,7 @@ ATTENTION_INLINE void for_each_kept(const AttentionProblem& p, const Dropout& dr
 // Sets dropped weights to 0; scaling what is kept is left to the caller.
 template <class T>
 void drop(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight) {
-  for_each_kept<T>(p, dropout, tile, k, [&](int64_t row, int64_t lane, auto kept) __attribute__((always_inline)) {
+  for_each_vector<T>(p, dropout, tile, k, [&](int64_t row, int64_t lane, auto kept) __attribute__((always_inline)) {
     T* lanes = weight.row(row) + lane;
     store(lanes, kept ? load(lanes) : Vec<T>{});
   });

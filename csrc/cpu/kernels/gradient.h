@@ -12,25 +12,13 @@ namespace {
 template <class T>
 void score_gradient(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight,
                     Matrix<T> grad_weight, const T* delta) {
-  const auto gradient = [&](Vec<T> w, Vec<T> g, int64_t lane) __attribute__((always_inline)) {
-    return w == Vec<T>{} ? Vec<T>{} : w * (g - load(delta + lane));
-  };
-  if (dropout.present) {
-    const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout.kept_scale));
-    for_each_kept<T>(p, dropout, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
-      T *w = weight.row(r) + lane, *g = grad_weight.row(r) + lane;
-      const Vec<T> whole = load(w);
-      store(g, gradient(whole, kept ? load(g) * kept_scale : Vec<T>{}, lane));
-      store(w, kept ? whole : Vec<T>{});
-    });
-  } else {
-    for (int64_t r = 0; r < k.size(); ++r) {
-      for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
-        T* g = grad_weight.row(r) + lane;
-        store(g, gradient(load(weight.row(r) + lane), load(g), lane));
-      }
-    }
-  }
+  const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout.kept_scale));
+  for_each_vector<T>(p, dropout, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
+    T *w = weight.row(r) + lane, *g = grad_weight.row(r) + lane;
+    const Vec<T> whole = load(w), grad = kept ? load(g) * kept_scale : Vec<T>{};
+    store(g, whole == Vec<T>{} ? Vec<T>{} : whole * (grad - load(delta + lane)));
+    store(w, kept ? whole : Vec<T>{});
+  });
 }
 
 template <class T>
@@ -79,8 +67,8 @@ double slope_gradient(const Block<T>& block, int64_t vectors, Matrix<const T> gr
   for (int64_t r = 0; r < block.k.size(); ++r) {
     Vec<T> row{};
     for (int v = 0; v < vectors; ++v) {
-      row += block.mods.alibi.template slope_gradient<VectorOps<T>>(load(grad_score.row(r) + v * kLanes<T>),
-                                                                    block.at(r, v));
+      const Vec<T> by_slope = block.mods.alibi.template by_slope<VectorOps<T>>(block.at(r, v));
+      row = fma(load(grad_score.row(r) + v * kLanes<T>), by_slope, row);
     }
     sum += static_cast<double>(sum_lanes<T>(row));
   }

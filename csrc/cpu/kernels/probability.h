@@ -18,10 +18,16 @@ void load_logsumexp(const T* logsumexp, const Tile& tile, T* to) {
   }
 }
 
-// Dot products become weights in place; `slope`, if given, receives d score / d (scale * dot).
+// First and second derivative of score by scale * dot, kept where a mod bends scores.
+template <class T>
+struct Derivatives {
+  Matrix<T> slope, curve;
+};
+
+// Dot products become weights in place. `bend`, as far as it has room, receives the derivatives of the scores.
 template <class C, int kVectors, Rules kRules>
 void probability_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,
-                       const typename C::Scalar* logsumexp, Matrix<typename C::Scalar> slope) {
+                       const typename C::Scalar* logsumexp, const Derivatives<typename C::Scalar>& bend) {
   using T = typename C::Scalar;
   const T unit = static_cast<T>(kRules == Rules::kAll ? kLog2E : block.mods.scale * kLog2E);
   Vec<T> base[kVectors];
@@ -34,7 +40,8 @@ void probability_block(const Block<typename C::Scalar>& block, Matrix<typename C
         const auto at = block.at(r, n);
         const auto modified = block.mods.template operator()<VectorOps<T>>(s, at);
         s = block.mods.template hide<VectorOps<T>>(modified.score, at);
-        if (slope.data) store(slope.row(r) + n * kLanes<T>, modified.slope);
+        if (bend.slope.data) store(bend.slope.row(r) + n * kLanes<T>, modified.slope);
+        if (bend.curve.data) store(bend.curve.row(r) + n * kLanes<T>, modified.curve);
       }
       Vec<T> weight = C::exponential(fma(s, splat<T>(unit), -base[n]));
       if constexpr (kRules == Rules::kBand) {

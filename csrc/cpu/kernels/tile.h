@@ -42,6 +42,13 @@ ATTENTION_INLINE const T* row_pointer(const void* per_query, const AttentionProb
   return per_query ? static_cast<const T*>(per_query) + row_of(p, s, head) : nullptr;
 }
 
+// One number per query of a tile, 0 for spare lanes.
+template <class T>
+void load_rows(const T* per_query, const Tile& tile, T* to) {
+  for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; ++lane)
+    to[lane] = lane < tile.q.size() ? per_query[lane] : T(0);
+}
+
 // Which mods a block of scores needs: each is an instance of its own, the fewer the faster.
 enum class Rules : uint8_t { kNone, kBand, kAll };
 
