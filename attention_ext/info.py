@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import sys
@@ -29,7 +30,7 @@ def cpu_name() -> str:
 def versions() -> dict[str, Any]:
     """Versions, how the binaries were built, and the CPU with the instruction set that is in use."""
     return {
-        "attention_ext": attention_ext.__version__,
+        "attention_ext": importlib.metadata.version("attention_ext"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
