@@ -8,7 +8,7 @@ namespace attention_ext {
 using Planner = Plan (*)(const AttentionProblem&);
 
 struct CpuUnit {
-  Planner forward, decode, backward, weights;
+  Planner forward, decode, backward, weights, jvp, double_backward;
 };
 
 extern const CpuUnit kBaselineUnit, kAvx2Unit, kAvx512Unit, kAvx512Bf16Unit, kNeonUnit;

@@ -8,8 +8,8 @@
 
 #include "cpu/vec/avx512.h"
 
-#include "cpu/kernels/backward.h"
 #include "cpu/kernels/bfloat16.h"
+#include "cpu/kernels/double_backward.h"
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/weights.h"
 #include "cpu/unit.h"
@@ -21,6 +21,8 @@ const CpuUnit kAvx512Bf16Unit = {
     .decode = nullptr,  // reading the keys bounds it, not the products
     .backward = plan_backward<BFloat16Compute>,
     .weights = plan_weights<BFloat16Compute>,
+    .jvp = plan_jvp<BFloat16Compute>,
+    .double_backward = plan_double_backward<BFloat16Compute>,
 };
 
 }  // namespace attention_ext

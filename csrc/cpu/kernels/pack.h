@@ -130,6 +130,13 @@ void clear_spare_row(Matrix<T> m, int64_t rows, int64_t vectors) {
   for (int64_t v = 0; v < vectors; ++v) store(m.row(rows) + v * kLanes<T>, Vec<T>{});
 }
 
+template <class T>
+void clear_block(Matrix<T> m, int64_t rows, int64_t vectors) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) store(m.row(r) + lane, Vec<T>{});
+  }
+}
+
 // m *= factor, element by element
 template <class T>
 void multiply_elements(Matrix<T> factor, Matrix<T> m, int64_t rows, int64_t vectors) {

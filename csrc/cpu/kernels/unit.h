@@ -1,8 +1,8 @@
 // All kernels of one instruction set, for its row in the kernel table.
 #pragma once
 
-#include "cpu/kernels/backward.h"
 #include "cpu/kernels/decode.h"
+#include "cpu/kernels/double_backward.h"
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/weights.h"
 #include "cpu/unit.h"
@@ -21,6 +21,8 @@ constexpr CpuUnit kUnit = {
     .decode = by_dtype<plan_decode<FloatCompute>, plan_decode<DoubleCompute>>,
     .backward = by_dtype<plan_backward<FloatCompute>, plan_backward<DoubleCompute>>,
     .weights = by_dtype<plan_weights<FloatCompute>, plan_weights<DoubleCompute>>,
+    .jvp = by_dtype<plan_jvp<FloatCompute>, plan_jvp<DoubleCompute>>,
+    .double_backward = by_dtype<plan_double_backward<FloatCompute>, plan_double_backward<DoubleCompute>>,
 };
 
 }  // namespace

@@ -1,0 +1,206 @@
+// How out and logsumexp move along tangents of the inputs. With prob P, score tangent S' and m = rowsum(P S'):
+//   logsumexp' = m (a sink's own tangent included),   out' = (P S') value + P value' - m out
+// P is after dropout in out', before it in m.
+#pragma once
+
+#include "cpu/kernels/query_runs.h"
+#include "cpu/kernels/tangent.h"
+
+namespace attention_ext {
+namespace {
+
+template <class C>
+RunShape<C> jvp_shape(const AttentionProblem& p) {
+  return {p, 2 * p.head_dim + p.head_dim_v};
+}
+
+template <class C>
+struct JvpScratch {
+  using T = typename C::Scalar;
+  using Element = typename C::Element;
+  Element *query_rows, *query_columns, *query_tangent_columns, *key_rows, *key_tangent_rows;
+  Element *value_rows, *value_lanes, *value_tangent_rows, *value_tangent_lanes, *weight_rows;
+  T *sums, *weight, *moved, *slope, *bias, *bias_tangent, *mean, *logsumexp;
+  Tile* tiles;
+
+  JvpScratch(Arena& arena, const AttentionProblem& p, const Tangents& tangent, const RunShape<C>& shape) {
+    const int64_t depth = round_up(shape.depth, kLanes<Element>), padded_keys = shape.keys + kTileRows;
+    const int64_t block = padded_keys * kQueries<T>, values = padded_keys * shape.columns;
+    const bool paired = C::kPair != 1;
+    query_rows = arena.take<Element>(kQueries<T> * depth);
+    query_columns = arena.take<Element>(shape.tiles_per_job * depth * kQueries<T>);
+    query_tangent_columns = arena.take<Element>(tangent.query ? shape.tiles_per_job * depth * kQueries<T> : 0);
+    key_rows = arena.take<Element>(padded_keys * depth);
+    key_tangent_rows = arena.take<Element>(tangent.key ? padded_keys * depth : 0);
+    value_rows = arena.take<Element>(values);
+    value_lanes = arena.take<Element>(paired ? values : 0);
+    value_tangent_rows = arena.take<Element>(tangent.value ? values : 0);
+    value_tangent_lanes = arena.take<Element>(tangent.value && paired ? values : 0);
+    weight_rows = arena.take<Element>(paired ? block : 0);
+    sums = arena.take<T>(shape.tiles_per_job * kQueries<T> * shape.columns);
+    weight = arena.take<T>(block);
+    moved = arena.take<T>(block);
+    slope = arena.take<T>(p.softcap > 0 ? block : 0);
+    bias = arena.take<T>(p.attn_mask ? block : 0);
+    bias_tangent = arena.take<T>(tangent.attn_mask ? block : 0);
+    mean = arena.take<T>(shape.tiles_per_job * kQueries<T>);
+    logsumexp = arena.take<T>(kQueries<T>);
+    tiles = arena.take<Tile>(shape.tiles_per_job);
+  }
+};
+
+// Problem: JvpProblem or DoubleBackwardProblem, whose gradients begin with the same pass.
+template <class C, class Problem>
+class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
+  using Run = QueryRun<C, JvpJob<C, Problem>>;
+  using T = typename C::Scalar;
+  using Element = typename C::Element;
+  friend Run;
+
+ public:
+  static void run(const AttentionProblem& problem, void*, void* memory, int64_t job) {
+    const auto& p = static_cast<const Problem&>(problem);
+    const RunShape<C> shape = jvp_shape<C>(p);
+    Arena arena(memory);
+    const JvpScratch<C> scratch(arena, p, p.tangent, shape);
+    JvpJob(p, shape, scratch).walk(job);
+  }
+
+ private:
+  using Run::kv_head_, Run::sequence_, Run::shape_, Run::tiles_;
+
+  JvpJob(const Problem& p, const RunShape<C>& shape, const JvpScratch<C>& scratch)
+      : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
+
+  void open_tile(int64_t i) {
+    const Tile& tile = tiles_[i];
+    open_columns(p_.query, tile, columns(scratch_.query_columns, i));
+    if (p_.tangent.query) open_columns(p_.tangent.query, tile, columns(scratch_.query_tangent_columns, i));
+    for (int64_t lane = 0; lane < kQueries<T>; lane += kLanes<T>) store(mean(i) + lane, Vec<T>{});
+    for (int64_t at = 0; at < kQueries<T> * shape_.columns; at += kLanes<T>) store(sums(i).data + at, Vec<T>{});
+  }
+
+  void open_columns(const View& view, const Tile& tile, Matrix<Element> to) {
+    const Source source = source_of(view, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
+    const auto rows = rows_of<C>(source, tile.q.size(), tile.vectors * kLanes<T>, p_.head_dim, scratch_.query_rows);
+    transpose_rows<C>(rows, tile.vectors, shape_.depth, to);
+  }
+
+  void open_keys(Range k) {
+    const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), kTileRows);
+    const auto open = [&](const View& view, int64_t width, Element* buffer) {
+      return rows_of<C>(source_of(view, b, kv_head_, row), k.size(), padded, width, buffer);
+    };
+    key_ = open(p_.key, p_.head_dim, scratch_.key_rows);
+    if (p_.tangent.key) key_tangent_ = open(p_.tangent.key, p_.head_dim, scratch_.key_tangent_rows);
+    value_ =
+        lanes_of<C>(open(p_.value, p_.head_dim_v, scratch_.value_rows), padded, shape_.columns, scratch_.value_lanes);
+    if (p_.tangent.value) {
+      value_tangent_ = lanes_of<C>(open(p_.tangent.value, p_.head_dim_v, scratch_.value_tangent_rows), padded,
+                                   shape_.columns, scratch_.value_tangent_lanes);
+    }
+  }
+
+  void tile_block(int64_t i, Range k, int64_t skip) {
+    const Tile& tile = tiles_[i];
+    Block<T> block;
+    if (!open_block(p_, tile, k, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    const Matrix<T> weight{scratch_.weight, kQueries<T>}, moved{scratch_.moved, kQueries<T>};
+    const auto query = as_operand(columns(scratch_.query_columns, i));
+    const auto query_tangent = as_operand(columns(scratch_.query_tangent_columns, i));
+    dots(rows_from(key_, skip), query, k, tile, weight, Start::kZero);
+    if (p_.tangent.query) dots(rows_from(key_, skip), query_tangent, k, tile, moved, Start::kZero);
+    if (p_.tangent.key) {
+      dots(rows_from(key_tangent_, skip), query, k, tile, moved, p_.tangent.query ? Start::kAdd : Start::kZero);
+    }
+    if (!p_.tangent.query && !p_.tangent.key) clear_block(moved, k.size(), tile.vectors);
+    load_logsumexp(row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.logsumexp);
+    const Derivatives<T> bend = bend_of<T>(block, scratch_.slope, nullptr);
+    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
+      probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, bend);
+    });
+    const auto score_tangent = score_tangent_of(p_, p_.tangent, tile, k, Matrix<T>{scratch_.bias_tangent, kQueries<T>});
+    for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
+      T *w = weight.row(r) + lane, *m = moved.row(r) + lane;
+      const Vec<T> prob = load(w), by_score = prob * score_tangent(block, bend, load(m), r, lane);
+      const Vec<T> product = prob == Vec<T>{} ? Vec<T>{} : by_score;
+      store(mean(i) + lane, load(mean(i) + lane) + product);
+      store(m, kept ? product : Vec<T>{});
+      store(w, kept ? prob : Vec<T>{});
+    });
+    add_product(i, k, skip, moved, value_);
+    if (p_.tangent.value) add_product(i, k, skip, weight, value_tangent_);
+  }
+
+  void dots(Matrix<const Element> key, Matrix<const Element> query, Range k, const Tile& tile, Matrix<T> to,
+            Start start) {
+    multiply<C>(by_rows(key), query, shape_.depth, to, round_up(k.size(), 2), tile.vectors, start);
+  }
+
+  void add_product(int64_t i, Range k, int64_t skip, Matrix<T> weight, Matrix<const Element> value) {
+    if (shape_.columns == 0) return;
+    const auto by_key = weights_by_keys<C>(weight, k.size(), tiles_[i].vectors, scratch_.weight_rows);
+    multiply<C>(by_columns(by_key), rows_from(value, skip / C::kPair), ceil_div(k.size(), C::kPair), sums(i),
+                tiles_[i].vectors * kLanes<T>, shape_.columns / kLanes<T>, Start::kAdd);
+  }
+
+  void close_tile(int64_t i) {
+    const Tile& tile = tiles_[i];
+    const int64_t row = row_of(p_, sequence_, tile.head) + tile.q.begin, b = sequence_.tensor_batch;
+    const T* logsumexp = static_cast<const T*>(p_.logsumexp) + row;
+    T* logsumexp_tangent = static_cast<T*>(p_.logsumexp_tangent) + row;
+    for (int64_t r = 0; r < tile.q.size(); ++r) {
+      T& m = mean(i)[r];
+      if (p_.tangent.sinks && logsumexp[r] != static_cast<T>(-__builtin_inf())) {
+        const double sink = p_.sinks[sequence_.batch * p_.sinks_stride_b + tile.head];
+        const double prob = __builtin_exp(sink - static_cast<double>(logsumexp[r]));
+        m += static_cast<T>(prob * p_.tangent.sinks[sequence_.batch * p_.heads + tile.head]);
+      }
+      logsumexp_tangent[r] = m;
+      add_mean_part(source_of(p_.out, b, tile.head, sequence_.begin_q + tile.q.begin + r), -m, sums(i).row(r));
+    }
+    const T one[] = {1};
+    for (int64_t r = 0; r < tile.q.size(); ++r) {
+      write_rows(source_of(p_.out_tangent, b, tile.head, sequence_.begin_q + tile.q.begin + r), 1, p_.head_dim_v,
+                 as_operand(rows_from(sums(i), r)), one);
+    }
+  }
+
+  // sums = kept_scale * sums + factor * out
+  void add_mean_part(Source out, T factor, T* row_sums) const {
+    with_storage<T>(out.dtype, [&](auto* storage) __attribute__((always_inline)) {
+      const auto* from = reinterpret_cast<decltype(storage)>(const_cast<char*>(out.data));
+      for (int64_t d = 0; d < p_.head_dim_v; d += kLanes<T>) {
+        const Vec<T> o = load_strided<T>(from + d * out.stride_col, out.stride_col, p_.head_dim_v - d);
+        store(row_sums + d,
+              fma(o, splat<T>(factor), load(row_sums + d) * splat<T>(static_cast<T>(dropout_.kept_scale))));
+      }
+    });
+  }
+
+  Matrix<Element> columns(Element* base, int64_t i) const {
+    return {base + i * round_up(shape_.depth, kLanes<Element>) * kQueries<T>, kQueries<T>};
+  }
+  Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
+  T* mean(int64_t i) const { return scratch_.mean + i * kQueries<T>; }
+
+  const Problem& p_;
+  const JvpScratch<C>& scratch_;
+  Dropout dropout_;
+  Matrix<const Element> key_, key_tangent_, value_, value_tangent_;
+};
+
+template <class C>
+Plan plan_jvp(const AttentionProblem& problem) {
+  const auto& p = static_cast<const JvpProblem&>(problem);
+  const RunShape<C> shape = jvp_shape<C>(p);
+  Arena measure(nullptr);
+  JvpScratch<C>(measure, p, p.tangent, shape);
+  Plan plan;
+  plan.phases[plan.phase_count++] = {shape.jobs, JvpJob<C, JvpProblem>::run};
+  plan.scratch_bytes = measure.used();
+  return plan;
+}
+
+}  // namespace
+}  // namespace attention_ext
