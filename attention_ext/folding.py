@@ -125,15 +125,11 @@ def attention_with_state(
     key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator on inputs of any rank: (out, logsumexp, rng_state)."""
-    rank = query.dim()
-    foldable = rank != 4 or key.dim() != 4 or value.dim() != 4
-    if not foldable and not enable_gqa:
-        heads = query.size(1)
-        foldable = key.size(1) != heads or value.size(1) != heads
+    q, k, v = query.shape, key.shape, value.shape
+    fits = len(q) == 4 and len(k) == 4 and len(v) == 4 and q[0] == k[0] and q[0] == v[0]
+    fits = fits and (enable_gqa or (q[1] == k[1] and q[1] == v[1]))
     batch: list[int] = []
-    if foldable or query.size(0) != key.size(0) or query.size(0) != value.size(0):
-        foldable = True
-        rank = max(rank, key.dim(), value.dim())
+    if not fits:
         query, key, value, batch, enable_gqa = fold(query, key, value, enable_gqa)
         attn_mask = fold_mask(attn_mask, batch)
         alibi_slopes = fold_slopes(alibi_slopes, batch)
@@ -151,15 +147,16 @@ def attention_with_state(
         is_causal,
         scale,
         enable_gqa,
-        causal_alignment=causal_alignment,
-        window_left=left,
-        window_right=right,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        key_lengths=key_lengths,
+        causal_alignment,
+        left,
+        right,
+        softcap,
+        alibi_slopes,
+        sinks,
+        key_lengths,
     )
-    if foldable:
+    if not fits:
+        rank = max(len(q), len(k), len(v))
         out, logsumexp = unfold(out, batch, rank), unfold(logsumexp, batch, rank - 1)
     return out, logsumexp, rng_state
 
@@ -192,14 +189,15 @@ def varlen_with_state(
         is_causal,
         scale,
         enable_gqa,
-        causal_alignment=causal_alignment,
-        window_left=left,
-        window_right=right,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
+        causal_alignment,
+        left,
+        right,
+        softcap,
+        alibi_slopes,
+        sinks,
+        None,
+        cu_seqlens_q,
+        cu_seqlens_k,
     )
     return out.squeeze(0).transpose(0, 1), logsumexp.squeeze(0), rng_state
 

@@ -8,7 +8,7 @@ import io
 import itertools
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -30,6 +30,12 @@ CONSTRUCTORS = [
 
 def constructor_name(options: dict[str, Any]) -> str:
     return "-".join(k if v is True else f"{k}{v}" for k, v in options.items() if v) or "plain"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """Thousands of tiny calls, which wait longer for a second thread than they take."""
+    threads(1)
 
 
 constructors = pytest.mark.parametrize("options", CONSTRUCTORS, ids=constructor_name)

@@ -134,8 +134,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
             if not is_batched:
                 weights = weights.squeeze(0)
-        merged = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
-        output = self.out_proj(merged.flatten(-2))
+        merged = out.transpose(1, 2).flatten(-2)
+        output = self.out_proj(merged if batch_first else merged.transpose(0, 1).contiguous())
         return output if is_batched else output.squeeze(0), weights
 
     def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
