@@ -36,7 +36,11 @@ ATTENTION_INLINE F64 max(F64 a, F64 b) { return F64(_mm512_max_pd(__m512d(a), __
 // low 32 bits of each lane times low 32 bits, 64-bit products
 ATTENTION_INLINE U64 multiply_low_words(U64 a, U64 b) { return U64(_mm512_mul_epu32(__m512i(a), __m512i(b))); }
 
-// x * 2^n for whole n; underflows to 0, overflows to inf
+// x - floor(x); 0 for the infinities
+ATTENTION_INLINE F32 above_floor(F32 x) { return F32(_mm512_reduce_ps(__m512(x), _MM_FROUND_TO_NEG_INF)); }
+ATTENTION_INLINE F64 above_floor(F64 x) { return F64(_mm512_reduce_pd(__m512d(x), _MM_FROUND_TO_NEG_INF)); }
+
+// x * 2^floor(n); underflows to 0, overflows to inf
 ATTENTION_INLINE F32 scale_by_power(F32 x, F32 n) { return F32(_mm512_scalef_ps(__m512(x), __m512(n))); }
 ATTENTION_INLINE F64 scale_by_power(F64 x, F64 n) { return F64(_mm512_scalef_pd(__m512d(x), __m512d(n))); }
 

@@ -6,54 +6,42 @@
 namespace attention_ext {
 namespace {
 
-// (2^r - 1) / r on [-1/2, 1/2], near-minimax: 1 + r q(r) is within 5e-9 (float), 8e-18 (double) and, for weights that
-// are rounded to bfloat16 anyway, 7e-6.
+// (2^r - 1) / r on [0, 1], near-minimax: 1 + r q(r) is within 5e-9 (float), 9e-18 (double) and, for weights that are
+// rounded to bfloat16 anyway, 7e-6.
 template <class T>
 struct Exp2Fit;
 template <>
 struct Exp2Fit<float> {
   static constexpr int kCount = 6;
-  static constexpr float kCoefficient[] = {0.69314718802622877f,   0.24022650760568126f,   0.055503571142190782f,
-                                           0.0096180825572778524f, 0.0013390863364671234f, 0.00015453162945120691f};
-  static constexpr float kRound = 0x1.8p23f, kLowest = -160.0f;
+  static constexpr float kCoefficient[] = {0.69314717086497657f,   0.24022720418109816f,   0.055496023564022931f,
+                                           0.0096521950560147351f, 0.0012692166069140853f, 0.00020817915043540742f};
 };
 struct Exp2FitShort {
   static constexpr int kCount = 4;
-  static constexpr float kCoefficient[] = {0.69313673388362151f, 0.24022530097412242f, 0.055838282946219855f,
-                                           0.0096567102885443557f};
-  static constexpr float kRound = 0x1.8p23f, kLowest = -160.0f;
+  static constexpr float kCoefficient[] = {0.69313399262015185f, 0.24064704812114832f, 0.053441029270731175f,
+                                           0.012763113885719626f};
 };
 template <>
 struct Exp2Fit<double> {
   static constexpr int kCount = 11;
-  static constexpr double kCoefficient[] = {0.69314718055994529,    0.24022650695910097,    0.055504108664821597,
-                                            0.0096181291076068882,  0.0013333558146416936,  0.0001540353044173605,
-                                            1.5252733829836119e-05, 1.3215442587921689e-06, 1.0178062445845774e-07,
-                                            7.0725859492692234e-09, 4.4549605981865186e-10};
-  static constexpr double kRound = 0x1.8p52, kLowest = -1100.0;
-};
-
-template <class T>
-struct Exponent {
-  Vec<T> whole, rest, q;  // x = whole + rest, 2^rest = 1 + rest q
+  static constexpr double kCoefficient[] = {0.69314718055994529,    0.24022650695909673,    0.055504108664980671,
+                                            0.0096181291051517567,  0.001333355834393728,   0.00015403521219107733,
+                                            1.5252998899728418e-05, 1.3210583477765189e-06, 1.0236023803275179e-07,
+                                            6.6344458662514139e-09, 6.1230929168263867e-10};
 };
 
 template <class T, class Fit>
-ATTENTION_INLINE Exponent<T> split_exponent(Vec<T> x) {
-  x = max(splat<T>(Fit::kLowest), x);  // -inf would leave NaN as its rest
-  const Vec<T> magic = splat<T>(Fit::kRound);
-  const Vec<T> whole = (x + magic) - magic;
-  const Vec<T> rest = x - whole;
+ATTENTION_INLINE Vec<T> exp2_fit(Vec<T> rest) {
   Vec<T> q = splat<T>(Fit::kCoefficient[Fit::kCount - 1]);
   unroll<Fit::kCount - 1>(UNROLLED(i) { q = fma(q, rest, splat<T>(Fit::kCoefficient[Fit::kCount - 2 - i])); });
-  return {whole, rest, q};
+  return q;
 }
 
-// 2^x; exactly 0 from the underflow on, NaN stays
+// 2^x = 2^floor(x) (1 + r q(r)); exactly 0 from the underflow on, NaN stays
 template <class T, class Fit = Exp2Fit<T>>
 ATTENTION_INLINE Vec<T> exp2(Vec<T> x) {
-  const Exponent<T> e = split_exponent<T, Fit>(x);
-  return scale_by_power(fma(e.rest, e.q, splat<T>(1)), e.whole);
+  const Vec<T> rest = above_floor(x);
+  return scale_by_power(fma(rest, exp2_fit<T, Fit>(rest), splat<T>(1)), x);
 }
 
 ATTENTION_INLINE float log2_of(float x) { return __builtin_log2f(x); }
@@ -70,9 +58,10 @@ ATTENTION_INLINE Vec<T> tanh(Vec<T> x) {
   const Vec<T> limit = splat<T>(sizeof(T) == 4 ? 14 : 28);  // tanh is 1 to the last bit from there on
   const Vec<T> positive = abs<T>(x);
   const Vec<T> clamped = positive > limit ? limit : positive;
-  const Exponent<T> e = split_exponent<T, Exp2Fit<T>>(clamped * splat<T>(static_cast<T>(2 * kLog2E)));
-  const Vec<T> power = scale_by_power(splat<T>(1), e.whole);
-  const Vec<T> expm1 = fma(power * e.rest, e.q, power - splat<T>(1));
+  const Vec<T> exponent = clamped * splat<T>(static_cast<T>(2 * kLog2E));
+  const Vec<T> rest = above_floor(exponent);
+  const Vec<T> power = scale_by_power(splat<T>(1), exponent);
+  const Vec<T> expm1 = fma(power * rest, exp2_fit<T, Exp2Fit<T>>(rest), power - splat<T>(1));
   const Vec<T> result = expm1 / (expm1 + splat<T>(2));
   return x < Vec<T>{} ? -result : result;
 }
