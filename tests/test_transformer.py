@@ -89,8 +89,9 @@ def test_learns_to_reverse_and_decodes(threads: Callable[[int], None]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*nested.*")
-def test_first_steps_are_torchs() -> None:
+def test_first_steps_are_torchs(threads: Callable[[int], None]) -> None:
     """From one seed the loss curves of torch's modules and ours agree to rounding."""
+    threads(1)
     curves = []
     for replace in (False, True):
         torch.manual_seed(0)

@@ -219,8 +219,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if key_padding_mask is not None:
             if appended > 0:
                 key_padding_mask = F.pad(key_padding_mask, [0, appended])
-            if not torch.jit.is_scripting() and not torch.jit.is_tracing():
-                F._check_key_padding_mask(key_padding_mask, seqlen_k, batch)  # type: ignore[attr-defined]
+            for dim, size in ((0, batch), (1, seqlen_k)):
+                if key_padding_mask.size(dim) != size:
+                    raise AssertionError(
+                        f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.size(dim)}"
+                    )
             mask = key_padding_mask.unsqueeze(1).unsqueeze(1)
             if attn_mask is not None:
                 mask = mask.logical_or(attn_mask) if mask.dtype == torch.bool else mask + attn_mask
