@@ -74,7 +74,7 @@ class BackwardBlocks : KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, Backward
       Blocks::shared_;
 
   void open_keys(int64_t row, Range k) {
-    const int64_t padded = round_up(k.size(), kTileRows);
+    const int64_t padded = round_up(k.size(), 2);
     key_ = rows_of<C>(this->head_rows(p_.key, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows);
     value_ = rows_of<C>(this->head_rows(p_.value, kv_head_, row), k.size(), padded, p_.head_dim_v, scratch_.value_rows);
     key_lanes_ = lanes_of<C>(key_, padded, shape_.columns, scratch_.key_lanes);

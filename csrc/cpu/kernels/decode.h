@@ -220,8 +220,8 @@ void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, i
       top = now;
     }
     static_cast<T*>(p.logsumexp)[(s.tensor_batch * p.heads + head) * p.seqlen_q + s.begin_q + q] =
-        static_cast<T>(kLn2) * (top + log2_of(sum));
-    const T factor[] = {sum == 0 ? T(0) : 1 / sum};
+        logsumexp_of<T>(splat<T>(top), splat<T>(sum))[0];
+    const T factor[] = {one_over<T>(splat<T>(sum))[0]};
     write_rows(source_of(p.out, s.tensor_batch, head, s.begin_q + q), 1, p.head_dim_v, as_operand(total), factor);
   }
 }

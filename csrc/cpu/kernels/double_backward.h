@@ -77,7 +77,7 @@ class DoubleBackwardBlocks : KeyBlocks<C, DoubleBackwardBlocks<C>, DoubleBackwar
       : Blocks(p, shape, shared, scratch), delta_tangent_(shared.delta_tangent) {}
 
   void open_keys(int64_t row, Range k) {
-    const int64_t padded = round_up(k.size(), kTileRows);
+    const int64_t padded = round_up(k.size(), 2);
     const auto open = [&](const View& view, int64_t width, Element* buffer) {
       return rows_of<C>(this->head_rows(view, kv_head_, row), k.size(), padded, width, buffer);
     };

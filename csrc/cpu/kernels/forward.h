@@ -75,7 +75,7 @@ class ForwardJob : QueryRun<C, ForwardJob<C>> {
   }
 
   void open_keys(Range k) {
-    const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), kTileRows);
+    const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), 2);
     key_ = rows_of<C>(source_of(p_.key, b, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows);
     const auto rows =
         rows_of<C>(source_of(p_.value, b, kv_head_, row), k.size(), padded, p_.head_dim_v, scratch_.value_rows);
@@ -103,11 +103,10 @@ class ForwardJob : QueryRun<C, ForwardJob<C>> {
     const Tile& tile = tiles_[i];
     const RowState<T>& state = scratch_.rows[i];
     T* logsumexp = static_cast<T*>(p_.logsumexp) + row_of(p_, sequence_, tile.head) + tile.q.begin;
-    const T kept_scale = static_cast<T>(dropout_.kept_scale);
-    for (int64_t r = 0; r < tile.q.size(); ++r) {
-      const T sum = state.sum[r];
-      logsumexp[r] = static_cast<T>(kLn2) * (state.maximum[r] + log2_of(sum));
-      scratch_.factor[r] = sum == 0 ? T(0) : kept_scale / sum;
+    for (int64_t lane = 0; lane < tile.q.size(); lane += kLanes<T>) {
+      const Vec<T> sum = load(state.sum + lane);
+      store_first<T>(logsumexp + lane, logsumexp_of<T>(load(state.maximum + lane), sum), tile.q.size() - lane);
+      store(scratch_.factor + lane, one_over<T>(sum) * splat<T>(static_cast<T>(dropout_.kept_scale)));
     }
     write_rows(source_of(p_.out, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin), tile.q.size(),
                p_.head_dim_v, as_operand(sums(i)), scratch_.factor);

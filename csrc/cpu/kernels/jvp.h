@@ -87,7 +87,7 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
   }
 
   void open_keys(Range k) {
-    const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), kTileRows);
+    const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), 2);
     const auto open = [&](const View& view, int64_t width, Element* buffer) {
       return rows_of<C>(source_of(view, b, kv_head_, row), k.size(), padded, width, buffer);
     };

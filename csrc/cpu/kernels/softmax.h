@@ -17,6 +17,17 @@ ATTENTION_INLINE Vec<T> finite_or_zero(Vec<T> maximum) {
   return maximum == splat<T>(static_cast<T>(-__builtin_inf())) ? Vec<T>{} : maximum;
 }
 
+template <class T>
+ATTENTION_INLINE Vec<T> logsumexp_of(Vec<T> maximum, Vec<T> sum) {
+  return (maximum + log2<T>(sum)) * splat<T>(static_cast<T>(kLn2));
+}
+
+// 0 for a row without a visible key
+template <class T>
+ATTENTION_INLINE Vec<T> one_over(Vec<T> sum) {
+  return sum == Vec<T>{} ? Vec<T>{} : splat<T>(1) / sum;
+}
+
 // Dot products become unnormalised weights in place; `factor` receives what earlier sums of the row are worth now.
 template <class C, int kVectors, Rules kRules>
 void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,

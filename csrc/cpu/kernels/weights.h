@@ -69,7 +69,7 @@ class WeightsJob {
     const Range k{maximum(block_keys.begin, seen.begin), minimum(block_keys.end, seen.end)};
     Block<T> block;
     if (k.empty() || !open_block(p_, tile, k, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
-    const int64_t b = tile.sequence.batch, rows = round_up(k.size(), kTileRows);
+    const int64_t b = tile.sequence.batch, rows = round_up(k.size(), 2);
     const auto query = rows_of<C>(source_of(p_.query, b, tile.head, tile.q.begin), tile.q.size(),
                                   tile.vectors * kLanes<T>, p_.head_dim, scratch_.query_rows);
     const auto key = rows_of<C>(source_of(p_.key, b, tile.head / p_.group_size(), k.begin), k.size(), rows, p_.head_dim,

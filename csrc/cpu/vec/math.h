@@ -1,6 +1,8 @@
 // exp2 and tanh of a vector, and the arithmetic that core's templates ask for.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/vec/simd.h"
 
 namespace attention_ext {
@@ -44,8 +46,25 @@ ATTENTION_INLINE Vec<T> exp2(Vec<T> x) {
   return scale_by_power(fma(rest, exp2_fit<T, Fit>(rest), splat<T>(1)), x);
 }
 
-ATTENTION_INLINE float log2_of(float x) { return __builtin_log2f(x); }
-ATTENTION_INLINE double log2_of(double x) { return __builtin_log2(x); }
+// log2(x) of x = 0, normal x > 0, inf or NaN: 2 atanh(s) / ln(2) of the mantissa m in [sqrt(1/2), sqrt(2)), s = (m - 1)
+// / (m + 1)
+template <class T>
+ATTENTION_INLINE Vec<T> log2(Vec<T> x) {
+  using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  using Integers = Vec<Integer>;
+  constexpr int kMantissa = sizeof(T) == 8 ? 52 : 23;
+  constexpr int kTerms = sizeof(T) == 8 ? 10 : 4;  // s^2 < 0.0295, so the next is below the last bit
+  const Integers half_root = bit_cast<Integers>(splat<T>(static_cast<T>(0.70710678118654752)));
+  const Integers exponent = (bit_cast<Integers>(x) - half_root) >> kMantissa;
+  const Vec<T> m = bit_cast<Vec<T>>(bit_cast<Integers>(x) - (exponent << kMantissa));
+  const Vec<T> s = (m - splat<T>(1)) / (m + splat<T>(1)), square = s * s;
+  Vec<T> series = splat<T>(T(1) / (2 * kTerms + 1));
+  unroll<kTerms>(UNROLLED(i) { series = fma(series, square, splat<T>(T(1) / (2 * (kTerms - i) - 1))); });
+  const Vec<T> whole = __builtin_convertvector(exponent, Vec<T>);
+  const Vec<T> result = fma(s * series, splat<T>(static_cast<T>(2 * kLog2E)), whole);
+  const Vec<T> infinity = splat<T>(static_cast<T>(__builtin_inf()));
+  return x == Vec<T>{} ? -infinity : (x < infinity ? result : x);
+}
 
 template <class T>
 ATTENTION_INLINE Vec<T> abs(Vec<T> x) {
