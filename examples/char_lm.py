@@ -183,7 +183,7 @@ def run(name: str, ours: bool, options: argparse.Namespace) -> Result:
 
 def show(results: dict[str, Result], options: argparse.Namespace) -> None:
     base = statistics.median(next(iter(results.values())).step_ms)
-    header = ["", "loss", "validation", "ms / step", "attention", "peak", "speed-up"]
+    header = ["", "loss", "held out", "ms / step", "attention", "peak", "speed-up"]
     rows = []
     for name, result in results.items():
         ms = statistics.median(result.step_ms)
@@ -239,10 +239,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    results = {
-        "torch": run("torch", False, options),
-        "attention_ext": run("attention_ext", True, options),
-    }
+    results = {name: run(name, name == "ours", options) for name in ("torch", "ours")}
     show(results, options)
     check(*results.values(), options)
     losses = {name: result.losses for name, result in results.items()}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 try:
+    import rich.box
     import rich.console
     import rich.progress
     import rich.table
@@ -50,7 +51,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         for row in [header, *rows]:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
         return
-    grid = rich.table.Table(title=title, title_justify="left")
+    grid = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     for i, name in enumerate(header):
         grid.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:

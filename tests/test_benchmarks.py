@@ -1,0 +1,100 @@
+"""The benchmark program runs and counts rightly; its files can be printed, compared and drawn. No time is judged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{script} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("benchmark") / "benchmark.json"
+    run("run.py", "--group", "tiny", "memory", "--match", "^H1 L4 d8|^L1024$", "--budget", 0.01, "--out", file)
+    return file
+
+
+def test_rows_say_what_was_measured(measured: Path) -> None:
+    content = json.loads(measured.read_text())
+    assert {"commit", "dirty", "cpu", "build", "torch", "threads"} <= set(content["facts"])
+    timed = [row for row in content["results"] if row["group"] == "tiny"]
+    assert [row["pass"] for row in timed] == ["forward", "backward"]
+    assert all(row["ours_s"] > 0 and row["torch_s"] > 0 and row["limit_per_s"] > 0 for row in timed)
+    assert [row["length"] for row in content["results"] if row["group"] == "memory"] == [1024]
+
+
+def test_files_are_compared(measured: Path) -> None:
+    text = run("compare.py", measured, measured)
+    assert "H1 L4 d8" in text
+    assert "1.00x" in text
+
+
+def test_files_are_drawn(measured: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run("plot.py", measured, "--out", tmp_path)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def cases() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import cases
+
+        return cases
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def test_names_are_unique(cases: Any) -> None:
+    names = [(case.name, case.dtype, case.group) for case in cases.CASES]
+    assert len(names) == len(set(names))
+
+
+def test_every_case_agrees_with_torch(cases: Any) -> None:
+    """Small twins of the main cases: ours and each of torch's ways compute the same."""
+    import dataclasses
+
+    for case in cases.CASES:
+        if case.group != "main" or case.dtype != torch.float32 or case.dropout_p:
+            continue
+        small = dataclasses.replace(
+            case,
+            batch=min(case.batch, 2),
+            length_q=min(case.length_q, 40),
+            length_k=min(case.length_k, 40),
+            window=case.window and (7, 0),
+            packed=case.packed and (20, 13, 1),
+        )
+        problem = cases.build(small)
+        expected = problem.ours()
+        for name, way in problem.theirs.items():
+            assert torch.allclose(way(), expected, rtol=1e-4, atol=1e-5), f"{case.name}: {name} gives something else"
+
+
+def test_pairs_are_counted(cases: Any) -> None:
+    sizes = {"heads": 3, "batch": 2, "length_q": 50}
+    windows = [None, (9, 4), (9, None), (None, 2)]
+    for options in ({"is_causal": causal, "window": window} for causal in (False, True) for window in windows):
+        case = cases.Case("case", "group", torch.float32, **sizes, **options)
+        ahead = torch.arange(50) - torch.arange(50)[:, None]
+        left, right = options["window"] or (None, None)
+        right = 0 if options["is_causal"] else right
+        visible = (ahead >= (-50 if left is None else -left)) & (ahead <= (50 if right is None else right))
+        assert case.pairs() == 6 * int(visible.sum())
+    assert cases.Case("case", "group", torch.float32, packed=(3, 4), is_causal=True).pairs() == 8 * (6 + 10)

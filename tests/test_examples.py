@@ -1,0 +1,53 @@
+"""The examples do what they say, in a process of their own, as a user starts them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--threads", "1", "--steps", "4", "--length", "64", "--width", "32", "--batch", "2"]
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{script} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_char_lm_trains_with_our_operator(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    text = run("char_lm.py", *SMALL, "--out", picture)
+    assert "2 modules replaced; over 3 profiled steps 6 calls of attention_ext::attention" in text
+    if f"wrote {picture}" not in text:
+        pytest.skip("no picture: matplotlib is not installed")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_char_lm_curves_are_equal_without_dropout(tmp_path: Path, dtype: str) -> None:
+    no_dropout = ["--dropout", 0, "--assert-equal", "--dtype", dtype]
+    text = run("char_lm.py", *SMALL, *no_dropout, "--out", tmp_path / "picture.png")
+    assert "largest relative difference between the two loss curves" in text
+
+
+def test_digits_vit_recognises_digits() -> None:
+    pytest.importorskip("sklearn")
+    run("digits_vit.py", "--threads", 1, "--epochs", 12, "--assert-accuracy", 0.85)
+
+
+def test_torchscript_trains_in_python_without_the_package() -> None:
+    assert "Python: loss" in run("torchscript/main.py", "--no-cpp")
+
+
+def test_torchscript_trains_in_cpp() -> None:
+    if shutil.which("cmake") is None and not Path(sys.executable).with_name("cmake").exists():
+        pytest.skip("cmake is not installed")
+    text = run("torchscript/main.py")
+    assert "C++: loss" in text
+    assert "largest difference" in text
