@@ -74,20 +74,21 @@ enum class Start : uint8_t {
 constexpr int kTileRows = 6;
 
 template <class C, int kRows, int kVectors>
-void multiply_tile(Broadcast<typename C::Element> a, Matrix<const typename C::Element> b, int64_t depth,
-                   Matrix<typename C::Scalar> c, Start start, const typename C::Scalar* factor) {
+ATTENTION_INLINE void multiply_tile(Broadcast<typename C::Element> a, Matrix<const typename C::Element> b,
+                                    int64_t depth, Matrix<typename C::Scalar> c, Start start,
+                                    const typename C::Scalar* factor) {
   using T = typename C::Scalar;
   Vec<T> sum[kRows][kVectors];
-  unroll<kRows>(UNROLLED(m) {
-    unroll<kVectors>(UNROLLED(n) {
-      if (start == Start::kZero) {
-        sum[m][n] = Vec<T>{};
-      } else {
-        sum[m][n] = load(c.row(m) + n * kLanes<T>);
-        if (start == Start::kScaleAndAdd) sum[m][n] *= broadcast(factor + m);
-      }
+  if (start == Start::kZero) {
+    unroll<kRows>(UNROLLED(m) { unroll<kVectors>(UNROLLED(n) { sum[m][n] = Vec<T>{}; }); });
+  } else if (start == Start::kAdd) {
+    unroll<kRows>(UNROLLED(m) { unroll<kVectors>(UNROLLED(n) { sum[m][n] = load(c.row(m) + n * kLanes<T>); }); });
+  } else {
+    unroll<kRows>(UNROLLED(m) {
+      const Vec<T> worth = broadcast(factor + m);
+      unroll<kVectors>(UNROLLED(n) { sum[m][n] = load(c.row(m) + n * kLanes<T>) * worth; });
     });
-  });
+  }
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> row[kVectors];
     unroll<kVectors>(UNROLLED(n) { row[n] = C::operand(b.row(k) + n * kLanes<T>); });
