@@ -48,6 +48,14 @@ def fold_tensor(x: Tensor, batch: list[int], heads: int) -> Tensor:
     return x.expand(sizes).flatten(0, -4)
 
 
+def fits(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether the operator takes them as they are: 4-D, of one batch, and of as many heads unless those are grouped."""
+    q, k, v = query.shape, key.shape, value.shape
+    if len(q) != 4 or len(k) != 4 or len(v) != 4 or q[0] != k[0] or q[0] != v[0]:
+        return False
+    return enable_gqa or (q[1] == k[1] and q[1] == v[1])
+
+
 def fold(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, list[int], bool]:
     """(..., H, L, D) each, to (B, H, L, D), with the leading sizes that B stands for and whether heads are grouped.
 
@@ -125,11 +133,10 @@ def attention_with_state(
     key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator on inputs of any rank: (out, logsumexp, rng_state)."""
-    q, k, v = query.shape, key.shape, value.shape
-    fits = len(q) == 4 and len(k) == 4 and len(v) == 4 and q[0] == k[0] and q[0] == v[0]
-    fits = fits and (enable_gqa or (q[1] == k[1] and q[1] == v[1]))
     batch: list[int] = []
-    if not fits:
+    rank = 0
+    if not fits(query, key, value, enable_gqa):
+        rank = max(query.dim(), key.dim(), value.dim())
         query, key, value, batch, enable_gqa = fold(query, key, value, enable_gqa)
         attn_mask = fold_mask(attn_mask, batch)
         alibi_slopes = fold_slopes(alibi_slopes, batch)
@@ -155,8 +162,7 @@ def attention_with_state(
         sinks,
         key_lengths,
     )
-    if not fits:
-        rank = max(len(q), len(k), len(v))
+    if rank > 0:
         out, logsumexp = unfold(out, batch, rank), unfold(logsumexp, batch, rank - 1)
     return out, logsumexp, rng_state
 

@@ -17,6 +17,7 @@ from attention_ext.folding import (
     attention_op,
     attention_weights_op,
     attention_with_state,
+    fits,
     fold,
     fold_lengths,
     fold_mask,
@@ -213,32 +214,35 @@ def attention_weights(
     Raises:
         RuntimeError: as :func:`attention`; also where ``dropout_p > 0`` and ``rng_state`` is None.
     """
-    rank = max(query.dim(), key.dim())
-    q, k, v, batch, gqa = fold(query, key, key, enable_gqa)
-    mask = fold_mask(attn_mask, batch)
-    slopes = fold_slopes(alibi_slopes, batch)
-    lengths = fold_lengths(key_lengths, batch)
+    batch: list[int] = []
+    rank = 0
+    if not fits(query, key, key, enable_gqa):
+        rank = max(query.dim(), key.dim())
+        query, key, _, batch, enable_gqa = fold(query, key, key, enable_gqa)
+        attn_mask = fold_mask(attn_mask, batch)
+        alibi_slopes = fold_slopes(alibi_slopes, batch)
+        key_lengths = fold_lengths(key_lengths, batch)
     left, right = window_sides(window)
     if logsumexp is None:
         normaliser = attention_op(
-            q,
-            k,
-            v[..., :0],
-            mask,
+            query,
+            key,
+            key[..., :0],
+            attn_mask,
             0.0,
             is_causal,
             scale,
-            gqa,
+            enable_gqa,
             causal_alignment,
             left,
             right,
             softcap,
-            slopes,
+            alibi_slopes,
             sinks,
-            lengths,
+            key_lengths,
         )[1]
     else:
-        normaliser = logsumexp.reshape(q.shape[:-1])
+        normaliser = logsumexp.reshape(query.shape[:-1]) if rank > 0 else logsumexp
     row_begin: int | None = None
     row_end: int | None = None
     if rows is not None:
@@ -246,24 +250,26 @@ def attention_weights(
     if rng_state is None:
         rng_state = torch.empty(0, dtype=torch.int64, device=query.device)
     weights = attention_weights_op(
-        q,
-        k,
+        query,
+        key,
         normaliser,
         rng_state,
-        mask,
+        attn_mask,
         dropout_p,
         is_causal,
         scale,
-        gqa,
+        enable_gqa,
         causal_alignment,
         left,
         right,
         softcap,
-        slopes,
+        alibi_slopes,
         sinks,
-        lengths,
+        key_lengths,
         average_heads=average_heads,
         row_begin=row_begin,
         row_end=row_end,
     )
-    return unfold(weights, batch, max(rank - 1, 2) if average_heads else rank)
+    if rank > 0:
+        weights = unfold(weights, batch, max(rank - 1, 2) if average_heads else rank)
+    return weights
