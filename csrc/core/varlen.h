@@ -37,10 +37,9 @@ ATTENTION_INLINE Sequence sequence_of(const AttentionProblem& p, int64_t b) {
 
 // The keys that any query of `q` may see: outside it nothing is read.
 ATTENTION_INLINE Range visible_keys(const AttentionProblem& p, const Sequence& s, Range q) {
-  Range k{maximum<int64_t>(0, q.begin + s.diagonal - p.window_left),
-          minimum(s.length_k, q.end + s.diagonal + p.window_right)};
-  if (k.end < k.begin) k.end = k.begin;
-  return k;
+  const int64_t begin = maximum<int64_t>(0, q.begin + s.diagonal - p.window_left);
+  const int64_t end = minimum(s.length_k, q.end + s.diagonal + p.window_right);
+  return begin < end ? Range{begin, end} : Range{};
 }
 
 }  // namespace attention_ext

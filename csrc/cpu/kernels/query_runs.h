@@ -74,7 +74,7 @@ class QueryRun {
       const int64_t head = kv_head_ * problem_.group_size() + (first + i) % problem_.group_size();
       tiles_[i] = tile_of<T>(sequence_, head, (first + i) / problem_.group_size());
       const Range seen = keys_of_tile(i);
-      all = {minimum(all.begin, seen.begin), maximum(all.end, seen.end)};
+      if (!seen.empty()) all = {minimum(all.begin, seen.begin), maximum(all.end, seen.end)};
       self().open_tile(i);
     }
     return all;
