@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
@@ -61,6 +63,22 @@ def digest(*parts: str, files: list[Path]) -> str:
 
 def install(python: Path, *what: object) -> bool:
     return call(python, "-m", "pip", "install", "--quiet", *what)
+
+
+def prerequisites() -> None:
+    """What pip cannot install. Debian splits Python into several packages."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    missing = [
+        package
+        for package, found in {
+            "g++": shutil.which(os.environ.get("CXX", "c++").split()[0]),
+            "python3-dev": header.exists(),
+            "python3-venv": importlib.util.find_spec("ensurepip"),
+        }.items()
+        if not found
+    ]
+    if missing:
+        sys.exit(f"bootstrap: something is missing; on Debian: apt-get install {' '.join(missing)}")
 
 
 def environment() -> Path:
@@ -122,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lint", action="store_true", help="also install what the lints need")
     arguments = parser.parse_args()
+    prerequisites()
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build" / "bootstrap.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
