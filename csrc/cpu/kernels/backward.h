@@ -70,8 +70,8 @@ class BackwardBlocks : KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, Backward
 
  private:
   using Blocks::Blocks;
-  using Blocks::dropout_, Blocks::kv_head_, Blocks::p_, Blocks::scratch_, Blocks::sequence_, Blocks::shape_,
-      Blocks::shared_;
+  using Blocks::dropout_, Blocks::kv_head_, Blocks::opened_, Blocks::p_, Blocks::scratch_, Blocks::sequence_,
+      Blocks::shape_, Blocks::shared_;
 
   void open_keys(int64_t row, Range k) {
     const int64_t padded = round_up(k.size(), 2);
@@ -80,9 +80,11 @@ class BackwardBlocks : KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, Backward
     key_lanes_ = lanes_of<C>(key_, padded, shape_.columns, scratch_.key_lanes);
   }
 
-  void tile_block(const Tile& tile, Range k, int64_t skip) {
+  void tile_block(const Tile& tile, Range keys) {
     Block<T> block;
-    if (!open_block(p_, tile, k, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    const Range k = block.k;
+    const int64_t skip = k.begin - opened_.begin;
     const int64_t row = sequence_.begin_q + tile.q.begin, rows = round_up(k.size(), 2);
     const BothWays<C> query =
         both_ways<C>(this->head_rows(p_.query, tile.head, row), tile, p_.head_dim, scratch_.query);

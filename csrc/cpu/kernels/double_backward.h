@@ -69,8 +69,8 @@ class DoubleBackwardBlocks : KeyBlocks<C, DoubleBackwardBlocks<C>, DoubleBackwar
   }
 
  private:
-  using Blocks::dropout_, Blocks::kv_head_, Blocks::p_, Blocks::scratch_, Blocks::sequence_, Blocks::shape_,
-      Blocks::shared_;
+  using Blocks::dropout_, Blocks::kv_head_, Blocks::opened_, Blocks::p_, Blocks::scratch_, Blocks::sequence_,
+      Blocks::shape_, Blocks::shared_;
 
   DoubleBackwardBlocks(const DoubleBackwardProblem& p, const BackwardShape<C>& shape,
                        const DoubleBackwardShared<C>& shared, const DoubleBackwardScratch<C>& scratch)
@@ -91,9 +91,11 @@ class DoubleBackwardBlocks : KeyBlocks<C, DoubleBackwardBlocks<C>, DoubleBackwar
     if (p_.tangent.value) value_tangent_ = open(p_.tangent.value, p_.head_dim_v, scratch_.value_tangent_rows);
   }
 
-  void tile_block(const Tile& tile, Range k, int64_t skip) {
+  void tile_block(const Tile& tile, Range keys) {
     Block<T> block;
-    if (!open_block(p_, tile, k, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    const Range k = block.k;
+    const int64_t skip = k.begin - opened_.begin;
     open_queries(tile);
     multiply_scores(tile, k, skip);
     const Derivatives<T> bend = bend_of<T>(block, scratch_.slope, scratch_.curve);

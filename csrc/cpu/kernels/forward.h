@@ -19,7 +19,7 @@ struct ForwardScratch {
   using Element = typename C::Element;
   Element *query_rows, *query_columns, *key_rows, *value_rows, *value_lanes, *weight;
   T *sums, *score, *bias, *factor;
-  RowState<T>* rows;
+  RowState<T> rows;  // of all tiles
   Tile* tiles;
 
   ForwardScratch(Arena& arena, const AttentionProblem& p, const RunShape<C>& shape) {
@@ -34,7 +34,8 @@ struct ForwardScratch {
     score = arena.take<T>(padded_keys * kQueries<T>);
     bias = arena.take<T>(p.attn_mask ? padded_keys * kQueries<T> : 0);
     factor = arena.take<T>(kQueries<T>);
-    rows = arena.take<RowState<T>>(shape.tiles_per_job);
+    rows.maximum = arena.take<T>(shape.tiles_per_job * kQueries<T>);
+    rows.sum = arena.take<T>(shape.tiles_per_job * kQueries<T>);
     tiles = arena.take<Tile>(shape.tiles_per_job);
   }
 };
@@ -55,7 +56,7 @@ class ForwardJob : QueryRun<C, ForwardJob<C>> {
   }
 
  private:
-  using Run::kv_head_, Run::sequence_, Run::shape_, Run::tiles_;
+  using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_;
 
   ForwardJob(const ForwardProblem& p, const RunShape<C>& shape, const ForwardScratch<C>& scratch)
       : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
@@ -68,8 +69,8 @@ class ForwardJob : QueryRun<C, ForwardJob<C>> {
     transpose_rows<C>(rows, tile.vectors, shape_.depth, query_columns(i));
     const double sink = p_.sinks ? p_.sinks[sequence_.batch * p_.sinks_stride_b + tile.head] : -__builtin_inf();
     for (int64_t lane = 0; lane < queries; lane += kLanes<T>) {
-      store(scratch_.rows[i].maximum + lane, splat<T>(static_cast<T>(sink * kLog2E)));
-      store(scratch_.rows[i].sum + lane, splat<T>(p_.sinks ? 1 : 0));
+      store(row_state(i).maximum + lane, splat<T>(static_cast<T>(sink * kLog2E)));
+      store(row_state(i).sum + lane, splat<T>(p_.sinks ? 1 : 0));
     }
     for (int64_t at = 0; at < queries * shape_.columns; at += kLanes<T>) store(sums(i).data + at, Vec<T>{});
   }
@@ -82,26 +83,28 @@ class ForwardJob : QueryRun<C, ForwardJob<C>> {
     value_ = lanes_of<C>(rows, padded, shape_.columns, scratch_.value_lanes);
   }
 
-  void tile_block(int64_t i, Range k, int64_t skip) {
-    const Tile& tile = tiles_[i];
+  void tile_block(int64_t i, const Tile& tile, int64_t lane, Range keys) {
     Block<T> block;
-    if (!open_block(p_, tile, k, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    const Range k = block.k;
+    const int64_t skip = k.begin - opened_.begin;
     const Matrix<T> score{scratch_.score, kQueries<T>};
-    multiply<C>(by_rows(rows_from(key_, skip)), as_operand(query_columns(i)), shape_.depth, score,
+    multiply<C>(by_rows(rows_from(key_, skip)), as_operand(columns_from(query_columns(i), lane)), shape_.depth, score,
                 round_up(k.size(), 2), tile.vectors, Start::kZero);
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      softmax_block<C, vectors, rules>(block, score, scratch_.rows[i], scratch_.factor);
+      softmax_block<C, vectors, rules>(block, score, row_state(i, lane), scratch_.factor);
     });
     if (shape_.columns == 0) return;
     if (dropout_.present) drop(p_, dropout_, tile, k, score);
     const auto weight = weights_by_keys<C>(score, k.size(), tile.vectors, scratch_.weight);
-    multiply<C>(by_columns(weight), rows_from(value_, skip / C::kPair), ceil_div(k.size(), C::kPair), sums(i),
-                tile.vectors * kLanes<T>, shape_.columns / kLanes<T>, Start::kScaleAndAdd, scratch_.factor);
+    multiply<C>(by_columns(weight), rows_from(value_, skip / C::kPair), ceil_div(k.size(), C::kPair),
+                rows_from(sums(i), lane), tile.vectors * kLanes<T>, shape_.columns / kLanes<T>, Start::kScaleAndAdd,
+                scratch_.factor);
   }
 
   void close_tile(int64_t i) {
     const Tile& tile = tiles_[i];
-    const RowState<T>& state = scratch_.rows[i];
+    const RowState<T> state = row_state(i);
     T* logsumexp = static_cast<T*>(p_.logsumexp) + row_of(p_, sequence_, tile.head) + tile.q.begin;
     for (int64_t lane = 0; lane < tile.q.size(); lane += kLanes<T>) {
       const Vec<T> sum = load(state.sum + lane);
@@ -114,6 +117,9 @@ class ForwardJob : QueryRun<C, ForwardJob<C>> {
 
   Matrix<Element> query_columns(int64_t i) const {
     return {scratch_.query_columns + i * round_up(shape_.depth, kLanes<Element>) * kQueries<T>, kQueries<T>};
+  }
+  RowState<T> row_state(int64_t i, int64_t lane = 0) const {
+    return {scratch_.rows.maximum + i * kQueries<T> + lane, scratch_.rows.sum + i * kQueries<T> + lane};
   }
   Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
 

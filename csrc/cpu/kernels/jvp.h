@@ -67,7 +67,7 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
   }
 
  private:
-  using Run::kv_head_, Run::sequence_, Run::shape_, Run::tiles_;
+  using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_;
 
   JvpJob(const Problem& p, const RunShape<C>& shape, const JvpScratch<C>& scratch)
       : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
@@ -101,13 +101,15 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
     }
   }
 
-  void tile_block(int64_t i, Range k, int64_t skip) {
-    const Tile& tile = tiles_[i];
+  void tile_block(int64_t i, const Tile& tile, int64_t first_lane, Range keys) {
     Block<T> block;
-    if (!open_block(p_, tile, k, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    const Range k = block.k;
+    const int64_t skip = k.begin - opened_.begin;
     const Matrix<T> weight{scratch_.weight, kQueries<T>}, moved{scratch_.moved, kQueries<T>};
-    const auto query = as_operand(columns(scratch_.query_columns, i));
-    const auto query_tangent = as_operand(columns(scratch_.query_tangent_columns, i));
+    const auto query = as_operand(columns_from(columns(scratch_.query_columns, i), first_lane));
+    const auto query_tangent = as_operand(columns_from(columns(scratch_.query_tangent_columns, i), first_lane));
+    T* const means = mean(i) + first_lane;
     dots(rows_from(key_, skip), query, k, tile, weight, Start::kZero);
     if (p_.tangent.query) dots(rows_from(key_, skip), query_tangent, k, tile, moved, Start::kZero);
     if (p_.tangent.key) {
@@ -124,12 +126,13 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
       T *w = weight.row(r) + lane, *m = moved.row(r) + lane;
       const Vec<T> prob = load(w), by_score = prob * score_tangent(block, bend, load(m), r, lane);
       const Vec<T> product = prob == Vec<T>{} ? Vec<T>{} : by_score;
-      store(mean(i) + lane, load(mean(i) + lane) + product);
+      store(means + lane, load(means + lane) + product);
       store(m, kept ? product : Vec<T>{});
       store(w, kept ? prob : Vec<T>{});
     });
-    add_product(i, k, skip, moved, value_);
-    if (p_.tangent.value) add_product(i, k, skip, weight, value_tangent_);
+    const Matrix<T> sum = rows_from(sums(i), first_lane);
+    add_product(moved, rows_from(value_, skip / C::kPair), k, tile, sum);
+    if (p_.tangent.value) add_product(weight, rows_from(value_tangent_, skip / C::kPair), k, tile, sum);
   }
 
   void dots(Matrix<const Element> key, Matrix<const Element> query, Range k, const Tile& tile, Matrix<T> to,
@@ -137,11 +140,11 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
     multiply<C>(by_rows(key), query, shape_.depth, to, round_up(k.size(), 2), tile.vectors, start);
   }
 
-  void add_product(int64_t i, Range k, int64_t skip, Matrix<T> weight, Matrix<const Element> value) {
+  void add_product(Matrix<T> weight, Matrix<const Element> value, Range k, const Tile& tile, Matrix<T> to) {
     if (shape_.columns == 0) return;
-    const auto by_key = weights_by_keys<C>(weight, k.size(), tiles_[i].vectors, scratch_.weight_rows);
-    multiply<C>(by_columns(by_key), rows_from(value, skip / C::kPair), ceil_div(k.size(), C::kPair), sums(i),
-                tiles_[i].vectors * kLanes<T>, shape_.columns / kLanes<T>, Start::kAdd);
+    const auto by_key = weights_by_keys<C>(weight, k.size(), tile.vectors, scratch_.weight_rows);
+    multiply<C>(by_columns(by_key), value, ceil_div(k.size(), C::kPair), to, tile.vectors * kLanes<T>,
+                shape_.columns / kLanes<T>, Start::kAdd);
   }
 
   void close_tile(int64_t i) {

@@ -9,7 +9,7 @@
 namespace attention_ext {
 namespace {
 
-// Job provides open_keys(row, k) and tile_block(tile, k, skip) with `skip` rows of the opened keys before k.
+// Job provides open_keys(row, k) and tile_block(tile, k) for some of the opened keys.
 template <class C, class Job, class Problem, class Scratch>
 class KeyBlocks {
   using T = typename C::Scalar;
@@ -53,6 +53,7 @@ class KeyBlocks {
   Dropout dropout_;
   Sequence sequence_{};
   int64_t kv_head_ = 0;
+  Range opened_{};  // the keys packed now
 
  private:
   Job& self() { return static_cast<Job&>(*this); }
@@ -64,13 +65,12 @@ class KeyBlocks {
       store(scratch_.grad_value + i, Vec<T>{});
     const Range k{rows.begin, minimum(rows.end, sequence_.length_k)};
     if (!k.empty()) {
+      opened_ = k;
       self().open_keys(row, k);
       for (int64_t g = 0; g < p_.group_size(); ++g) {
         for (int64_t t = 0; t < ceil_div(sequence_.length_q, kQueries<T>); ++t) {
           const Tile tile = tile_of<T>(sequence_, kv_head_ * p_.group_size() + g, t);
-          const Range seen = visible_keys(p_, sequence_, tile.q);
-          const Range part{maximum(k.begin, seen.begin - seen.begin % C::kPair), minimum(k.end, seen.end)};
-          if (!part.empty()) self().tile_block(tile, part, part.begin - k.begin);
+          for_each_part<C>(p_, tile, k, [&](const Tile& part, int64_t, Range keys) { self().tile_block(part, keys); });
         }
       }
     }

@@ -48,6 +48,12 @@ ATTENTION_INLINE Matrix<T> rows_from(Matrix<T> m, int64_t first) {
   return {m.row(first), m.stride};
 }
 
+// The columns from `first` on.
+template <class T>
+ATTENTION_INLINE Matrix<T> columns_from(Matrix<T> m, int64_t first) {
+  return {m.data + first, m.stride};
+}
+
 // A[m][depth] at data[m * row + depth * step]
 template <class T>
 struct Broadcast {

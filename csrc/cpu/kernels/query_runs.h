@@ -33,8 +33,8 @@ struct RunShape {
   }
 };
 
-// Job provides open_tile(i), open_keys(k), tile_block(i, k, skip) with `skip` rows of the opened keys before k,
-// close_tile(i).
+// Job provides open_tile(i), open_keys(k), tile_block(i, tile, lane, k) for the part of tile i that begins at `lane`
+// and some of the opened keys, and close_tile(i).
 template <class C, class Job>
 class QueryRun {
   using T = typename C::Scalar;
@@ -59,6 +59,7 @@ class QueryRun {
   Sequence sequence_{};
   int64_t kv_head_ = 0;
   Tile* tiles_;
+  Range opened_{};  // the keys packed now
 
  private:
   Job& self() { return static_cast<Job&>(*this); }
@@ -73,25 +74,20 @@ class QueryRun {
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t head = kv_head_ * problem_.group_size() + (first + i) % problem_.group_size();
       tiles_[i] = tile_of<T>(sequence_, head, (first + i) / problem_.group_size());
-      const Range seen = keys_of_tile(i);
+      const Range seen = visible_keys(problem_, sequence_, tiles_[i].q);
       if (!seen.empty()) all = {minimum(all.begin, seen.begin), maximum(all.end, seen.end)};
       self().open_tile(i);
     }
+    all.begin -= all.begin % C::kPair;  // pairs of packed rows stay pairs
     return all;
   }
 
-  // Whole pairs of keys from the first on, so that pairs of packed rows stay pairs.
-  Range keys_of_tile(int64_t i) const {
-    const Range seen = visible_keys(problem_, sequence_, tiles_[i].q);
-    return {seen.begin - seen.begin % C::kPair, seen.end};
-  }
-
   void block(Range k) {
+    opened_ = k;
     self().open_keys(k);
     for (int64_t i = 0; i < count_; ++i) {
-      const Range seen = keys_of_tile(i);
-      const Range part{maximum(k.begin, seen.begin), minimum(k.end, seen.end)};
-      if (!part.empty()) self().tile_block(i, part, part.begin - k.begin);
+      for_each_part<C>(problem_, tiles_[i], k,
+                       [&](const Tile& tile, int64_t lane, Range keys) { self().tile_block(i, tile, lane, keys); });
     }
   }
 

@@ -8,8 +8,8 @@ namespace {
 
 template <class T>
 struct RowState {
-  T maximum[kQueries<T>];  // of log2(e) * score so far, -inf before the first visible key
-  T sum[kQueries<T>];      // of 2^(log2(e) * score - maximum)
+  T* maximum;  // of log2(e) * score so far, -inf before the first visible key
+  T* sum;      // of 2^(log2(e) * score - maximum)
 };
 
 template <class T>
@@ -31,7 +31,7 @@ ATTENTION_INLINE Vec<T> one_over(Vec<T> sum) {
 // Dot products become unnormalised weights in place; `factor` receives what earlier sums of the row are worth now.
 template <class C, int kVectors, Rules kRules>
 void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,
-                   RowState<typename C::Scalar>& state, typename C::Scalar* factor) {
+                   RowState<typename C::Scalar> state, typename C::Scalar* factor) {
   using T = typename C::Scalar;
   const int64_t rows = block.k.size();
   // Scores that no mod changes stay dot products: scale * log2(e) is folded into the exponent.

@@ -52,24 +52,29 @@ void load_rows(const T* per_query, const Tile& tile, T* to) {
 // Which mods a block of scores needs: each is an instance of its own, the fewer the faster.
 enum class Rules : uint8_t { kNone, kBand, kAll };
 
+struct Staged {
+  Cover cover;    // of the keys below
+  Range visible;  // keys between the first and the last that any query sees, in whole groups of lanes
+};
+
 // The attn_mask of a block as (key, query) numbers, 0 and -inf for a bool one; and what it does to the block.
 template <class T, class Storage>
-Cover stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range q, Range k, Matrix<T> to) {
+Staged stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range q, Range k, Matrix<T> to) {
   using Mask = decltype(Vec<T>{} < Vec<T>{});
   const Vec<T> hidden = splat<T>(static_cast<T>(-__builtin_inf()));
   const int64_t vectors = ceil_div(q.size(), kLanes<T>);
-  Mask visible{}, changed{};
+  Staged staged{Cover::kFull, {k.begin, k.begin}};
   for (int64_t k0 = k.begin; k0 < k.end; k0 += kLanes<T>) {
     const int64_t count = minimum<int64_t>(kLanes<T>, k.end - k0);
+    Mask visible{}, changed{};
     for (int64_t v = 0; v < (stride_q == 0 ? 1 : vectors); ++v) {
       Vec<T> block[kLanes<T>];
       if (stride_q == 0) {
         const Vec<T> row = load_mask<T>(mask + k0 * stride_k, stride_k, count);
         unroll<kLanes<T>>(UNROLLED(i) { block[i] = splat<T>(row[i()]); });
       } else {
-        unroll<kLanes<T>>(UNROLLED(i) {
-          const int64_t row =
-              minimum(q.begin + v * kLanes<T> + i, q.end - 1);  // lanes past the end repeat the last query
+        unroll<kLanes<T>>(UNROLLED(i) {  // lanes past the end repeat the last query
+          const int64_t row = minimum(q.begin + v * kLanes<T> + i, q.end - 1);
           block[i] = load_mask<T>(mask + row * stride_q + k0 * stride_k, stride_k, count);
         });
         transpose(block);
@@ -79,28 +84,32 @@ Cover stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range 
           visible |= block[i] != hidden;
           changed |= block[i] != Vec<T>{};
           T* row = to.row(k0 + i - k.begin) + v * kLanes<T>;
+          store(row, block[i]);
           if (stride_q == 0) {
-            for (int64_t other = 0; other < vectors; ++other) store(row + other * kLanes<T>, block[i]);
-          } else {
-            store(row, block[i]);
+            for (int64_t other = 1; other < vectors; ++other) store(row + other * kLanes<T>, block[i]);
           }
         }
       });
     }
+    if (!any_lane(visible)) continue;
+    if (staged.visible.empty()) staged.visible.begin = k0;
+    const bool gap = !staged.visible.empty() && staged.visible.end != k0;
+    if (gap || any_lane(changed)) staged.cover = Cover::kPartial;
+    staged.visible.end = k0 + count;
   }
-  if (!any_lane(visible)) return Cover::kSkip;
-  return any_lane(changed) ? Cover::kPartial : Cover::kFull;
+  if (staged.visible.empty()) staged.cover = Cover::kSkip;
+  return staged;
 }
 
 template <class T>
-Cover stage_mask(const View& mask, const Tile& tile, Range k, Matrix<T> to) {
+Staged stage_mask(const View& mask, const Tile& tile, Range k, Matrix<T> to) {
   const char* data = source_of(mask, tile.sequence.batch, tile.head, 0).data;
-  Cover cover = Cover::kFull;
+  Staged staged{};
   with_mask_storage<T>(mask.dtype, [&](auto* storage) __attribute__((always_inline)) {
-    cover = stage_mask<T>(reinterpret_cast<decltype(storage)>(const_cast<char*>(data)), mask.stride_row,
-                          mask.stride_col, tile.q, k, to);
+    staged = stage_mask<T>(reinterpret_cast<decltype(storage)>(const_cast<char*>(data)), mask.stride_row,
+                           mask.stride_col, tile.q, k, to);
   });
-  return cover;
+  return staged;
 }
 
 // One block of scores of a tile, and what is to be done to it.
@@ -118,28 +127,55 @@ struct Block {
   }
 };
 
-// False where the block holds no visible key. `bias` is room for (kKeys, kQueries) numbers.
+// False where the block holds no visible key; else block.k is what of k is left once hidden ends are cut off. `bias` is
+// room for (kKeys, kQueries) numbers.
 template <class T>
 bool open_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> bias, Block<T>& block) {
-  const ScoreMods mods = score_mods_of(p, tile.sequence, tile.head);
-  const Cover band = mods.band.cover(tile.q, k, tile.sequence.diagonal);
-  if (band == Cover::kSkip) return false;
+  block.mods = score_mods_of(p, tile.sequence, tile.head);
   block.k = k;
-  block.mods = mods;
-  block.bias = {bias.data, bias.stride};
-  if (mods.bias) {
-    const Cover mask = stage_mask(p.attn_mask, tile, k, bias);
-    if (mask == Cover::kSkip) return false;
-    block.mods.bias.present = mask == Cover::kPartial;
+  if (block.mods.bias) {
+    const Staged staged = stage_mask(p.attn_mask, tile, k, bias);
+    block.k = staged.visible;
+    block.mods.bias.present = staged.cover == Cover::kPartial;
+    block.bias = as_operand(rows_from(bias, block.k.begin - k.begin));
   }
+  const Cover band = block.k.empty() ? Cover::kSkip : block.mods.band.cover(tile.q, block.k, tile.sequence.diagonal);
+  if (band == Cover::kSkip) return false;
   if (band == Cover::kFull) block.mods.band = Band{};
-  const bool plain = !block.mods.bends_or_adds() && mods.scale > 0;
+  const bool plain = !block.mods.bends_or_adds() && block.mods.scale > 0;
   block.rules = !plain ? Rules::kAll : band == Cover::kPartial ? Rules::kBand : Rules::kNone;
-  const auto distance = static_cast<T>(k.begin - tile.q.begin - tile.sequence.diagonal);
+  const auto distance = static_cast<T>(block.k.begin - tile.q.begin - tile.sequence.diagonal);
   for (int v = 0; v < kQueryVectors; ++v) {
     block.first_distance[v] = splat<T>(distance - static_cast<T>(v * kLanes<T>)) - iota<T>();
   }
   return true;
+}
+
+// Calls f(tile, lane, keys) for what a tile sees of the keys k. Where causal or window cuts through, the halves of the
+// tile see different keys and come one by one, each with its own; lane is where a half begins. Keys begin at whole
+// pairs.
+template <class C, class F>
+ATTENTION_INLINE void for_each_part(const AttentionProblem& p, const Tile& tile, Range k, F&& f) {
+  constexpr int64_t kHalf = kQueryVectors / 2;
+  using T = typename C::Scalar;
+  const auto keys_of = [&](Range q) {
+    const Range seen = visible_keys(p, tile.sequence, q);
+    const int64_t begin = maximum(k.begin, seen.begin);
+    return Range{begin - (begin - k.begin) % C::kPair, minimum(k.end, seen.end)};
+  };
+  const Range all = keys_of(tile.q);
+  if (all.empty()) return;
+  const Band band{p.window_left, p.window_right};
+  if (tile.vectors <= kHalf || band.cover(tile.q, all, tile.sequence.diagonal) == Cover::kFull) {
+    f(tile, int64_t{0}, all);
+    return;
+  }
+  for (int64_t vector = 0; vector < tile.vectors; vector += kHalf) {
+    const int64_t lane = vector * kLanes<T>;
+    const Range q{tile.q.begin + lane, minimum(tile.q.begin + lane + kHalf * kLanes<T>, tile.q.end)};
+    const Range keys = keys_of(q);
+    if (!keys.empty()) f(Tile{tile.sequence, tile.head, q, ceil_div(q.size(), kLanes<T>)}, lane, keys);
+  }
 }
 
 // Calls f with the vector count and the rules as constants.

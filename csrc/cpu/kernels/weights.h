@@ -66,9 +66,10 @@ class WeightsJob {
 
   void add_head(const Tile& tile, Range block_keys, Vec<T> share) {
     const Range seen = visible_keys(p_, tile.sequence, tile.q);
-    const Range k{maximum(block_keys.begin, seen.begin), minimum(block_keys.end, seen.end)};
+    const Range keys{maximum(block_keys.begin, seen.begin), minimum(block_keys.end, seen.end)};
     Block<T> block;
-    if (k.empty() || !open_block(p_, tile, k, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (keys.empty() || !open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    const Range k = block.k;
     const int64_t b = tile.sequence.batch, rows = round_up(k.size(), 2);
     const auto query = rows_of<C>(source_of(p_.query, b, tile.head, tile.q.begin), tile.q.size(),
                                   tile.vectors * kLanes<T>, p_.head_dim, scratch_.query_rows);
