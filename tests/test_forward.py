@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""out and logsumexp are as accurate as the tolerance rule demands: features, pairs, sizes, hard numbers, every dtype."""
+"""out and logsumexp are as accurate as the tolerance rule demands: features, pairs, sizes, hard numbers, dtypes."""
 
 from __future__ import annotations
 

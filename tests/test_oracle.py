@@ -131,8 +131,8 @@ def test_reference_varlen_equals_loop() -> None:
         )
         torch.testing.assert_close(result.out[:, :, rows_q], one.out)
         torch.testing.assert_close(result.logsumexp[:, :, rows_q], one.logsumexp)
-    packed = (x[0].transpose(0, 1) for x in (sample.query, sample.key, sample.value))
-    same = reference.attention_varlen(*packed, *starts, **options)
+    query, key, value = (x[0].transpose(0, 1) for x in (sample.query, sample.key, sample.value))
+    same = reference.attention_varlen(query, key, value, *starts, **options)
     torch.testing.assert_close(same.out.transpose(0, 1), result.out[0])
 
 

@@ -197,14 +197,8 @@ class Spec:
         grad_out = laid_out(grad_out, self.grad)
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
         grad_logsumexp = normal(batch, heads, seqlen_q).to(accumulate) if self.grad_logsumexp else None
-        sample = Sample(
-            self.name,
-            *(laid_out(x.to(dtype), self.layout) for x in (query, key, value)),
-            options,
-            grad_out,
-            grad_logsumexp,
-            seed,
-        )
+        query, key, value = (laid_out(x.to(dtype), self.layout) for x in (query, key, value))
+        sample = Sample(self.name, query, key, value, options, grad_out, grad_logsumexp, seed)
         return sample if torch.device(device).type == "cpu" else _moved(sample, device)
 
     def supports_gradcheck(self) -> bool:

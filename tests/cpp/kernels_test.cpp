@@ -183,6 +183,12 @@ std::vector<Case> cases() {
     c.window_left = 9;
     c.window_right = 3;
   });
+  add("window past the keys", [](Case& c) {
+    c.heads = 3;
+    c.seqlen_q = 193;
+    c.seqlen_k = 65;
+    c.window_left = 70;
+  });
   add("hidden rows", [](Case& c) {
     c.window_right = 0;
     c.bottom_right = true;
