@@ -59,10 +59,41 @@ struct DecodeScratch {
   }
 };
 
+// Rows on their way from memory while earlier ones are worked on, a few lines at a time: reading is what bounds
+// decoding.
+class RowsAhead {
+ public:
+  RowsAhead(Source from, int64_t rows, int64_t columns)
+      : row_(from.data),
+        row_bytes_(from.stride_col == 1 ? columns * size_of(from.dtype) : 0),
+        stride_bytes_(from.stride_row * size_of(from.dtype)),
+        rows_(row_bytes_ > 0 ? rows : 0) {}
+
+  ATTENTION_INLINE void fetch(int64_t lines) {
+    for (; lines > 0 && rows_ > 0; --lines) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += kLineBytes;
+      if (at_ >= row_bytes_) {
+        at_ = 0;
+        row_ += stride_bytes_;
+        --rows_;
+      }
+    }
+  }
+  int64_t lines() const { return rows_ * ceil_div(row_bytes_, kLineBytes); }
+
+ private:
+  static constexpr int64_t kLineBytes = 64;
+  const char* row_;
+  int64_t row_bytes_, stride_bytes_, rows_, at_ = 0;
+};
+
 // score[k] = query . key[k], for `keys` keys, a multiple of the lanes
 template <class T>
-void dot_products(const T* query, Matrix<const T> key, int64_t keys, int64_t width, T* score) {
+void dot_products(const T* query, Matrix<const T> key, int64_t keys, int64_t width, T* score, RowsAhead& ahead,
+                  int64_t lines) {
   for (int64_t k = 0; k < keys; k += kLanes<T>) {
+    ahead.fetch(lines);
     Vec<T> sum[kLanes<T>] = {};
     for (int64_t d = 0; d < width; d += kLanes<T>) {
       const Vec<T> q = load(query + d);
@@ -102,6 +133,7 @@ class DecodeJob {
     const Range all = visible_keys(p_, sequence_, {0, sequence_.length_q});
     const int64_t share = round_up(ceil_div(all.size(), shape_.splits), kKeys);
     const Range mine{minimum(all.begin + split_ * share, all.end), minimum(all.begin + (split_ + 1) * share, all.end)};
+    end_ = mine.end;
     for (int64_t k = mine.begin; k < mine.end; k += kKeys) block({k, minimum(k + kKeys, mine.end)});
   }
 
@@ -120,15 +152,20 @@ class DecodeJob {
 
   void block(Range k) {
     const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), kLanes<T>);
-    const auto key = rows_of<C>(source_of(p_.key, b, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows);
-    const auto value =
-        rows_of<C>(source_of(p_.value, b, kv_head_, row), k.size(), k.size(), p_.head_dim_v, scratch_.value_rows);
-    const int64_t rows = p_.group_size() * sequence_.length_q;
+    const Source key_rows = source_of(p_.key, b, kv_head_, row), value_rows = source_of(p_.value, b, kv_head_, row);
+    const auto key = rows_of<C>(key_rows, k.size(), padded, p_.head_dim, scratch_.key_rows);
+    const int64_t rows = p_.group_size() * sequence_.length_q, following = minimum(kKeys, end_ - k.end);
+    RowsAhead values(value_rows, k.size(), p_.head_dim_v);
+    RowsAhead next_keys(source_of(p_.key, b, kv_head_, row + k.size()), following, p_.head_dim);
     for (int64_t r = 0; r < rows; ++r) {
       T* score = scratch_.score + r * shape_.keys;
-      dot_products(scratch_.query + r * shape_.width, key, padded, shape_.width, score);
+      RowsAhead& ahead = 2 * r < rows ? values : next_keys;  // this block's values first, then the next block's keys
+      const int64_t turns = (rows + 1) / 2 * padded / kLanes<T>;
+      const int64_t lines = ceil_div(maximum(values.lines(), next_keys.lines()), turns);
+      dot_products(scratch_.query + r * shape_.width, key, padded, shape_.width, score, ahead, lines);
       softmax_row(r, k, score);
     }
+    const auto value = rows_of<C>(value_rows, k.size(), k.size(), p_.head_dim_v, scratch_.value_rows);
     if (rows % 2 != 0) {
       for (int64_t i = 0; i < padded; i += kLanes<T>) store(scratch_.score + rows * shape_.keys + i, Vec<T>{});
       scratch_.factor[rows] = 0;
@@ -184,7 +221,7 @@ class DecodeJob {
   DecodeShared<C> shared_;
   DecodeScratch<C> scratch_;
   Sequence sequence_{};
-  int64_t kv_head_, split_;
+  int64_t kv_head_, split_, end_ = 0;
   T *maximum_, *sum_;
   Matrix<T> sums_;
 };
