@@ -32,6 +32,7 @@ bool sees(const AttentionProblem& p, int64_t q, int64_t k, int64_t length_q, int
 void check_blocks(const AttentionProblem& p) {
   const Sequence s = sequence_of(p, 0);
   const Band band{p.window_left, p.window_right};
+  const bool banded = p.window_left < kUnlimited || p.window_right < kUnlimited;
   for (int64_t q0 = 0; q0 < p.seqlen_q; ++q0) {
     for (int64_t q1 = q0 + 1; q1 <= p.seqlen_q; ++q1) {
       const Range keys = visible_keys(p, s, {q0, q1});
@@ -40,7 +41,7 @@ void check_blocks(const AttentionProblem& p) {
         bool seen = false;
         for (int64_t q = q0; q < q1; ++q) seen = seen || sees(p, q, k, p.seqlen_q, s.length_k);
         check(!seen || (k >= keys.begin && k < keys.end), "visible_keys holds every visible key");
-        check(seen || k < keys.begin || k >= keys.end || !p.has_band() || q1 - q0 > 1 || k >= s.length_k,
+        check(seen || k < keys.begin || k >= keys.end || !banded || q1 - q0 > 1 || k >= s.length_k,
               "visible_keys of one query holds no other key");
       }
       for (int64_t k0 = 0; k0 < s.length_k; ++k0) {
