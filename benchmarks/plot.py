@@ -1,9 +1,10 @@
-"""Draws a benchmark file: docs/images/speed.png and docs/images/memory.png."""
+"""Draws a benchmark file into docs/images: overview.png for the README, speed.png with every case that was timed."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +13,52 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-OURS, THEIRS = "#1f6f8b", "#c8553d"
+COLOURS = {"forward": "#1f6f8b", "backward": "#7fb7be", "training step": "#333333", "torch": "#c8553d"}
+ROW_INCHES = 0.3
+# What the overview leaves out: other dtypes, and variants of a case that it shows already.
+OVERVIEW = re.compile(r"(?!.*(weights|dropout 0\.0|autocast|d32|d128|H1 L4096|B1 H8 L8192))")
 
 
-def caption(facts: dict[str, Any]) -> str:
-    return f"{facts['cpu']}, {facts['threads']} thread(s), torch {facts['torch']}, commit {facts['commit'][:12]}"
+def label(row: compare.Row) -> str:
+    return f"{row['case']}, {row['dtype']}"
 
 
-def speed(rows: list[compare.Row], facts: dict[str, Any], path: Path) -> None:
-    """A pair of bars for each case: how many times as fast as torch, forward and backward."""
-    drawn = [
-        row for row in rows if row["group"] in ("main", "modules") and row["pass"] != "inference" and row["torch_s"]
-    ]
-    names = list(dict.fromkeys(f"{row['case']}, {row['dtype']}" for row in drawn))
-    figure, axes = plt.subplots(figsize=(9, 0.28 * len(names) + 1.6), layout="constrained")
-    colours = {"forward": OURS, "backward": "#7fb7be", "training step": "#333333"}
-    for which, colour in colours.items():
-        chosen = [row for row in drawn if row["pass"] == which]
+def draw_speed(axes: Axes, rows: list[compare.Row]) -> None:
+    """A bar for each pass of each case: how many times as fast as torch's best path."""
+    names = list(dict.fromkeys(map(label, rows)))
+    for which in ("forward", "backward", "training step"):
+        bars = [row for row in rows if row["pass"] == which]
         offset = {"forward": -0.2, "backward": 0.2, "training step": 0.0}[which]
-        places = [names.index(f"{row['case']}, {row['dtype']}") + offset for row in chosen]
-        axes.barh(places, [compare.speed_up(row) or 0 for row in chosen], 0.4, color=colour, label=which)
-    axes.axvline(1, color=THEIRS, linewidth=1)
+        places = [names.index(label(row)) + offset for row in bars]
+        axes.barh(places, [compare.speed_up(row) or 0 for row in bars], 0.4, color=COLOURS[which], label=which)
+    axes.axvline(1, color=COLOURS["torch"], linewidth=1)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_xlabel(f"times as fast as torch's best path\n{caption(facts)}", fontsize=8)
-    axes.legend(loc="lower right")
-    save(figure, path)
+    axes.set_title("Times as fast as torch's best path")
+    axes.legend(loc="lower right", fontsize=8)
 
 
-def memory(rows: list[compare.Row], facts: dict[str, Any], path: Path) -> None:
-    drawn = [row for row in rows if row["group"] == "memory"]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for who, name, colour in (("torch", "torch", THEIRS), ("ours", "attention_ext", OURS)):
-        points = [(row["length"], row[f"{who}_bytes"] / 2**20) for row in drawn if row[f"{who}_bytes"] is not None]
+def draw_memory(axes: Axes, rows: list[compare.Row]) -> None:
+    for who, name, colour in (("torch", "torch", "torch"), ("ours", "attention_ext", "forward")):
+        points = [(row["length"], row[f"{who}_bytes"] / 2**20) for row in rows if row[f"{who}_bytes"] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(xlabel=f"length\n{caption(facts)}", ylabel="peak extra memory of a training step, MiB")
-    axes.set_title(drawn[0]["case"])
-    axes.xaxis.label.set_fontsize(8)
-    axes.legend()
-    save(figure, path)
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[colour], label=name)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.axes.set_xscale("log", base=2)
+        axis.axes.set_yscale("log", base=2)
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(xlabel="length", ylabel="MiB", title="Peak extra memory of a training step")
+    axes.legend(title=rows[0]["case"], title_fontsize=7, fontsize=8)
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, facts: dict[str, Any], path: Path) -> None:
+    text = f"{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), torch {facts['torch']}, "
+    figure.supxlabel(text + f"commit {facts['commit'][:12]}", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -75,11 +71,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=IMAGES, help="the folder of the pictures")
     options = parser.parse_args(arguments)
     measured = json.loads(options.file.read_text())
-    groups = {row["group"] for row in measured["results"]}
-    if groups & {"main", "modules"}:
-        speed(measured["results"], measured["facts"], options.out / "speed.png")
-    if "memory" in groups:
-        memory(measured["results"], measured["facts"], options.out / "memory.png")
+    timed = [row for row in measured["results"] if row.get("torch_s") and row["pass"] != "inference"]
+    memory = [row for row in measured["results"] if row["group"] == "memory"]
+    overview = [
+        row
+        for row in timed
+        if row["group"] in ("main", "modules") and row["dtype"] == "float32" and OVERVIEW.match(row["case"])
+    ]
+    if timed:
+        height = ROW_INCHES * len(set(map(label, timed))) + 1.5
+        figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+        draw_speed(axes, timed)
+        save(figure, measured["facts"], options.out / "speed.png")
+    if overview and memory:
+        height = max(4, ROW_INCHES * len(set(map(label, overview))) + 1)
+        shape = {"layout": "constrained", "width_ratios": (2, 1)}
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), **shape)
+        draw_speed(left, overview)
+        draw_memory(right, memory)
+        save(figure, measured["facts"], options.out / "overview.png")
 
 
 if __name__ == "__main__":

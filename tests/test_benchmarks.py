@@ -25,14 +25,25 @@ def run(script: str, *arguments: object) -> str:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("benchmark") / "benchmark.json"
-    run("run.py", "--group", "tiny", "memory", "--match", "^H1 L4 d8|^L1024$", "--budget", 0.01, "--out", file)
+    run(
+        "run.py",
+        "--group",
+        "main",
+        "memory",
+        "--match",
+        "^B32 H4 L32 d32 torch.float32|^L1024$",
+        "--budget",
+        0.01,
+        "--out",
+        file,
+    )
     return file
 
 
 def test_rows_say_what_was_measured(measured: Path) -> None:
     content = json.loads(measured.read_text())
     assert {"commit", "dirty", "cpu", "build", "torch", "threads"} <= set(content["facts"])
-    timed = [row for row in content["results"] if row["group"] == "tiny"]
+    timed = [row for row in content["results"] if row["group"] == "main"]
     assert [row["pass"] for row in timed] == ["forward", "backward"]
     assert all(row["ours_s"] > 0 and row["torch_s"] > 0 and row["limit_per_s"] > 0 for row in timed)
     assert [row["length"] for row in content["results"] if row["group"] == "memory"] == [1024]
@@ -40,14 +51,15 @@ def test_rows_say_what_was_measured(measured: Path) -> None:
 
 def test_files_are_compared(measured: Path) -> None:
     text = run("compare.py", measured, measured)
-    assert "H1 L4 d8" in text
+    assert "B32 H4 L32 d32" in text
     assert "1.00x" in text
 
 
 def test_files_are_drawn(measured: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run("plot.py", measured, "--out", tmp_path)
-    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("overview.png", "speed.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,15 @@ def test_operator_library_contains_no_python() -> None:
     assert not re.findall(r"\b_?Py[A-Z_]\w*", undefined)
 
 
+def test_instruction_sets_share_no_function() -> None:
+    """A function that two object files offer could be linked from the one that this CPU cannot run."""
+    objects = sorted(ROOT.glob("build/temp-*/csrc/cpu/isa/*.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("no object files, or no nm to read them")
+    for file in objects:
+        assert not re.findall(r" [TWVu] .*", call("nm", "-C", file)), file
+
+
 def test_operator_library_loads_alone() -> None:
     code = """
 import sys, torch

@@ -1,0 +1,64 @@
+"""What the documents show runs, what they link to exists, and the README's table is that of the library."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMED_FILE = re.compile(r"`((?:csrc|attention_ext|tests|tools|benchmarks|examples|docs)/[\w./]+\.\w+)`")
+DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("document", [x for x in DOCUMENTS if blocks(x, "python")], ids=lambda path: path.name)
+def test_python_blocks_run(document: Path) -> None:
+    """In one process per document, in order, in one namespace."""
+    code = "\n".join(blocks(document, "python"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", document.read_text())
+    missing = [x for x in targets if not x.startswith("https://") and not (document.parent / x).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_files_named_in_text_exist(document: Path) -> None:
+    named = NAMED_FILE.findall(document.read_text())
+    examples_of_new_files = {"csrc/cpu/kernels/NAME.h", "csrc/cpu/vec/NAME.h", "csrc/cpu/isa/NAME.cpp"}
+    assert not [x for x in named if x not in examples_of_new_files and not (ROOT / x).exists()]
+
+
+def test_commands_exist() -> None:
+    """Every Python file and executable that a shell block starts."""
+    for document in DOCUMENTS:
+        for word in re.findall(r"(?:^|\s)(\.?/?[\w./]+\.py|\./\w+|\.ci/run)", "\n".join(blocks(document, "sh"))):
+            assert (ROOT / word).exists(), f"{document.name} starts {word}"
+
+
+def test_readme_shows_the_kernel_table() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "support_table.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_three_lines_are_three() -> None:
+    assert len(blocks(ROOT / "README.md", "python")[0].splitlines()) == 3
+
+
+def test_changelog_names_the_version() -> None:
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert re.search(rf"## \[(Unreleased|{re.escape(version[1])})\]", (ROOT / "CHANGELOG.md").read_text())

@@ -1,0 +1,80 @@
+"""Writes the README's table of kernels from the kernel table of this machine, or with --check says where they differ.
+
+A machine knows the kernels of its own architecture, and the dtypes of those that its CPU can run. What the README says
+of others stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import attention_ext
+from attention_ext import info
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- kernel table: tools/support_table.py -->\n", "<!-- end of the kernel table -->"
+
+Cells = dict[tuple[str, str], str]  # by kernel and instruction set
+
+
+def cells_here() -> tuple[Cells, list[tuple[str, str]]]:
+    """The kernels that run here, and all rows of the table."""
+    rows = attention_ext.kernels()
+    every = len(rows[0]["why_not"])
+    cells, known = {}, []
+    for row in rows:
+        key = (row["name"].partition("/")[2], row["isa"])
+        known.append(key)
+        if dtypes := info.served_dtypes(row):
+            cells[key] = "all" if len(dtypes) == every else ", ".join(dtypes)
+    return cells, known
+
+
+def split(line: str) -> list[str]:
+    return [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+
+
+def parse(table: str) -> Cells:
+    lines = table.splitlines()
+    if not lines:
+        return {}
+    (_, *sets), _, *rows = map(split, lines)
+    cells = {(row[0], isa): cell for row in rows for isa, cell in zip(sets, row[1:], strict=True)}
+    return {key: cell for key, cell in cells.items() if cell != "-"}
+
+
+def render(cells: Cells) -> str:
+    kernels = list(dict.fromkeys(kernel for kernel, _ in cells))
+    sets = list(dict.fromkeys(isa for _, isa in cells))
+    lines = [["Kernel", *(f"`{isa}`" for isa in sets)], ["---"] * (1 + len(sets))]
+    lines += [[f"`{kernel}`", *(cells.get((kernel, isa), "-") for isa in sets)] for kernel in kernels]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def updated(text: str) -> str:
+    before, _, rest = text.partition(BEGIN)
+    table, _, after = rest.partition(END)
+    old = parse(table)
+    cells, known = cells_here()
+    own_sets = {isa for _, isa in known}
+    merged = {key: cells.get(key, old.get(key, "")) for key in known}
+    merged |= {key: cell for key, cell in old.items() if key[1] not in own_sets}
+    return before + BEGIN + render({key: cell for key, cell in merged.items() if cell}) + END + after
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = README.read_text()
+    wanted = updated(text)
+    if not options.check:
+        README.write_text(wanted)
+    elif text != wanted:
+        sys.exit("the README's table of kernels is not that of the library: run python tools/support_table.py")
+
+
+if __name__ == "__main__":
+    main()
