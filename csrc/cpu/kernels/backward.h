@@ -1,30 +1,17 @@
-// Gradients of every input from grad_out and grad_logsumexp, in three phases:
+// Gradients of every input from grad_out and grad_logsumexp, in three or four phases:
 //   rows     delta = rowsum(grad_out * out) - grad_logsumexp; the sums of grad_query become 0
+//   delta    only where a 16-bit out is too coarse: the same from sums that were never rounded (delta.h)
 //   blocks   weights again from logsumexp, block by block, then the five products
 //   queries  what was summed apart becomes grad_query and the gradients of slopes and sinks
 #pragma once
 
+#include "cpu/kernels/delta.h"
 #include "cpu/kernels/gradient.h"
 #include "cpu/kernels/key_blocks.h"
 #include "cpu/kernels/probability.h"
 
 namespace attention_ext {
 namespace {
-
-// Sum over d of a[d] * b[d], rows of head_dim_v numbers.
-template <class T>
-T dot_rows(Source a, Source b, int64_t columns) {
-  Vec<T> sum{};
-  with_storage<T>(a.dtype, [&](auto* storage) __attribute__((always_inline)) {
-    const auto* x = reinterpret_cast<decltype(storage)>(const_cast<char*>(a.data));
-    const auto* y = reinterpret_cast<decltype(storage)>(const_cast<char*>(b.data));
-    for (int64_t d = 0; d < columns; d += kLanes<T>) {
-      sum = fma(load_strided<T>(x + d * a.stride_col, a.stride_col, columns - d),
-                load_strided<T>(y + d * b.stride_col, b.stride_col, columns - d), sum);
-    }
-  });
-  return sum_lanes<T>(sum);
-}
 
 template <class C>
 void run_backward_rows(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
@@ -158,10 +145,11 @@ Plan plan_backward(const AttentionProblem& problem) {
   BackwardScratch<C>(scratch, p, shape);
   Plan plan;
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_backward_rows<C>};
+  add_delta_phase(p, plan);
   plan.phases[plan.phase_count++] = {shape.jobs, BackwardBlocks<C>::run};
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_backward_queries<C>};
   plan.shared_bytes = shared.used();
-  plan.scratch_bytes = scratch.used();
+  plan.scratch_bytes = maximum(plan.scratch_bytes, scratch.used());
   return plan;
 }
 

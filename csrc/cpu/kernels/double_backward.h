@@ -1,7 +1,7 @@
-// The gradients of attention_backward's results, in four phases. With prob P, dP = dropout(grad_out value^T),
+// The gradients of attention_backward's results, in phases. With prob P, dP = dropout(grad_out value^T),
 // D = delta, and ' for what moves along the tangents (jvp.h has S', m and out'):
-//   rows     delta, and the sums of grad_query become 0, as in the backward pass
-//   jvp      out' and logsumexp' = m: the gradients with respect to grad_out and grad_logsumexp
+//   rows     delta (and its finer form), and the sums of grad_query become 0, as in the backward pass
+//   jvp      out' and logsumexp' = m: the gradients with respect to grad_out and grad_logsumexp; then D'
 //   blocks   P' = P (S' - m),  dS = P (dP - D),  dS' = P' (dP - D) + P (dP' - D'),  D' = rowsum(grad_out out');
 //            through the softcap f: dU = dS f',  dU' = dS' f' + dS f'' U';  then
 //            grad_query = scale (dU' key + dU key'),  grad_key = scale (dU'^T query + dU^T query'),
@@ -261,12 +261,13 @@ Plan plan_double_backward(const AttentionProblem& problem) {
   JvpScratch<C>(jvp, p, p.tangent, run);
   Plan plan;
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_backward_rows<C>};
+  add_delta_phase(p, plan);
   plan.phases[plan.phase_count++] = {run.jobs, JvpJob<C, DoubleBackwardProblem>::run};
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_delta_tangent<C>};
   plan.phases[plan.phase_count++] = {shape.jobs, DoubleBackwardBlocks<C>::run};
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_double_backward_queries<C>};
   plan.shared_bytes = shared.used();
-  plan.scratch_bytes = maximum(scratch.used(), jvp.used());
+  plan.scratch_bytes = maximum(plan.scratch_bytes, maximum(scratch.used(), jvp.used()));
   return plan;
 }
 

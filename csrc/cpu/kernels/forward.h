@@ -1,4 +1,5 @@
-// out = softmax(scores) value and its logsumexp, by online softmax over the blocks of a query run.
+// softmax(scores) value by online softmax over the blocks of a query run; the forward pass writes it as out, with
+// logsumexp.
 #pragma once
 
 #include "cpu/kernels/dropout.h"
@@ -40,27 +41,38 @@ struct ForwardScratch {
   }
 };
 
-template <class C>
-class ForwardJob : QueryRun<C, ForwardJob<C>> {
-  using Run = QueryRun<C, ForwardJob<C>>;
+// Job provides close_tile(i), with sums(i) and row_state(i) complete.
+template <class C, class Job>
+class SoftmaxRun : protected QueryRun<C, Job> {
+  using Run = QueryRun<C, Job>;
   using T = typename C::Scalar;
   using Element = typename C::Element;
   friend Run;
 
- public:
-  static void run(const AttentionProblem& problem, void*, void* scratch, int64_t job) {
-    const RunShape<C> shape = forward_shape<C>(problem);
-    Arena arena(scratch);
-    const ForwardScratch<C> memory(arena, problem, shape);
-    ForwardJob(static_cast<const ForwardProblem&>(problem), shape, memory).walk(job);
-  }
-
- private:
+ protected:
   using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_;
 
-  ForwardJob(const ForwardProblem& p, const RunShape<C>& shape, const ForwardScratch<C>& scratch)
+  SoftmaxRun(const AttentionProblem& p, const RunShape<C>& shape, const ForwardScratch<C>& scratch)
       : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
 
+  RowState<T> row_state(int64_t i, int64_t lane = 0) const {
+    return {scratch_.rows.maximum + i * kQueries<T> + lane, scratch_.rows.sum + i * kQueries<T> + lane};
+  }
+  Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
+
+  // factor[q] = what turns a query's sums into its output
+  void close_sums(int64_t i) {
+    for (int64_t lane = 0; lane < tiles_[i].q.size(); lane += kLanes<T>) {
+      const Vec<T> sum = load(row_state(i).sum + lane);
+      store(scratch_.factor + lane, one_over<T>(sum) * splat<T>(static_cast<T>(dropout_.kept_scale)));
+    }
+  }
+
+  const AttentionProblem& p_;
+  const ForwardScratch<C>& scratch_;
+  Dropout dropout_;
+
+ private:
   void open_tile(int64_t i) {
     const Tile& tile = tiles_[i];
     const int64_t queries = tile.vectors * kLanes<T>;
@@ -102,31 +114,46 @@ class ForwardJob : QueryRun<C, ForwardJob<C>> {
                 scratch_.factor);
   }
 
-  void close_tile(int64_t i) {
-    const Tile& tile = tiles_[i];
-    const RowState<T> state = row_state(i);
-    T* logsumexp = static_cast<T*>(p_.logsumexp) + row_of(p_, sequence_, tile.head) + tile.q.begin;
-    for (int64_t lane = 0; lane < tile.q.size(); lane += kLanes<T>) {
-      const Vec<T> sum = load(state.sum + lane);
-      store_first<T>(logsumexp + lane, logsumexp_of<T>(load(state.maximum + lane), sum), tile.q.size() - lane);
-      store(scratch_.factor + lane, one_over<T>(sum) * splat<T>(static_cast<T>(dropout_.kept_scale)));
-    }
-    write_rows(source_of(p_.out, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin), tile.q.size(),
-               p_.head_dim_v, as_operand(sums(i)), scratch_.factor);
-  }
-
   Matrix<Element> query_columns(int64_t i) const {
     return {scratch_.query_columns + i * round_up(shape_.depth, kLanes<Element>) * kQueries<T>, kQueries<T>};
   }
-  RowState<T> row_state(int64_t i, int64_t lane = 0) const {
-    return {scratch_.rows.maximum + i * kQueries<T> + lane, scratch_.rows.sum + i * kQueries<T> + lane};
+
+  Matrix<const Element> key_, value_;
+};
+
+template <class C>
+class ForwardJob : SoftmaxRun<C, ForwardJob<C>> {
+  using Softmax = SoftmaxRun<C, ForwardJob<C>>;
+  using T = typename C::Scalar;
+  friend QueryRun<C, ForwardJob<C>>;
+
+ public:
+  static void run(const AttentionProblem& problem, void*, void* scratch, int64_t job) {
+    const RunShape<C> shape = forward_shape<C>(problem);
+    Arena arena(scratch);
+    const ForwardScratch<C> memory(arena, problem, shape);
+    ForwardJob(static_cast<const ForwardProblem&>(problem), shape, memory).walk(job);
   }
-  Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
+
+ private:
+  ForwardJob(const ForwardProblem& p, const RunShape<C>& shape, const ForwardScratch<C>& scratch)
+      : Softmax(p, shape, scratch), p_(p) {}
+
+  void close_tile(int64_t i) {
+    const Tile& tile = this->tiles_[i];
+    const Sequence& s = this->sequence_;
+    T* logsumexp = static_cast<T*>(p_.logsumexp) + row_of(p_, s, tile.head) + tile.q.begin;
+    const RowState<T> state = this->row_state(i);
+    for (int64_t lane = 0; lane < tile.q.size(); lane += kLanes<T>) {
+      store_first<T>(logsumexp + lane, logsumexp_of<T>(load(state.maximum + lane), load(state.sum + lane)),
+                     tile.q.size() - lane);
+    }
+    this->close_sums(i);
+    write_rows(source_of(p_.out, s.tensor_batch, tile.head, s.begin_q + tile.q.begin), tile.q.size(), p_.head_dim_v,
+               as_operand(this->sums(i)), this->scratch_.factor);
+  }
 
   const ForwardProblem& p_;
-  const ForwardScratch<C>& scratch_;
-  Dropout dropout_;
-  Matrix<const Element> key_, value_;
 };
 
 template <class C>
