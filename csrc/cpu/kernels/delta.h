@@ -2,8 +2,8 @@
 //
 // A 16-bit out is off by up to half a bit in its last place, and rows that repeat are all off by the same. For
 // grad_query, grad_key and grad_value that is the rounding any 16-bit gradient has. But what gathers score gradients
-// over many rows, the gradients of slopes, sinks and broadcast masks, would gather the error with them: there out is
-// computed once more, in float, and never rounded.
+// over many rows, the gradients of slopes, sinks and masks broadcast over queries or keys, would gather the error with
+// them: there out is computed once more, in float, and never rounded.
 #pragma once
 
 #include "cpu/kernels/backward_memory.h"
@@ -36,7 +36,9 @@ class DeltaJob : SoftmaxRun<FloatCompute, DeltaJob> {
  public:
   static bool needed(const BackwardProblem& p) {
     const bool coarse = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
-    return coarse && p.head_dim_v > 0 && (p.grad_alibi_slopes || p.grad_sinks || p.grad_attn_mask);
+    const View& mask = p.grad_attn_mask;
+    const bool gathers = mask && (mask.stride_row == 0 || mask.stride_col == 0);
+    return coarse && p.head_dim_v > 0 && (p.grad_alibi_slopes || p.grad_sinks || gathers);
   }
 
   static void run(const AttentionProblem& problem, void* shared_memory, void* scratch_memory, int64_t job) {
