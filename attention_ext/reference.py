@@ -8,7 +8,7 @@ the operators mean. Tests compare kernels with it in float64; it is not meant to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -274,20 +274,18 @@ def philox(key: tuple[int, int], counter: Words) -> Words:
     return c0, c1, c2, c3
 
 
-def dropout_keep(rng_state: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float) -> Tensor:
+def dropout_keep(rng_state: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
     """The weights that the operators' dropout keeps, bit for bit.
 
     Args:
         rng_state: int64 ``(2,)``, seed and offset, as the operator ``attention`` returns it.
-        batch: batch size, or the number of sequences with ``cu_seqlens``.
-        heads: query heads.
-        seqlen_q: queries, of the longest sequence with ``cu_seqlens``.
-        seqlen_k: keys, likewise.
+        shape: batch, heads, seqlen_q, seqlen_k; with ``cu_seqlens`` the number of sequences and the longest lengths.
         dropout_p: probability of dropping a weight.
 
     Returns:
-        bool ``(batch, heads, seqlen_q, seqlen_k)``, True where kept.
+        bool, of that shape, True where kept.
     """
+    batch, heads, seqlen_q, seqlen_k = shape
     seed, offset = rng_state.tolist()
     q = torch.arange(seqlen_q)[:, None]
     k = torch.arange(seqlen_k)

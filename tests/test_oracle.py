@@ -151,7 +151,7 @@ def test_philox_known_answers(key: tuple[int, int], counter: tuple[int, ...], wo
 
 def test_dropout_keep_by_hand() -> None:
     state = torch.tensor([-5, (7 << 32) + 9])
-    keep = reference.dropout_keep(state, 2, 3, 4, 21, 0.37)
+    keep = reference.dropout_keep(state, (2, 3, 4, 21), 0.37)
     for b, h, q, k in itertools.product(range(2), range(3), range(4), range(21)):
         counter = [torch.tensor(x) for x in (q, k // 8, b * 3 + h, 9)]
         words = [

@@ -75,7 +75,7 @@ def with_keep(sample: Sample, rng_state: Tensor) -> Sample:
     if "cu_seqlens_q" in sample.options:
         lens_q, lens_k = (sample.options[f"cu_seqlens_{x}"].diff().tolist() for x in "qk")
         batch, seqlen_q, seqlen_k = len(lens_q), max(lens_q, default=0), max(lens_k, default=0)
-    keep = reference.dropout_keep(rng_state, batch, heads, seqlen_q, seqlen_k, sample.options["dropout_p"])
+    keep = reference.dropout_keep(rng_state, (batch, heads, seqlen_q, seqlen_k), sample.options["dropout_p"])
     return sample.replace(keep=keep)
 
 
@@ -95,8 +95,14 @@ def compare(sample: Sample, actual: Outputs) -> list[Comparison]:
     """One :class:`Comparison` for each output that ``actual`` has."""
     exact = sample.map(lambda x: x.detach().double())
     backward = "grad_query" in actual
-    oracle, baseline = evaluate(exact, reference.attention, backward), evaluate(sample, _baseline, backward)
-    sizes, score_sizes = term_sizes(exact), term_sizes(exact, by_score=True)
+    oracle, base = evaluate(exact, reference.attention, backward), evaluate(sample, baseline, backward)
+    return compare_outputs(sample, actual, oracle, base, term_sizes(exact), term_sizes(exact, by_score=True))
+
+
+def compare_outputs(
+    sample: Sample, actual: Outputs, oracle: Outputs, base: Outputs, sizes: Outputs, score_sizes: Outputs
+) -> list[Comparison]:
+    """The rule itself: ``base`` is what the baseline made, the sizes are those of the outputs' terms."""
     eps = torch.finfo(sample.query.dtype).eps
     accumulate_eps = min(eps, torch.finfo(torch.float32).eps)
     batch, heads, seqlen_q = sample.query.shape[:3]
@@ -106,7 +112,7 @@ def compare(sample: Sample, actual: Outputs) -> list[Comparison]:
         partial_sums = terms / 36 * oracle[name].square().nan_to_num(posinf=0)  # a random walk of their roundings
         floors = eps * sizes[name], accumulate_eps * (score_sizes[name].square() + partial_sums).sqrt()
         few = min(batch * heads * seqlen_q, got.numel()) < FEW
-        comparisons.append(_compare_one(name, got, oracle[name], baseline[name], *floors, few))
+        comparisons.append(_compare_one(name, got, oracle[name], base[name], *floors, few))
     return comparisons
 
 
@@ -131,7 +137,7 @@ def term_sizes(sample: Sample, by_score: bool = False) -> Outputs:
     return {name: x.sqrt() for name, x in squares.items()}
 
 
-def _baseline(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def baseline(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """The reference as torch's math path evaluates it: query and key each times the root of the scale."""
     scale = options.pop("scale", None)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale

@@ -12,6 +12,12 @@
 
 namespace attention_ext::test {
 
+#if defined(__aarch64__)
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 inline int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
@@ -55,7 +61,7 @@ inline double load_number(const void* data, DType dtype, int64_t i) {
     case DType::kBool:
       return read(uint8_t{});
     case DType::kFloat16:
-      return static_cast<double>(read(_Float16{}));
+      return static_cast<double>(read(Half{}));
     default: {
       const uint32_t bits = static_cast<uint32_t>(read(uint16_t{})) << 16;
       float value = 0;
@@ -77,7 +83,7 @@ inline void store_number(void* data, DType dtype, int64_t i, double x) {
     case DType::kBool:
       return write(static_cast<uint8_t>(x != 0));
     case DType::kFloat16:
-      return write(static_cast<_Float16>(x));
+      return write(static_cast<Half>(x));
     default: {
       const auto value = static_cast<float>(x);
       uint32_t bits = 0;

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Packed sequences: each gets, to the bit, what it would get alone, and none sees another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_ext import attention_varlen, reference
+from attention_ext.testing import DIFFERENTIABLE, Sample, Spec, evaluate, operator
+
+LENGTHS = {
+    "short": ((3, 1, 5, 2), (4, 2, 7, 1)),
+    "empty": ((0, 3, 0, 2, 0), (2, 0, 0, 5, 0)),
+    "long": ((130, 1, 65, 33), (70, 200, 65, 193)),
+    "one": ((67,), (210,)),
+    "none": ((), ()),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
+    "window": {"window": (20, 3), "causal_alignment": "bottom_right"},
+    "softcap": {"softcap": 1.5, "scale": -0.4},
+}
+
+pytestmark = pytest.mark.every_isa
+
+
+def pack(lengths: str, dtype: torch.dtype, device: str, heads: tuple[int, int] = (4, 2), **options: Any) -> Sample:
+    lens_q, lens_k = LENGTHS[lengths]
+    sample = Spec(lengths, lengths=(sum(lens_q), sum(lens_k)), head_dims=(16, 24), heads=heads, batch=1).build(
+        dtype, device=device
+    )
+    starts_q, starts_k = (torch.tensor((0, *x), device=device).cumsum(0) for x in (lens_q, lens_k))
+    return sample.replace(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **options)
+
+
+def alone(sample: Sample, i: int) -> Sample:
+    """Sequence i as a sample of its own."""
+    options = dict(sample.options)
+    starts = options.pop("cu_seqlens_q"), options.pop("cu_seqlens_k")
+    rows_q, rows_k = list(reference.sequences(*starts))[i]
+    for name in ("attn_mask", "alibi_slopes"):
+        if name in options and options[name].dim() == (4 if name == "attn_mask" else 2):
+            options[name] = options[name][i : i + 1]
+    if "attn_mask" in options:
+        options["attn_mask"] = options["attn_mask"][..., : rows_q.stop - rows_q.start, : rows_k.stop - rows_k.start]
+    parts = {"query": rows_q, "key": rows_k, "value": rows_k, "grad_out": rows_q, "grad_logsumexp": rows_q}
+    sample = sample.replace(options=options)
+    return sample.replace(**{name: getattr(sample, name)[:, :, rows].contiguous() for name, rows in parts.items()})
+
+
+def assert_each_as_alone(sample: Sample, exact: bool = True) -> None:
+    together = evaluate(sample, operator)
+    starts = sample.options["cu_seqlens_q"], sample.options["cu_seqlens_k"]
+    for i, (rows_q, rows_k) in enumerate(reference.sequences(*starts)):
+        expected = evaluate(alone(sample, i), operator)
+        rows = {"grad_key": rows_k, "grad_value": rows_k}
+        for name in ("out", "logsumexp", "grad_query", "grad_key", "grad_value"):
+            actual = together[name][:, :, rows.get(name, rows_q)]
+            if exact:
+                assert torch.equal(actual, expected[name]), (name, i)
+            else:
+                torch.testing.assert_close(actual, expected[name])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_sequences_as_alone(lengths: str, options: str, dtype: torch.dtype, device: str) -> None:
+    assert_each_as_alone(pack(lengths, dtype, device, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("lengths", ["short", "empty", "long"])
+@pytest.mark.parametrize("dims", [(4, 4), (1, 4), (4, 1), (1, 1)])
+def test_bias_counts_within_each_sequence(lengths: str, dims: tuple[int, int], device: str) -> None:
+    lens_q, lens_k = LENGTHS[lengths]
+    shape = (len(lens_q) if dims[0] > 1 else 1, dims[1], max(lens_q), max(lens_k))
+    bias = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    sample = pack(lengths, torch.float64, device, attn_mask=bias)
+    assert_each_as_alone(sample)
+    actual = evaluate(sample, operator)["grad_attn_mask"]
+    expected = evaluate(sample, reference.attention)["grad_attn_mask"]
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_slopes_and_sinks(per_sequence: bool, device: str) -> None:
+    slopes = torch.rand(*([4] if per_sequence else []), 4, dtype=torch.float64, device=device)
+    sinks = torch.randn(4, dtype=torch.float64, device=device)
+    sample = pack("long", torch.float64, device, alibi_slopes=slopes, sinks=sinks, causal_alignment="bottom_right")
+    assert_each_as_alone(sample)
+    actual, expected = evaluate(sample, operator), evaluate(sample, reference.attention)
+    for name in ("grad_alibi_slopes", "grad_sinks"):
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+def test_sequences_do_not_see_each_other(device: str) -> None:
+    sample = pack("long", torch.float32, device)
+    expected = evaluate(sample, operator)
+    key, value = sample.key.clone(), sample.value.clone()
+    key[:, :, 70:270] = value[:, :, 70:270] = torch.nan  # the second sequence
+    actual = evaluate(sample.replace(key=key, value=value), operator)
+    rows = torch.arange(sample.query.shape[2]) != 130
+    for name in ("out", "logsumexp", "grad_query"):
+        assert torch.equal(actual[name][:, :, rows], expected[name][:, :, rows])
+        assert actual[name][:, :, 130].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_types_of_lengths(dtype: torch.dtype, device: str) -> None:
+    sample = pack("short", torch.float32, device)
+    starts = {name: sample.options[name].to(dtype) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    expected = evaluate(sample, operator)
+    actual = evaluate(sample.replace(**starts), operator)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("lengths", ["short", "empty", "long"])
+def test_function_of_packed_tensors(lengths: str, device: str) -> None:
+    sample = pack(lengths, torch.float64, device)
+    query, key, value = (x[0].transpose(0, 1) for x in (sample.query, sample.key, sample.value))
+    out, logsumexp = attention_varlen(query, key, value, **sample.options, return_logsumexp=True)
+    expected = reference.attention_varlen(query, key, value, **sample.options)
+    torch.testing.assert_close(out, expected.out)
+    torch.testing.assert_close(logsumexp, expected.logsumexp)
+    assert out.is_contiguous()
+
+
+def test_every_input_requires_a_gradient(device: str) -> None:
+    bias = torch.randn(4, 4, 130, 200, dtype=torch.float64, device=device)
+    slopes, sinks = (
+        torch.rand(4, 4, dtype=torch.float64, device=device),
+        torch.randn(4, dtype=torch.float64, device=device),
+    )
+    sample = pack("long", torch.float64, device, attn_mask=bias, alibi_slopes=slopes, sinks=sinks)
+    actual, expected = evaluate(sample, operator), evaluate(sample, reference.attention)
+    for name in DIFFERENTIABLE:
+        torch.testing.assert_close(actual[f"grad_{name}"], expected[f"grad_{name}"])
+
+
+def test_dropout_counts_within_each_sequence(device: str) -> None:
+    """Sequence i draws the bits of batch entry i of a dense call."""
+    sample = pack("long", torch.float64, device, dropout_p=0.4)
+    out, _, rng_state = sample.call(operator)
+    keep = reference.dropout_keep(rng_state, (4, 4, 130, 200), 0.4)
+    expected = sample.call(reference.attention, keep=keep)
+    torch.testing.assert_close(out, expected.out)
+
+
+def test_weights_are_refused(device: str) -> None:
+    sample = pack("short", torch.float32, device)
+    _, logsumexp, rng_state = sample.call(operator)
+    with pytest.raises(RuntimeError, match="cu_seqlens"):
+        torch.ops.attention_ext.attention_weights(sample.query, sample.key, logsumexp, rng_state, **sample.options)
+
+
+def test_gradient_layouts(device: str) -> None:
+    gradients: dict[str, Tensor] = evaluate(pack("long", torch.float32, device), operator)
+    for name in ("grad_query", "grad_key", "grad_value", "out"):
+        assert gradients[name].transpose(1, 2).is_contiguous()
