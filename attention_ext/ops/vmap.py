@@ -5,10 +5,12 @@ Packed sequences (cu_seqlens) have no batch to fold into: samples are packed one
 
 Dropout under vmap follows the `randomness` flag as torch's own does: "error" raises, "different" draws other bits for
 each sample, "same" the same. Bits depend on the place in the batch, so "same" runs sample after sample, each from the
-same state of the generator. Its rng_state then has the mapped dimension, by which backward and weights know that they
-must run sample after sample too.
+same state of the generator, and gives rng_state the mapped dimension. The operators that repeat the bits of a forward
+call must fold as it did: they run sample after sample where rng_state is mapped, or where the forward call was not
+mapped at all, as when a Jacobian maps gradients only.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,10 @@ RANDOMNESS_ERROR = (
     "vmap: called random operation while in randomness error mode. Please either use the 'same' or 'different' "
     "randomness flags on vmap or perform the randomness operation out of vmap"
 )
+
+# arguments (B, H, L, ...)
+ROWS = {"query", "key", "value", "out", "logsumexp", "grad_out", "grad_logsumexp"}
+ROWS |= {"query_tangent", "key_tangent", "value_tangent"}
 
 
 class Call:
@@ -46,7 +52,7 @@ class Call:
         value, dim = self.values[name], self.dims[name]
         return value.expand(self.samples, *value.shape) if dim is None else value.movedim(dim, 0)
 
-    # (samples, B, H, L, ...) to (samples * B, H, L, ...), or (samples, 1, H, total, ...) to (1, H, samples * total, ...)
+    # (samples, B, H, L, ...) to (samples * B, H, L, ...); packed, with B = 1, to (1, H, samples * L, ...)
     def fold_rows(self, name: str) -> Tensor | None:
         if self.values[name] is None:
             return None
@@ -59,13 +65,13 @@ class Call:
         return x.unflatten(0, (self.samples, self.sequences))
 
     # 2-D to 4-D, samples apart, to (samples * sequences, H or 1, L or 1, S or 1)
-    def fold_mask(self, per_sample: bool) -> Tensor | None:
-        mask = self.values["attn_mask"]
+    def fold_mask(self, name: str, per_sample: bool) -> Tensor | None:
+        mask = self.values[name]
         if mask is None:
             return None
-        if self.dims["attn_mask"] is None and not per_sample and (mask.dim() < 4 or mask.shape[0] == 1):
+        if self.dims[name] is None and not per_sample and (mask.dim() < 4 or mask.shape[0] == 1):
             return mask
-        mapped = self.mapped("attn_mask")
+        mapped = self.mapped(name)
         while mapped.dim() < 5:
             mapped = mapped.unsqueeze(1)
         return mapped.expand(-1, self.sequences, -1, -1, -1).flatten(0, 1)
@@ -97,19 +103,41 @@ class Call:
         first = torch.arange(self.samples, device=ends.device).unsqueeze(1) * total
         return torch.cat([(ends + first)[:, :-1].flatten(), ends.new_full((1,), self.samples * total)])
 
-    def folded(self, row_names: list[str], per_sample: tuple[bool, bool, bool] = (False, False, False)) -> list[Any]:
-        """All arguments of the one call; per_sample: mask, slopes, sinks need a place of their own for each sample."""
+    def folded(self, per_sample: tuple[bool, ...] = (False,) * 6) -> list[Any]:
+        """All arguments of the one call; per_sample: gradients that need a place of their own for each sample."""
         values = dict(self.values)
-        for name in row_names:
+        for name in ROWS.intersection(values):
             values[name] = self.fold_rows(name)
-        values["attn_mask"] = self.fold_mask(per_sample[0])
-        values["alibi_slopes"] = self.fold_heads("alibi_slopes", per_sample[1])
-        values["sinks"] = self.fold_heads("sinks", per_sample[2])
+        for name in ("attn_mask", "attn_mask_tangent"):
+            if name in values:
+                values[name] = self.fold_mask(name, per_sample[3])
+        for name, own in (("alibi_slopes", per_sample[4]), ("sinks", per_sample[5])):
+            values[name] = self.fold_heads(name, own)
+            if f"{name}_tangent" in values:
+                values[f"{name}_tangent"] = self.fold_heads(f"{name}_tangent", own)
         if values["key_lengths"] is not None:
             values["key_lengths"] = self.mapped("key_lengths").flatten()
         for name, rows in (("cu_seqlens_q", "query"), ("cu_seqlens_k", "key")):
             values[name] = self.fold_cu_seqlens(name, self.mapped(rows).shape[3])
         return list(values.values())
+
+    def unfold_gradients(self, gradients: list[Any]) -> tuple[list[Any], list[int | None]]:
+        """Those of the six that exist, with the samples in front; the others are empty."""
+        mask = self.values["attn_mask"]
+        dims: list[int | None] = [None] * 6
+        exists = [True, True, True, mask is not None and mask.is_floating_point()]
+        exists += [self.values[name] is not None for name in ("alibi_slopes", "sinks")]
+        unfold = [self.unfold_rows] * 3 + [self.unfold_mask]
+        unfold += [functools.partial(self.unfold_heads, name) for name in ("alibi_slopes", "sinks")]
+        for i in range(6):
+            if exists[i] and self.values["output_mask"][i]:
+                gradients[i], dims[i] = unfold[i](gradients[i]), 0
+        return gradients, dims
+
+    def repeats_single_samples(self, from_forward: str) -> bool:
+        """Whether dropout bits are those of calls of one sample; from_forward: what the forward call returned."""
+        mapped = self.dims["rng_state"] is not None or self.dims[from_forward] is None
+        return self.values["dropout_p"] > 0 and mapped
 
     def run(self, arguments: list[Any]) -> Any:
         return self.op(*arguments)
@@ -141,42 +169,41 @@ def attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any
         raise RuntimeError(RANDOMNESS_ERROR)
     if call.values["dropout_p"] > 0 and info.randomness == "same":
         return call.one_by_one(before_each=rewinder(call.values["query"].device))
-    out, logsumexp, rng_state = call.run(call.folded(["query", "key", "value"]))
+    out, logsumexp, rng_state = call.run(call.folded())
     return (call.unfold_rows(out), call.unfold_rows(logsumexp), rng_state), (0, 0, None)
 
 
 def attention_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     call = Call(ops.attention_backward.default, info, in_dims, args)
-    if call.dims["rng_state"] is not None:
+    if call.repeats_single_samples("out"):
         return call.one_by_one()
-    mask = call.values["output_mask"]
-    rows = ["grad_out", "grad_logsumexp", "query", "key", "value", "out", "logsumexp"]
-    gradients = list(call.run(call.folded(rows, per_sample=(mask[3], mask[4], mask[5]))))
-    dims: list[int | None] = [None] * 6
-    bias = call.values["attn_mask"]
-    exists = [True, True, True, bias is not None and bias.is_floating_point()]
-    exists += [call.values[name] is not None for name in ("alibi_slopes", "sinks")]
-    for i in range(6):
-        if not (mask[i] and exists[i]):
-            continue
-        dims[i] = 0
-        if i < 3:
-            gradients[i] = call.unfold_rows(gradients[i])
-        elif i == 3:
-            gradients[i] = call.unfold_mask(gradients[i])
-        else:
-            gradients[i] = call.unfold_heads(("alibi_slopes", "sinks")[i - 4], gradients[i])
+    gradients, dims = call.unfold_gradients(list(call.run(call.folded(call.values["output_mask"]))))
     return tuple(gradients), tuple(dims)
+
+
+def attention_jvp(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    call = Call(ops.attention_jvp.default, info, in_dims, args)
+    if call.repeats_single_samples("out"):
+        return call.one_by_one()
+    return tuple(call.unfold_rows(x) for x in call.run(call.folded())), (0, 0)
+
+
+def attention_double_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    call = Call(ops.attention_double_backward.default, info, in_dims, args)
+    if call.repeats_single_samples("out"):
+        return call.one_by_one()
+    out_tangent, logsumexp_tangent, *gradients = call.run(call.folded(call.values["output_mask"]))
+    gradients, dims = call.unfold_gradients(gradients)
+    return (call.unfold_rows(out_tangent), call.unfold_rows(logsumexp_tangent), *gradients), (0, 0, *dims)
 
 
 def attention_weights(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     call = Call(ops.attention_weights.default, info, in_dims, args)
-    if call.dims["rng_state"] is not None:
+    if call.repeats_single_samples("logsumexp"):
         return call.one_by_one()
-    weights = call.run(call.folded(["query", "key", "logsumexp"]))
-    return weights.unflatten(0, (call.samples, call.sequences)), 0
+    return call.run(call.folded()).unflatten(0, (call.samples, call.sequences)), 0
 
 
 def register() -> None:
-    for rule in (attention, attention_backward, attention_weights):
+    for rule in (attention, attention_backward, attention_jvp, attention_double_backward, attention_weights):
         torch.library.register_vmap(f"attention_ext::{rule.__name__}", rule)

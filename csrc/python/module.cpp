@@ -16,10 +16,6 @@ constexpr std::pair<const char*, DType> kDTypes[] = {{"float32", DType::kFloat32
                                                      {"bfloat16", DType::kBFloat16},
                                                      {"float16", DType::kFloat16},
                                                      {"float64", DType::kFloat64}};
-constexpr std::pair<const char*, Pass> kOperators[] = {{"attention", Pass::kForward},
-                                                       {"attention_backward", Pass::kBackward},
-                                                       {"attention_weights", Pass::kWeights}};
-
 // One query against some keys: every kernel can serve this unless the dtype or the CPU is in its way.
 template <class Problem>
 Problem plainest_problem(DType dtype) {
@@ -33,10 +29,18 @@ Problem plainest_problem(DType dtype) {
 
 const char* why_not(const CpuKernel& kernel, DType dtype) {
   switch (kernel.pass) {
-    case Pass::kForward: return kernel.why_not(plainest_problem<ForwardProblem>(dtype));
-    case Pass::kBackward: return kernel.why_not(plainest_problem<BackwardProblem>(dtype));
-    default: return kernel.why_not(plainest_problem<WeightsProblem>(dtype));
+    case Pass::kForward:
+      return kernel.why_not(plainest_problem<ForwardProblem>(dtype));
+    case Pass::kBackward:
+      return kernel.why_not(plainest_problem<BackwardProblem>(dtype));
+    case Pass::kWeights:
+      return kernel.why_not(plainest_problem<WeightsProblem>(dtype));
+    case Pass::kJvp:
+      return kernel.why_not(plainest_problem<JvpProblem>(dtype));
+    case Pass::kDoubleBackward:
+      return kernel.why_not(plainest_problem<DoubleBackwardProblem>(dtype));
   }
+  return nullptr;
 }
 
 py::list kernels() {
@@ -75,8 +79,8 @@ py::dict build_info() {
 }
 
 int64_t calls_of(const std::string& op) {
-  for (const auto& [name, pass] : kOperators) {
-    if (op == name) return call_count(pass);
+  for (size_t i = 0; i < std::size(kOperatorNames); ++i) {
+    if (op == kOperatorNames[i]) return call_count(static_cast<Pass>(i));
   }
   throw py::key_error("no operator of attention_ext counts calls as \"" + op + "\"");
 }

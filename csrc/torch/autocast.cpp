@@ -1,5 +1,5 @@
-// Under autocast query, key, value and a float mask are cast as torch casts them for its own attention: to the dtype the
-// user's autocast names, float64 excepted. Everything else is per head or per row and keeps its precision.
+// Under autocast query, key, value and a float mask are cast as torch casts them for its own attention: to the dtype
+// the user's autocast names, float64 excepted. Everything else is per head or per row and keeps its precision.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 

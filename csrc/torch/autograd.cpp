@@ -1,10 +1,20 @@
-// The derivative chain: each operator's kernel for the Autograd key. It calls the operator below autograd, then gives the
-// outputs their history. A tangent or a graph that nothing here can carry on raises; it is never dropped.
-#include <torch/csrc/autograd/functions/basic_ops.h>
+// The derivative chain: each operator's kernel for the Autograd key. It calls the operator below autograd, then gives
+// the outputs their history and their tangents, which are operators of the chain again:
+//
+//   attention                    backward: attention_backward          forward mode: attention_jvp
+//   attention_backward           backward: attention_double_backward   forward mode: itself + attention_double_backward
+//   attention_jvp                backward: both of these               forward mode: composed (composed_jvp.h)
+//   attention_double_backward    both, along its tangents; else raises likewise
+//   attention_weights            composed, to any order (weights_derivative.h)
+//
+// Wherever out and logsumexp are arguments they are taken for what attention makes of the other arguments: derivatives
+// are total, and out and logsumexp have no edge of their own. A tangent or a graph is never dropped.
 #include <torch/library.h>
 
 #include "torch/autograd_node.h"
-#include "torch/ops.h"
+#include "torch/composed_jvp.h"
+#include "torch/outputs.h"
+#include "torch/tangents.h"
 #include "torch/weights_derivative.h"
 
 namespace attention_ext {
@@ -14,74 +24,281 @@ namespace {
 using at::Tensor;
 using torch::autograd::collect_next_edges;
 using torch::autograd::compute_requires_grad;
-using torch::autograd::isFwGradDefined;
 
-template <class... Argument>
-void refuse_tangents(const char* op, const Argument&... argument) {
-  TORCH_CHECK_NOT_IMPLEMENTED((!isFwGradDefined(argument) && ...), op,
-                              ": forward-mode derivatives (jvp, jacfwd, dual numbers) are not implemented");
+auto differentiable(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+  return std::tie(query, key, value, options.attn_mask, options.alibi_slopes, options.sinks);
 }
 
-// out and logsumexp of attention, with respect to query, key, value, attn_mask, alibi_slopes, sinks
+template <class... Argument>
+bool any_requires_grad(const std::tuple<Argument...>& arguments) {
+  return std::apply([](const auto&... argument) { return compute_requires_grad(argument...); }, arguments);
+}
+
+template <class... Argument>
+edge_list edges_of(const std::tuple<Argument...>& arguments) {
+  return std::apply([](const auto&... argument) { return collect_next_edges(argument...); }, arguments);
+}
+
+Tensor sum_of(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
+
+std::optional<Tensor> if_defined(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+Tensor or_zeros(const Tensor& tensor, const Tensor& like) { return tensor.defined() ? tensor : at::zeros_like(like); }
+
+// Six of the flags, from `first` on.
+ops::OutputMask six(const std::vector<bool>& wanted, size_t first) {
+  ops::OutputMask mask;
+  std::copy_n(wanted.begin() + static_cast<std::ptrdiff_t>(first), mask.size(), mask.begin());
+  return mask;
+}
+
+bool wants_any(const ops::OutputMask& mask) { return std::find(mask.begin(), mask.end(), true) != mask.end(); }
+
+// The last six of an operator's outputs, undefined where not wanted.
+template <class Outputs>
+variable_list gradients_of(const Outputs& outputs, const ops::OutputMask& wanted) {
+  constexpr size_t first = std::tuple_size_v<Outputs> - 6;
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return variable_list{(wanted[i] ? std::get<first + i>(outputs) : Tensor())...};
+  }(std::make_index_sequence<6>());
+}
+
+void set_tangent(const Tensor& output, const Tensor& tangent) {
+  if (tangent.defined()) output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
+}
+
+// out, logsumexp with respect to the six inputs
 struct AttentionRule {
   static constexpr const char* name = "AttentionExtAttentionBackward";
 
   static variable_list gradients(const Request& request, const Tensor& query, const Tensor& key, const Tensor& value,
                                  const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
                                  const AttentionOptions& options) {
-    const auto& grad_out = request.grads[0];
-    const auto& grad_logsumexp = request.grads[1];
-    if (!grad_out.defined() && !grad_logsumexp.defined()) return variable_list(6);
-    ops::OutputMask wanted;
-    std::copy(request.wanted.begin(), request.wanted.end(), wanted.begin());
-    auto gradients = ops::attention_backward(
-        grad_out.defined() ? grad_out : at::zeros_like(out),
-        grad_logsumexp.defined() ? std::optional<Tensor>(grad_logsumexp) : std::nullopt, query, key, value, out,
-        logsumexp, rng_state, options, wanted);
-    return std::apply(
-        [&](auto&... gradient) {
-          size_t i = 0;
-          return variable_list{(wanted[i++] ? gradient : Tensor())...};
-        },
-        gradients);
+    const auto wanted = six(request.wanted, 0);
+    if (!request.grads[0].defined() && !request.grads[1].defined()) return variable_list(6);
+    const auto gradients = ops::attention_backward(or_zeros(request.grads[0], out), if_defined(request.grads[1]), query,
+                                                   key, value, out, logsumexp, rng_state, options, wanted);
+    return gradients_of(gradients, wanted);
   }
 };
 
 ops::Forward attention_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
                                 const AttentionOptions& options) {
-  const auto& [mask, slopes, sinks] = std::tie(options.attn_mask, options.alibi_slopes, options.sinks);
-  refuse_tangents("attention", query, key, value, mask, slopes, sinks);
   auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return ops::attention(query, key, value, options);
   }();
-  if (compute_requires_grad(query, key, value, mask, slopes, sinks)) {
-    const auto& [out, logsumexp, rng_state] = outputs;
-    record<AttentionRule>({out, logsumexp}, collect_next_edges(query, key, value, mask, slopes, sinks), query, key,
-                          value, out, logsumexp, rng_state, options);
+  const auto& [out, logsumexp, rng_state] = outputs;
+  const auto inputs = differentiable(query, key, value, options);
+  if (any_requires_grad(inputs)) {
+    record<AttentionRule>({out, logsumexp}, edges_of(inputs), query, key, value, out, logsumexp, rng_state, options);
+  }
+  if (const auto tangents = tangents_of(query, key, value, options); moves(tangents)) {
+    const auto [out_tangent, logsumexp_tangent] = ops::attention_jvp(primal(query), primal(key), primal(value), out,
+                                                                     logsumexp, rng_state, tangents, primal(options));
+    set_tangent(out, out_tangent);
+    set_tangent(logsumexp, logsumexp_tangent);
   }
   return outputs;
 }
 
-// out and logsumexp are taken for what attention makes of the other inputs: they are no inputs of their own.
+// the six gradients with respect to grad_out, grad_logsumexp and the six inputs
+struct BackwardRule {
+  static constexpr const char* name = "AttentionExtAttentionDoubleBackward";
+
+  static variable_list gradients(const Request& request, const Tensor& grad_out,
+                                 const std::optional<Tensor>& grad_logsumexp, const Tensor& query, const Tensor& key,
+                                 const Tensor& value, const Tensor& out, const Tensor& logsumexp,
+                                 const Tensor& rng_state, const AttentionOptions& options) {
+    const auto& g = request.grads;
+    const ops::InputTangents tangents{if_defined(g[0]), if_defined(g[1]), if_defined(g[2]),
+                                      if_defined(g[3]), if_defined(g[4]), if_defined(g[5])};
+    if (!moves(tangents)) return variable_list(8);
+    const auto wanted = six(request.wanted, 2);
+    variable_list gradients(6);
+    Tensor out_tangent, logsumexp_tangent;
+    if (wants_any(wanted)) {
+      const auto all = ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out,
+                                                      logsumexp, rng_state, options, wanted);
+      std::tie(out_tangent, logsumexp_tangent) = std::tie(std::get<0>(all), std::get<1>(all));
+      gradients = gradients_of(all, wanted);
+    } else {
+      std::tie(out_tangent, logsumexp_tangent) =
+          ops::attention_jvp(query, key, value, out, logsumexp, rng_state, tangents, options);
+    }
+    gradients.insert(gradients.begin(),
+                     {request.wanted[0] ? out_tangent : Tensor(), request.wanted[1] ? logsumexp_tangent : Tensor()});
+    return gradients;
+  }
+};
+
 ops::Gradients attention_backward_autograd(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,
                                            const Tensor& query, const Tensor& key, const Tensor& value,
                                            const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
                                            const AttentionOptions& options, ops::OutputMask output_mask) {
-  const auto& [mask, slopes, sinks] = std::tie(options.attn_mask, options.alibi_slopes, options.sinks);
-  refuse_tangents("attention_backward", grad_out, grad_logsumexp, query, key, value, mask, slopes, sinks);
-  auto gradients = [&] {
+  auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return ops::attention_backward(grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, options,
                                    output_mask);
   }();
-  if (compute_requires_grad(grad_out, grad_logsumexp, query, key, value, mask, slopes, sinks)) {
-    const auto error = make_node<torch::autograd::Error>(
-        "attention_backward: second derivatives are not implemented",
-        collect_next_edges(grad_out, grad_logsumexp, query, key, value, mask, slopes, sinks));
-    std::apply([&](const auto&... gradient) { (torch::autograd::set_history(gradient, error), ...); }, gradients);
+  const auto exists = existing_gradients(options, output_mask);
+  const auto inputs = std::tuple_cat(std::tie(grad_out, grad_logsumexp), differentiable(query, key, value, options));
+  if (any_requires_grad(inputs)) {
+    record<BackwardRule>(gradients_of(outputs, exists), edges_of(inputs), grad_out, grad_logsumexp, query, key, value,
+                         out, logsumexp, rng_state, options);
   }
-  return gradients;
+  const auto tangents = tangents_of(query, key, value, options);
+  const Tensor grad_out_tangent = tangent_of(grad_out), grad_logsumexp_tangent = tangent_of(grad_logsumexp);
+  const bool grads_move = grad_out_tangent.defined() || grad_logsumexp_tangent.defined();
+  if (!grads_move && !moves(tangents)) return outputs;
+  const auto p_query = primal(query), p_key = primal(key), p_value = primal(value), p_out = primal(out),
+             p_logsumexp = primal(logsumexp), p_grad_out = primal(grad_out);
+  const auto p_options = primal(options);
+  variable_list linear(6), curved(6);  // gradients are linear in grad_*, and move with the inputs besides
+  if (grads_move) {
+    linear = gradients_of(
+        ops::attention_backward(or_zeros(grad_out_tangent, p_grad_out), if_defined(grad_logsumexp_tangent), p_query,
+                                p_key, p_value, p_out, p_logsumexp, rng_state, p_options, output_mask),
+        exists);
+  }
+  if (moves(tangents)) {
+    curved =
+        gradients_of(ops::attention_double_backward(tangents, p_grad_out, primal(grad_logsumexp), p_query, p_key,
+                                                    p_value, p_out, p_logsumexp, rng_state, p_options, output_mask),
+                     exists);
+  }
+  const variable_list made = gradients_of(outputs, exists);
+  for (size_t i = 0; i < made.size(); ++i) {
+    if (made[i].defined()) set_tangent(made[i], sum_of(linear[i], curved[i]));
+  }
+  return outputs;
+}
+
+// out_tangent, logsumexp_tangent with respect to the six inputs and their six tangents
+struct JvpRule {
+  static constexpr const char* name = "AttentionExtAttentionJvpBackward";
+
+  static variable_list gradients(const Request& request, const Tensor& query, const Tensor& key, const Tensor& value,
+                                 const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
+                                 const ops::InputTangents& tangents, const AttentionOptions& options) {
+    if (!request.grads[0].defined() && !request.grads[1].defined()) return variable_list(12);
+    const Tensor grad_out = or_zeros(request.grads[0], out);
+    const auto grad_logsumexp = if_defined(request.grads[1]);
+    const auto inputs_wanted = six(request.wanted, 0), tangents_wanted = six(request.wanted, 6);
+    variable_list gradients(6), of_tangents(6);
+    if (wants_any(inputs_wanted)) {
+      gradients = gradients_of(ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value,
+                                                              out, logsumexp, rng_state, options, inputs_wanted),
+                               inputs_wanted);
+    }
+    if (wants_any(tangents_wanted)) {
+      of_tangents = gradients_of(ops::attention_backward(grad_out, grad_logsumexp, query, key, value, out, logsumexp,
+                                                         rng_state, options, tangents_wanted),
+                                 tangents_wanted);
+    }
+    gradients.insert(gradients.end(), of_tangents.begin(), of_tangents.end());
+    return gradients;
+  }
+};
+
+ops::OutputTangents attention_jvp_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
+                                           const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
+                                           const ops::InputTangents& tangents, const AttentionOptions& options) {
+  const auto inputs = differentiable(query, key, value, options);
+  if (moves(tangents_of(query, key, value, options))) {
+    return composed_jvp(query, key, value, out, logsumexp, rng_state, tangents, options);
+  }
+  auto outputs = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return ops::attention_jvp(query, key, value, out, logsumexp, rng_state, tangents, options);
+  }();
+  const auto& [out_tangent, logsumexp_tangent] = outputs;
+  const auto all = std::tuple_cat(inputs, tangents.fields());
+  if (any_requires_grad(all)) {
+    record<JvpRule>({out_tangent, logsumexp_tangent}, edges_of(all), query, key, value, out, logsumexp, rng_state,
+                    tangents, options);
+  }
+  if (const auto moving = tangents_of(tangents); moves(moving)) {  // linear in them
+    const auto [out_moves, logsumexp_moves] =
+        ops::attention_jvp(query, key, value, out, logsumexp, rng_state, moving, options);
+    set_tangent(out_tangent, out_moves);
+    set_tangent(logsumexp_tangent, logsumexp_moves);
+  }
+  return outputs;
+}
+
+constexpr const char* kThirdOrder =
+    "attention_double_backward: derivatives of third order are not implemented, but for those that are linear: with "
+    "respect to its tangents";
+
+// out_tangent, logsumexp_tangent, the six gradients with respect to the six tangents, in which they are linear, and to
+// grad_out, grad_logsumexp and the six inputs, where no kernel leads
+struct DoubleBackwardRule {
+  static constexpr const char* name = "AttentionExtAttentionTripleBackward";
+
+  static variable_list gradients(const Request& request, const Tensor& grad_out,
+                                 const std::optional<Tensor>& grad_logsumexp, const Tensor& query, const Tensor& key,
+                                 const Tensor& value, const Tensor& out, const Tensor& logsumexp,
+                                 const Tensor& rng_state, const AttentionOptions& options) {
+    const auto& g = request.grads;
+    const auto wanted = six(request.wanted, 0);
+    if (std::none_of(g.begin(), g.end(), [](const Tensor& grad) { return grad.defined(); })) return variable_list(14);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        std::find(request.wanted.begin() + 6, request.wanted.end(), true) == request.wanted.end(), kThirdOrder);
+    variable_list gradients(14);
+    const auto add = [&](const variable_list& terms) {
+      for (size_t i = 0; i < terms.size(); ++i) gradients[i] = sum_of(gradients[i], terms[i]);
+    };
+    if (g[0].defined() || g[1].defined()) {
+      add(gradients_of(ops::attention_backward(or_zeros(g[0], out), if_defined(g[1]), query, key, value, out, logsumexp,
+                                               rng_state, options, wanted),
+                       wanted));
+    }
+    const ops::InputTangents along{if_defined(g[2]), if_defined(g[3]), if_defined(g[4]),
+                                   if_defined(g[5]), if_defined(g[6]), if_defined(g[7])};
+    if (moves(along)) {  // the Hessian is symmetric
+      add(gradients_of(ops::attention_double_backward(along, grad_out, grad_logsumexp, query, key, value, out,
+                                                      logsumexp, rng_state, options, wanted),
+                       wanted));
+    }
+    return gradients;
+  }
+};
+
+ops::SecondOrder attention_double_backward_autograd(const ops::InputTangents& tangents, const Tensor& grad_out,
+                                                    const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
+                                                    const Tensor& key, const Tensor& value, const Tensor& out,
+                                                    const Tensor& logsumexp, const Tensor& rng_state,
+                                                    const AttentionOptions& options, ops::OutputMask output_mask) {
+  const auto fixed = std::tuple_cat(std::tie(grad_out, grad_logsumexp), differentiable(query, key, value, options));
+  std::apply(
+      [](const auto&... input) { TORCH_CHECK_NOT_IMPLEMENTED((!tangent_of(input).defined() && ...), kThirdOrder); },
+      fixed);
+  auto outputs = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
+                                          rng_state, options, output_mask);
+  }();
+  const auto exists = existing_gradients(options, output_mask);
+  variable_list differentiable_outputs = gradients_of(outputs, exists);
+  differentiable_outputs.insert(differentiable_outputs.begin(), {std::get<0>(outputs), std::get<1>(outputs)});
+  const auto inputs = std::tuple_cat(tangents.fields(), fixed);
+  if (any_requires_grad(inputs)) {
+    record<DoubleBackwardRule>(differentiable_outputs, edges_of(inputs), grad_out, grad_logsumexp, query, key, value,
+                               out, logsumexp, rng_state, options);
+  }
+  if (const auto moving = tangents_of(tangents); moves(moving)) {
+    const auto moved = ops::attention_double_backward(moving, grad_out, grad_logsumexp, query, key, value, out,
+                                                      logsumexp, rng_state, options, output_mask);
+    variable_list output_moves = gradients_of(moved, exists);
+    output_moves.insert(output_moves.begin(), {std::get<0>(moved), std::get<1>(moved)});
+    for (size_t i = 0; i < output_moves.size(); ++i) {
+      if (differentiable_outputs[i].defined()) set_tangent(differentiable_outputs[i], output_moves[i]);
+    }
+  }
+  return outputs;
 }
 
 // with respect to query, key, logsumexp, attn_mask, alibi_slopes; sinks are in logsumexp already
@@ -101,20 +318,22 @@ struct WeightsRule {
 Tensor attention_weights_autograd(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
                                   const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
                                   std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
-  const auto& [mask, slopes] = std::tie(options.attn_mask, options.alibi_slopes);
   Tensor weights = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return ops::attention_weights(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
   }();
-  if (compute_requires_grad(query, key, logsumexp, mask, slopes)) {
-    record<WeightsRule>({weights}, collect_next_edges(query, key, logsumexp, mask, slopes), query, key, logsumexp,
-                        rng_state, options, average_heads, row_begin, row_end);
+  const auto inputs = std::tie(query, key, logsumexp, options.attn_mask, options.alibi_slopes);
+  if (any_requires_grad(inputs)) {
+    record<WeightsRule>({weights}, edges_of(inputs), query, key, logsumexp, rng_state, options, average_heads,
+                        row_begin, row_end);
   }
-  const WeightsTangents tangents(query, key, logsumexp, options);
-  if (tangents.any()) {
+  auto tangents = tangents_of(query, key, Tensor(), options);
+  tangents.sinks = std::nullopt;
+  const Tensor logsumexp_tangent = tangent_of(logsumexp);
+  if (moves(tangents) || logsumexp_tangent.defined()) {
     const WeightsCall call(primal(query), primal(key), primal(logsumexp), rng_state, primal(options), average_heads,
                            row_begin, row_end);
-    weights._set_fw_grad(weights_tangent(call, tangents), /*level=*/0, /*is_inplace_op=*/false);
+    set_tangent(weights, weights_tangent(call, tangents, logsumexp_tangent));
   }
   return weights;
 }
@@ -122,6 +341,8 @@ Tensor attention_weights_autograd(const Tensor& query, const Tensor& key, const 
 TORCH_LIBRARY_IMPL(attention_ext, Autograd, m) {
   m.impl("attention", flat_kernel<attention_autograd>);
   m.impl("attention_backward", flat_kernel<attention_backward_autograd>);
+  m.impl("attention_jvp", flat_kernel<attention_jvp_autograd>);
+  m.impl("attention_double_backward", flat_kernel<attention_double_backward_autograd>);
   m.impl("attention_weights", flat_kernel<attention_weights_autograd>);
 }
 

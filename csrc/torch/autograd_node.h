@@ -8,7 +8,7 @@
 
 #include <mutex>
 
-#include "attention_ext/options.h"
+#include "attention_ext/flat.h"
 
 namespace attention_ext {
 
@@ -21,8 +21,7 @@ using torch::autograd::variable_list;
 template <class Made, class... Argument>
 auto make_node(Argument&&... argument) {
   if constexpr (std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<Node>>) {
-    return std::shared_ptr<Made>(new Made(std::forward<Argument>(argument)...),
-                                 [](Made* node) { deleteNode(node); });
+    return std::shared_ptr<Made>(new Made(std::forward<Argument>(argument)...), [](Made* node) { deleteNode(node); });
   } else {
     return c10::make_intrusive<Made>(std::forward<Argument>(argument)...);
   }
@@ -103,8 +102,8 @@ class RuleNodeOf<Rule, variable_list(const Request&, Argument...)> : public Node
     });
     const auto metadata = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
         torch::dynamo::autograd::get_input_metadata(next_edges()));
-    auto gradients = compiler->call_function(saved.get_py_compiler(), "apply_functional", Rule::name, grads,
-                                             packed.vec(), metadata);
+    auto gradients =
+        compiler->call_function(saved.get_py_compiler(), "apply_functional", Rule::name, grads, packed.vec(), metadata);
     std::apply([&](auto&... kept) { (saved.after(kept), ...); }, kept_);
     return gradients;
   }
@@ -145,7 +144,9 @@ class RuleNodeOf<Rule, variable_list(const Request&, Argument...)> : public Node
   SavedVariable to_keep(const at::Tensor& tensor) const {
     return SavedVariable(tensor, /*is_output=*/tensor.defined() && tensor.grad_fn().get() == this);
   }
-  SavedVariable to_keep(const std::optional<at::Tensor>& tensor) const { return to_keep(tensor.value_or(at::Tensor())); }
+  SavedVariable to_keep(const std::optional<at::Tensor>& tensor) const {
+    return to_keep(tensor.value_or(at::Tensor()));
+  }
   static std::string to_keep(std::string_view text) { return std::string(text); }
   template <class T>
   static const T& to_keep(const T& value) {
@@ -187,8 +188,8 @@ void record(const variable_list& outputs, edge_list edges, const Argument&... ar
   auto node = make_node<RuleNode<Rule>>();
   node->set_next_edges(std::move(edges));
   torch::autograd::set_history(outputs, node);
-  detail::Flat<decltype(Rule::gradients)>::spread(
-      [&](const Request&, const auto&... flat) { node->keep(flat...); }, Request{outputs, {}}, argument...);
+  detail::Flat<decltype(Rule::gradients)>::spread([&](const Request&, const auto&... flat) { node->keep(flat...); },
+                                                  Request{outputs, {}}, argument...);
 }
 
 }  // namespace attention_ext

@@ -48,8 +48,8 @@ void check_rank(const char* op, const char* name, const Tensor& tensor, const ch
 
 void check_size(const char* op, const char* name, const Tensor& tensor, const char* what, int64_t dim,
                 const SymInt& size) {
-  TORCH_SYM_CHECK(tensor.sym_size(dim).sym_eq(size), op, ": expected `", name, "` to have ", what, " ", size,
-                  ", got ", tensor.sym_size(dim), " in shape ", tensor.sym_sizes());
+  TORCH_SYM_CHECK(tensor.sym_size(dim).sym_eq(size), op, ": expected `", name, "` to have ", what, " ", size, ", got ",
+                  tensor.sym_size(dim), " in shape ", tensor.sym_sizes());
 }
 
 void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<SymInt> shape) {
@@ -74,22 +74,19 @@ void check_numbers(const char* op, const AttentionOptions& options) {
   TORCH_CHECK(!options.window_right || *options.window_right >= 0, op,
               ": expected `window_right` to be at least 0 or None, got ", *options.window_right);
   TORCH_CHECK(is_bottom_right(options) || options.causal_alignment == "top_left", op,
-              ": expected `causal_alignment` to be \"top_left\" or \"bottom_right\", got \"",
-              options.causal_alignment, "\"");
+              ": expected `causal_alignment` to be \"top_left\" or \"bottom_right\", got \"", options.causal_alignment,
+              "\"");
 }
 
 // Lengths within a sequence are known from values only: the last two sizes are then checked with them.
-void check_mask(const char* op, const Sizes& sizes, const Tensor& mask) {
-  TORCH_CHECK(mask.scalar_type() == at::kBool || is_float(mask.scalar_type()), op,
-              ": expected `attn_mask` to be of dtype bool, float32, bfloat16, float16 or float64, got ",
-              mask.scalar_type());
-  TORCH_CHECK(mask.dim() >= 2 && mask.dim() <= 4, op, ": expected `attn_mask` to be 2-D to 4-D, got ", mask.dim(),
+void check_mask(const char* op, const char* name, const Sizes& sizes, const Tensor& mask) {
+  TORCH_CHECK(mask.dim() >= 2 && mask.dim() <= 4, op, ": expected `", name, "` to be 2-D to 4-D, got ", mask.dim(),
               "-D");
   const SymInt full[4] = {sizes.sequences, sizes.heads, sizes.seqlen_q, sizes.seqlen_k};
   const int64_t missing = 4 - mask.dim();
   for (int64_t i = missing; i < (sizes.packed ? 2 : 4); ++i) {
     const SymInt size = mask.sym_size(i - missing);
-    TORCH_SYM_CHECK(size.sym_eq(1).sym_or(size.sym_eq(full[i])), op, ": expected `attn_mask` to broadcast to ",
+    TORCH_SYM_CHECK(size.sym_eq(1).sym_or(size.sym_eq(full[i])), op, ": expected `", name, "` to broadcast to ",
                     c10::SymIntArrayRef(full, 4), ", got shape ", mask.sym_sizes());
   }
 }
@@ -165,8 +162,14 @@ Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, co
   check_rank(op, "query", query, "(batch, heads, length, head_dim)", 4);
   check_rank(op, "key", key, "(batch, heads, length, head_dim)", 4);
 
-  Sizes sizes{query.sym_size(0), query.sym_size(1), key.sym_size(1), query.sym_size(2), key.sym_size(2),
-              query.sym_size(3), 0, 0};
+  Sizes sizes{query.sym_size(0),
+              query.sym_size(1),
+              key.sym_size(1),
+              query.sym_size(2),
+              key.sym_size(2),
+              query.sym_size(3),
+              0,
+              0};
   check_size(op, "key", key, "batch size", 0, sizes.batch);
   check_size(op, "key", key, "head_dim", 3, sizes.head_dim);
   TORCH_SYM_CHECK(sizes.head_dim.sym_ge(1).sym_and(sizes.head_dim.sym_le(kLargestHeadDim)), op,
@@ -196,8 +199,12 @@ Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, co
   check_numbers(op, options);
   check_structure(op, sizes, options, device);
   if (options.attn_mask) {
-    check_tensor(op, "attn_mask", *options.attn_mask, device);
-    check_mask(op, sizes, *options.attn_mask);
+    const Tensor& mask = *options.attn_mask;
+    check_tensor(op, "attn_mask", mask, device);
+    TORCH_CHECK(mask.scalar_type() == at::kBool || is_float(mask.scalar_type()), op,
+                ": expected `attn_mask` to be of dtype bool, float32, bfloat16, float16 or float64, got ",
+                mask.scalar_type());
+    check_mask(op, "attn_mask", sizes, mask);
   }
   if (options.alibi_slopes) {
     check_tensor(op, "alibi_slopes", *options.alibi_slopes, device);
@@ -210,14 +217,45 @@ Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, co
   return sizes;
 }
 
-void check_backward(const char* op, const Sizes& sizes, const Tensor& grad_out,
-                    const std::optional<Tensor>& grad_logsumexp, const Tensor& query, const Tensor& out,
-                    const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options) {
-  check_like_out(op, "grad_out", sizes, query, grad_out);
+void check_saved(const char* op, const Sizes& sizes, const Tensor& query, const Tensor& out, const Tensor& logsumexp,
+                 const Tensor& rng_state, const AttentionOptions& options) {
   check_like_out(op, "out", sizes, query, out);
   check_logsumexp(op, "logsumexp", sizes, query, logsumexp);
-  if (grad_logsumexp) check_logsumexp(op, "grad_logsumexp", sizes, query, *grad_logsumexp);
   check_rng_state(op, rng_state, options, query.device());
+}
+
+void check_backward(const char* op, const Sizes& sizes, const Tensor& grad_out,
+                    const std::optional<Tensor>& grad_logsumexp, const Tensor& query) {
+  check_like_out(op, "grad_out", sizes, query, grad_out);
+  if (grad_logsumexp) check_logsumexp(op, "grad_logsumexp", sizes, query, *grad_logsumexp);
+}
+
+void check_tangents(const char* op, const Sizes& sizes, const ops::InputTangents& tangents, const Tensor& query,
+                    const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+  const auto check_like = [&](const char* name, const std::optional<Tensor>& tangent, const Tensor& input) {
+    if (!tangent) return;
+    check_tensor(op, name, *tangent, query.device());
+    check_dtype(op, name, *tangent, query.scalar_type());
+    check_shape(op, name, *tangent, {input.sym_size(0), input.sym_size(1), input.sym_size(2), input.sym_size(3)});
+  };
+  check_like("query_tangent", tangents.query, query);
+  check_like("key_tangent", tangents.key, key);
+  check_like("value_tangent", tangents.value, value);
+  if (tangents.attn_mask) {
+    TORCH_CHECK(options.attn_mask && is_float(options.attn_mask->scalar_type()), op,
+                ": expected `attn_mask_tangent` with a floating `attn_mask` only, got one without");
+    check_tensor(op, "attn_mask_tangent", *tangents.attn_mask, query.device());
+    check_float(op, "attn_mask_tangent", *tangents.attn_mask);
+    check_mask(op, "attn_mask_tangent", sizes, *tangents.attn_mask);
+  }
+  const auto check_heads = [&](const char* name, const std::optional<Tensor>& tangent, bool has_input) {
+    if (!tangent) return;
+    TORCH_CHECK(has_input, op, ": expected no `", name, "` without the input that it belongs to, got one");
+    check_tensor(op, name, *tangent, query.device());
+    check_per_head(op, name, sizes, *tangent);
+  };
+  check_heads("alibi_slopes_tangent", tangents.alibi_slopes, options.alibi_slopes.has_value());
+  check_heads("sinks_tangent", tangents.sinks, options.sinks.has_value());
 }
 
 Rows check_weights(const char* op, const Sizes& sizes, const Tensor& query, const Tensor& logsumexp,

@@ -16,9 +16,15 @@ struct Sizes {
 Sizes check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor* value,
                       const AttentionOptions& options);
 
+// What the forward pass left for the others.
+void check_saved(const char* op, const Sizes& sizes, const at::Tensor& query, const at::Tensor& out,
+                 const at::Tensor& logsumexp, const at::Tensor& rng_state, const AttentionOptions& options);
+
 void check_backward(const char* op, const Sizes& sizes, const at::Tensor& grad_out,
-                    const std::optional<at::Tensor>& grad_logsumexp, const at::Tensor& query, const at::Tensor& out,
-                    const at::Tensor& logsumexp, const at::Tensor& rng_state, const AttentionOptions& options);
+                    const std::optional<at::Tensor>& grad_logsumexp, const at::Tensor& query);
+
+void check_tangents(const char* op, const Sizes& sizes, const ops::InputTangents& tangents, const at::Tensor& query,
+                    const at::Tensor& key, const at::Tensor& value, const AttentionOptions& options);
 
 struct Rows {
   c10::SymInt begin, end;

@@ -6,8 +6,7 @@
 #include <mutex>
 
 #include "torch/cpu_run.h"
-#include "torch/outputs.h"
-#include "torch/problem.h"
+#include "torch/gradients.h"
 
 namespace attention_ext {
 
@@ -16,15 +15,17 @@ namespace {
 using at::Tensor;
 
 void draw_rng_state(const Tensor& rng_state) {
-  auto* generator = at::get_generator_or_default<at::CPUGeneratorImpl>(std::nullopt, at::detail::getDefaultCPUGenerator());
+  auto* generator =
+      at::get_generator_or_default<at::CPUGeneratorImpl>(std::nullopt, at::detail::getDefaultCPUGenerator());
   const std::lock_guard<std::mutex> lock(generator->mutex_);
   int64_t* words = rng_state.mutable_data_ptr<int64_t>();
   words[0] = static_cast<int64_t>(generator->random64());
   words[1] = 0;
 }
 
-bool has_no_rows(const AttentionProblem& problem) {
-  return problem.batch == 0 || problem.heads == 0 || problem.seqlen_q == 0;
+// No rows, or none that sees a key.
+bool is_empty(const AttentionProblem& problem) {
+  return problem.batch == 0 || problem.heads == 0 || problem.seqlen_q == 0 || problem.seqlen_k == 0;
 }
 
 // Of (B, H, Lq), the rows of one sequence: (H, its length)
@@ -34,15 +35,27 @@ Tensor rows_of(const AttentionProblem& problem, const Tensor& tensor, int64_t b)
   return tensor.select(0, 0).narrow(1, begin, problem.cu_seqlens_q[b + 1] - begin);
 }
 
-Tensor of_sequence(const Tensor& per_head, int64_t b) { return per_head.dim() == 2 ? per_head.select(0, b) : per_head; }
-
-void attend_to_nothing(const AttentionProblem& problem, const std::optional<Tensor>& sinks, const Tensor& out,
-                       const Tensor& logsumexp) {
-  out.zero_();
-  logsumexp.fill_(-std::numeric_limits<double>::infinity());
-  for (int64_t b = 0; sinks && b < problem.batch; ++b) {
-    rows_of(problem, logsumexp, b).copy_(of_sequence(*sinks, b).unsqueeze(1));
+// (heads,) or (sequences, heads) to every row of logsumexp, or of its tangent
+void copy_sinks(const AttentionProblem& problem, const Tensor& sinks, const Tensor& logsumexp) {
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    rows_of(problem, logsumexp, b).copy_((sinks.dim() == 2 ? sinks.select(0, b) : sinks).unsqueeze(1));
   }
+}
+
+// Without keys out stands still and logsumexp moves with the sinks.
+void move_with_sinks(const AttentionProblem& problem, const ops::InputTangents& tangents, const Tensor& out_tangent,
+                     const Tensor& logsumexp_tangent) {
+  out_tangent.zero_();
+  logsumexp_tangent.zero_();
+  if (tangents.sinks) copy_sinks(problem, *tangents.sinks, logsumexp_tangent);
+}
+
+void fill_backward(BackwardProblem& problem, Converted& converted, const Tensor& grad_out,
+                   const std::optional<Tensor>& grad_logsumexp, const Tensor& out, const Tensor& logsumexp) {
+  problem.out = view_of(out);
+  problem.grad_out = view_of(grad_out);
+  problem.logsumexp = contiguous_data(logsumexp, converted);
+  if (grad_logsumexp) problem.grad_logsumexp = contiguous_data(*grad_logsumexp, converted);
 }
 
 ops::Forward attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -57,9 +70,10 @@ ops::Forward attention_cpu(const Tensor& query, const Tensor& key, const Tensor&
   ForwardProblem problem;
   Converted converted;
   fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
-  if (has_no_rows(problem)) return outputs;
-  if (problem.seqlen_k == 0) {
-    attend_to_nothing(problem, options.sinks, out, logsumexp);
+  if (is_empty(problem)) {
+    out.zero_();
+    logsumexp.fill_(-std::numeric_limits<double>::infinity());
+    if (options.sinks) copy_sinks(problem, *options.sinks, logsumexp);
     return outputs;
   }
   problem.out = view_of(out);
@@ -68,12 +82,7 @@ ops::Forward attention_cpu(const Tensor& query, const Tensor& key, const Tensor&
   return outputs;
 }
 
-// (sequences, heads) doubles, summed to the shape and dtype of the argument
-Tensor per_head_gradient(const Tensor& sums, const Tensor& argument) {
-  return (argument.dim() == 1 ? sums.sum(0) : sums).to(argument.scalar_type());
-}
-
-// A row without keys has the sink for its logsumexp, so the gradient of one is that of the other.
+// A row without keys has the sink for its logsumexp, so it passes on what reaches the one to the other.
 void sum_for_sinks(const AttentionProblem& problem, const Tensor& grad_logsumexp, const Tensor& sums) {
   for (int64_t b = 0; b < problem.batch; ++b) {
     sums.select(0, b).copy_(rows_of(problem, grad_logsumexp, b).sum(-1, false, at::kDouble));
@@ -82,56 +91,81 @@ void sum_for_sinks(const AttentionProblem& problem, const Tensor& grad_logsumexp
 
 ops::Gradients attention_backward_cpu(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,
                                       const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-                                      const Tensor& logsumexp, const Tensor& rng_state,
-                                      const AttentionOptions& options, ops::OutputMask output_mask) {
+                                      const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,
+                                      ops::OutputMask output_mask) {
   const char* op = "attention_backward";
   count_call(Pass::kBackward);
   const Sizes sizes = check_attention(op, query, key, &value, options);
-  check_backward(op, sizes, grad_out, grad_logsumexp, query, out, logsumexp, rng_state, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_backward(op, sizes, grad_out, grad_logsumexp, query);
   BackwardProblem problem;
   Converted converted;
   fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
+  const GradientBuffers gradients(problem, query, key, value, options, output_mask);
+  if (is_empty(problem)) {
+    gradients.zero();
+    if (problem.grad_sinks && grad_logsumexp) sum_for_sinks(problem, *grad_logsumexp, gradients.sinks());
+    return gradients.results();
+  }
+  fill_backward(problem, converted, grad_out, grad_logsumexp, out, logsumexp);
+  run_on_cpu(Pass::kBackward, problem);
+  return gradients.results();
+}
 
-  const auto wanted = existing_gradients(options, output_mask);
-  const auto accumulate = query.options().dtype(accumulate_type(query.scalar_type()));
-  const auto doubles = query.options().dtype(at::kDouble);
-  const auto heads_like = [](const Tensor& input) {
-    return empty_heads(input, input.size(0), input.size(1), input.size(2), input.size(3));
-  };
-  Tensor grad_query, grad_key, grad_value, grad_mask, grad_slopes, grad_sinks;
-  if (wanted[0]) problem.grad_query = view_of(grad_query = heads_like(query));
-  if (wanted[1]) problem.grad_key = view_of(grad_key = heads_like(key));
-  if (wanted[2]) problem.grad_value = view_of(grad_value = heads_like(value));
-  if (wanted[3]) {
-    problem.grad_attn_mask = broadcast_view_of(grad_mask = at::zeros(options.attn_mask->sizes(), accumulate));
+ops::OutputTangents attention_jvp_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                                      const Tensor& logsumexp, const Tensor& rng_state,
+                                      const ops::InputTangents& tangents, const AttentionOptions& options) {
+  const char* op = "attention_jvp";
+  count_call(Pass::kJvp);
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_tangents(op, sizes, tangents, query, key, value, options);
+  JvpProblem problem;
+  Converted converted;
+  fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
+  fill_tangents(problem.tangent, converted, op, problem, tangents);
+  ops::OutputTangents outputs = empty_tangents(query, sizes);
+  auto& [out_tangent, logsumexp_tangent] = outputs;
+  if (is_empty(problem)) {
+    move_with_sinks(problem, tangents, out_tangent, logsumexp_tangent);
+    return outputs;
   }
-  if (wanted[4]) {
-    grad_slopes = at::zeros({problem.batch, problem.heads}, doubles);
-    problem.grad_alibi_slopes = grad_slopes.mutable_data_ptr<double>();
-  }
-  if (wanted[5]) {
-    grad_sinks = at::zeros({problem.batch, problem.heads}, doubles);
-    problem.grad_sinks = grad_sinks.mutable_data_ptr<double>();
-  }
+  problem.out = view_of(out);
+  problem.logsumexp = contiguous_data(logsumexp, converted);
+  problem.out_tangent = view_of(out_tangent);
+  problem.logsumexp_tangent = logsumexp_tangent.mutable_data_ptr();
+  run_on_cpu(Pass::kJvp, problem);
+  return outputs;
+}
 
-  if (has_no_rows(problem) || problem.seqlen_k == 0) {
-    for (const Tensor& gradient : {grad_query, grad_key, grad_value}) {
-      if (gradient.defined()) gradient.zero_();
-    }
-    if (wanted[5] && grad_logsumexp) sum_for_sinks(problem, *grad_logsumexp, grad_sinks);
-  } else {
-    problem.out = view_of(out);
-    problem.grad_out = view_of(grad_out);
-    problem.logsumexp = contiguous_data(logsumexp, converted);
-    if (grad_logsumexp) problem.grad_logsumexp = contiguous_data(*grad_logsumexp, converted);
-    run_on_cpu(Pass::kBackward, problem);
+ops::SecondOrder attention_double_backward_cpu(const ops::InputTangents& tangents, const Tensor& grad_out,
+                                               const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
+                                               const Tensor& key, const Tensor& value, const Tensor& out,
+                                               const Tensor& logsumexp, const Tensor& rng_state,
+                                               const AttentionOptions& options, ops::OutputMask output_mask) {
+  const char* op = "attention_double_backward";
+  count_call(Pass::kDoubleBackward);
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_backward(op, sizes, grad_out, grad_logsumexp, query);
+  check_tangents(op, sizes, tangents, query, key, value, options);
+  DoubleBackwardProblem problem;
+  Converted converted;
+  fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
+  fill_tangents(problem.tangent, converted, op, problem, tangents);
+  const GradientBuffers gradients(problem, query, key, value, options, output_mask);
+  ops::OutputTangents outputs = empty_tangents(query, sizes);
+  auto& [out_tangent, logsumexp_tangent] = outputs;
+  if (is_empty(problem)) {
+    gradients.zero();
+    move_with_sinks(problem, tangents, out_tangent, logsumexp_tangent);
+    return std::tuple_cat(outputs, gradients.results());
   }
-  return {wanted[0] ? grad_query : no_gradient(query),
-          wanted[1] ? grad_key : no_gradient(query),
-          wanted[2] ? grad_value : no_gradient(query),
-          wanted[3] ? grad_mask.to(options.attn_mask->scalar_type()) : no_gradient(query),
-          wanted[4] ? per_head_gradient(grad_slopes, *options.alibi_slopes) : no_gradient(query),
-          wanted[5] ? per_head_gradient(grad_sinks, *options.sinks) : no_gradient(query)};
+  fill_backward(problem, converted, grad_out, grad_logsumexp, out, logsumexp);
+  problem.out_tangent = view_of(out_tangent);
+  problem.logsumexp_tangent = logsumexp_tangent.mutable_data_ptr();
+  run_on_cpu(Pass::kDoubleBackward, problem);
+  return std::tuple_cat(outputs, gradients.results());
 }
 
 Tensor attention_weights_cpu(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
@@ -145,8 +179,7 @@ Tensor attention_weights_cpu(const Tensor& query, const Tensor& key, const Tenso
   Converted converted;
   fill_problem(problem, converted, op, sizes, query, key, nullptr, &rng_state, options);
   Tensor weights = empty_weights(query, sizes, average_heads, rows);
-  if (weights.numel() == 0) return weights;
-  if (has_no_rows(problem)) return weights.zero_();
+  if (is_empty(problem) || weights.numel() == 0) return weights.zero_();
   problem.weights = view_of(average_heads ? weights.unsqueeze(1) : weights);
   problem.average_heads = average_heads;
   problem.row_begin = rows.begin.expect_int();
@@ -166,15 +199,25 @@ std::string attention_explain_cpu(const Tensor& query, const Tensor& key, const 
     return explain_cpu_kernels(pass_of(which), problem);
   };
   switch (pass_of(which)) {
-    case Pass::kForward: return explain(ForwardProblem{});
-    case Pass::kBackward: return explain(BackwardProblem{});
-    default: return explain(WeightsProblem{});
+    case Pass::kForward:
+      return explain(ForwardProblem{});
+    case Pass::kBackward:
+      return explain(BackwardProblem{});
+    case Pass::kWeights:
+      return explain(WeightsProblem{});
+    case Pass::kJvp:
+      return explain(JvpProblem{});
+    case Pass::kDoubleBackward:
+      return explain(DoubleBackwardProblem{});
   }
+  return {};
 }
 
 void implement(torch::Library& m) {
   m.impl("attention", flat_kernel<attention_cpu>);
   m.impl("attention_backward", flat_kernel<attention_backward_cpu>);
+  m.impl("attention_jvp", flat_kernel<attention_jvp_cpu>);
+  m.impl("attention_double_backward", flat_kernel<attention_double_backward_cpu>);
   m.impl("attention_weights", flat_kernel<attention_weights_cpu>);
 }
 

@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t kAlignment = 64;
 constexpr double kWorthThreads = 1 << 17;  // multiply-adds; waking threads costs microseconds
 
-std::atomic<const char*> forced_kernels[3];
-std::atomic<int64_t> call_counts[3];
+std::atomic<const char*> forced_kernels[std::size(kPassNames)];
+std::atomic<int64_t> call_counts[std::size(kPassNames)];
 
 int64_t align(size_t bytes) { return (static_cast<int64_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -46,11 +46,11 @@ void run_phase(const Phase& phase, const AttentionProblem& problem, char* shared
 }  // namespace
 
 Pass pass_of(std::string_view name) {
-  for (const Pass pass : {Pass::kForward, Pass::kBackward, Pass::kWeights}) {
-    if (name == kPassNames[static_cast<int>(pass)]) return pass;
+  for (size_t i = 0; i < std::size(kPassNames); ++i) {
+    if (name == kPassNames[i]) return static_cast<Pass>(i);
   }
-  TORCH_CHECK(false, "attention_ext: expected a pass to be \"forward\", \"backward\" or \"weights\", got \"", name,
-              "\"");
+  TORCH_CHECK(false, "attention_ext: expected a pass to be one of ", at::ArrayRef<const char*>(kPassNames), ", got ",
+              name);
 }
 
 void run_on_cpu(Pass pass, const AttentionProblem& problem) {

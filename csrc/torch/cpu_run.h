@@ -1,13 +1,17 @@
 // Choosing a CPU kernel for a problem and running it on torch's threads and torch's memory.
 #pragma once
 
+#include <iterator>
 #include <string>
 
 #include "core/kernel_table.h"
 
 namespace attention_ext {
 
-constexpr const char* kPassNames[] = {"forward", "backward", "weights"};
+// By Pass.
+constexpr const char* kPassNames[] = {"forward", "backward", "weights", "jvp", "double_backward"};
+constexpr const char* kOperatorNames[] = {"attention", "attention_backward", "attention_weights", "attention_jvp",
+                                          "attention_double_backward"};
 
 Pass pass_of(std::string_view name);
 

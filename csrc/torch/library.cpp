@@ -3,7 +3,8 @@
 //   logsumexp (B, Hq, Lq) in float32, or float64 for float64;
 //   rng_state int64 [seed, offset], empty without dropout;
 //   with cu_seqlens B is 1 and lengths are totals over sequences packed end to end;
-//   gradients, in order: query, key, value, attn_mask, alibi_slopes, sinks; (0,) where output_mask says no.
+//   tangents and gradients, in order: query, key, value, attn_mask, alibi_slopes, sinks;
+//   a gradient that output_mask does not ask for, or of an input that has none, is an empty (0,) tensor.
 // The options are positional because torch's register_vmap refuses operators with keyword-only tensors.
 #include <torch/library.h>
 
@@ -19,6 +20,16 @@ const std::string kOptions =
     "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "
     "Tensor? cu_seqlens_k=None";
 
+const std::string kTangents =
+    "Tensor? query_tangent, Tensor? key_tangent, Tensor? value_tangent, Tensor? attn_mask_tangent, "
+    "Tensor? alibi_slopes_tangent, Tensor? sinks_tangent";
+
+const std::string kOutputMask = "bool[6] output_mask=[True, True, True, True, True, True]";
+
+const std::string kGradients =
+    "Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask, Tensor grad_alibi_slopes, "
+    "Tensor grad_sinks";
+
 }  // namespace
 
 TORCH_LIBRARY(attention_ext, m) {
@@ -32,11 +43,18 @@ TORCH_LIBRARY(attention_ext, m) {
              ") -> (Tensor out, Tensor logsumexp, Tensor rng_state)",
          {at::Tag::nondeterministic_seeded});
 
-  define("attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
-         "Tensor out, Tensor logsumexp, Tensor rng_state, " +
-         kOptions +
-         ", bool[6] output_mask=[True, True, True, True, True, True]) -> (Tensor grad_query, Tensor grad_key, "
-         "Tensor grad_value, Tensor grad_attn_mask, Tensor grad_alibi_slopes, Tensor grad_sinks)");
+  define(
+      "attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
+      "Tensor out, Tensor logsumexp, Tensor rng_state, " +
+      kOptions + ", " + kOutputMask + ") -> (" + kGradients + ")");
+
+  define("attention_jvp(Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor rng_state, " +
+         kTangents + ", " + kOptions + ") -> (Tensor out_tangent, Tensor logsumexp_tangent)");
+
+  define("attention_double_backward(" + kTangents +
+         ", Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, "
+         "Tensor logsumexp, Tensor rng_state, " +
+         kOptions + ", " + kOutputMask + ") -> (Tensor out_tangent, Tensor logsumexp_tangent, " + kGradients + ")");
 
   // (B, Hq, rows, Lk), or (B, rows, Lk) with average_heads, in the dtype of query
   define("attention_weights(Tensor query, Tensor key, Tensor logsumexp, Tensor rng_state, " + kOptions +

@@ -1,5 +1,5 @@
-// The operators on tensors without values: the same checks and the same outputs as on a device. Fake tensors, also those
-// with symbolic sizes, come here too.
+// The operators on tensors without values: the same checks and the same outputs as on a device. Fake tensors, also
+// those with symbolic sizes, come here too.
 #include <torch/library.h>
 
 #include "torch/outputs.h"
@@ -15,13 +15,8 @@ ops::Forward attention_meta(const Tensor& query, const Tensor& key, const Tensor
   return empty_forward(query, check_attention("attention", query, key, &value, options), options);
 }
 
-ops::Gradients attention_backward_meta(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,
-                                       const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-                                       const Tensor& logsumexp, const Tensor& rng_state,
-                                       const AttentionOptions& options, ops::OutputMask output_mask) {
-  const char* op = "attention_backward";
-  const Sizes sizes = check_attention(op, query, key, &value, options);
-  check_backward(op, sizes, grad_out, grad_logsumexp, query, out, logsumexp, rng_state, options);
+ops::Gradients empty_gradients(const Tensor& query, const Tensor& key, const Tensor& value,
+                               const AttentionOptions& options, const ops::OutputMask& output_mask) {
   const auto wanted = existing_gradients(options, output_mask);
   const auto heads_like = [&](bool wants, const Tensor& input) {
     return wants ? empty_heads(input, input.sym_size(0), input.sym_size(1), input.sym_size(2), input.sym_size(3))
@@ -38,9 +33,43 @@ ops::Gradients attention_backward_meta(const Tensor& grad_out, const std::option
           contiguous_like(wanted[5], options.sinks)};
 }
 
+ops::Gradients attention_backward_meta(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,
+                                       const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                                       const Tensor& logsumexp, const Tensor& rng_state,
+                                       const AttentionOptions& options, ops::OutputMask output_mask) {
+  const char* op = "attention_backward";
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_backward(op, sizes, grad_out, grad_logsumexp, query);
+  return empty_gradients(query, key, value, options, output_mask);
+}
+
+ops::OutputTangents attention_jvp_meta(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                                       const Tensor& logsumexp, const Tensor& rng_state,
+                                       const ops::InputTangents& tangents, const AttentionOptions& options) {
+  const char* op = "attention_jvp";
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_tangents(op, sizes, tangents, query, key, value, options);
+  return empty_tangents(query, sizes);
+}
+
+ops::SecondOrder attention_double_backward_meta(const ops::InputTangents& tangents, const Tensor& grad_out,
+                                                const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
+                                                const Tensor& key, const Tensor& value, const Tensor& out,
+                                                const Tensor& logsumexp, const Tensor& rng_state,
+                                                const AttentionOptions& options, ops::OutputMask output_mask) {
+  const char* op = "attention_double_backward";
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_backward(op, sizes, grad_out, grad_logsumexp, query);
+  check_tangents(op, sizes, tangents, query, key, value, options);
+  return std::tuple_cat(empty_tangents(query, sizes), empty_gradients(query, key, value, options, output_mask));
+}
+
 Tensor attention_weights_meta(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
-                              const AttentionOptions& options, bool average_heads,
-                              std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
+                              const AttentionOptions& options, bool average_heads, std::optional<c10::SymInt> row_begin,
+                              std::optional<c10::SymInt> row_end) {
   const char* op = "attention_weights";
   const Sizes sizes = check_attention(op, query, key, nullptr, options);
   const Rows rows = check_weights(op, sizes, query, logsumexp, rng_state, options, row_begin, row_end);
@@ -50,6 +79,8 @@ Tensor attention_weights_meta(const Tensor& query, const Tensor& key, const Tens
 TORCH_LIBRARY_IMPL(attention_ext, Meta, m) {
   m.impl("attention", flat_kernel<attention_meta>);
   m.impl("attention_backward", flat_kernel<attention_backward_meta>);
+  m.impl("attention_jvp", flat_kernel<attention_jvp_meta>);
+  m.impl("attention_double_backward", flat_kernel<attention_double_backward_meta>);
   m.impl("attention_weights", flat_kernel<attention_weights_meta>);
 }
 

@@ -21,4 +21,20 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
   return op(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
 }
 
+OutputTangents attention_jvp(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                             const Tensor& logsumexp, const Tensor& rng_state, const InputTangents& tangents,
+                             const AttentionOptions& options) {
+  static const Operator<decltype(attention_jvp)> op("attention_ext::attention_jvp");
+  return op(query, key, value, out, logsumexp, rng_state, tangents, options);
+}
+
+SecondOrder attention_double_backward(const InputTangents& tangents, const Tensor& grad_out,
+                                      const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
+                                      const Tensor& key, const Tensor& value, const Tensor& out,
+                                      const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,
+                                      OutputMask output_mask) {
+  static const Operator<decltype(attention_double_backward)> op("attention_ext::attention_double_backward");
+  return op(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, options, output_mask);
+}
+
 }  // namespace attention_ext::ops

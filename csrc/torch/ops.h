@@ -3,7 +3,9 @@
 #pragma once
 
 #include <array>
+#include <string>
 
+#include "attention_ext/flat.h"
 #include "attention_ext/options.h"
 
 namespace attention_ext::ops {
@@ -24,6 +26,29 @@ Gradients attention_backward(const Tensor& grad_out, const std::optional<Tensor>
 Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
                          const AttentionOptions& options, bool average_heads, std::optional<c10::SymInt> row_begin,
                          std::optional<c10::SymInt> row_end);
+
+// How the six differentiable inputs move, each like its input; absent: it stands still.
+struct InputTangents {
+  std::optional<Tensor> query, key, value, attn_mask, alibi_slopes, sinks;
+
+  auto fields() const { return std::tie(query, key, value, attn_mask, alibi_slopes, sinks); }
+};
+
+using OutputTangents = std::tuple<Tensor, Tensor>;  // of out, logsumexp
+
+OutputTangents attention_jvp(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                             const Tensor& logsumexp, const Tensor& rng_state, const InputTangents& tangents,
+                             const AttentionOptions& options);
+
+using SecondOrder = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// How everything moves along the tangents: out and logsumexp, which are the gradients of grad_out and grad_logsumexp
+// where the tangents are gradients of attention_backward's results, then the six gradients.
+SecondOrder attention_double_backward(const InputTangents& tangents, const Tensor& grad_out,
+                                      const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
+                                      const Tensor& key, const Tensor& value, const Tensor& out,
+                                      const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,
+                                      OutputMask output_mask);
 
 // Which kernel of a pass ("forward", "backward", "weights") serves such a call, and why the others do not.
 std::string attention_explain(const Tensor& query, const Tensor& key, const Tensor& value,

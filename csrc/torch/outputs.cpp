@@ -13,11 +13,23 @@ Tensor empty_heads(const Tensor& query, const SymInt& batch, const SymInt& heads
   return at::empty_strided_symint({sizes, 4}, {strides, 4}, query.options());
 }
 
-ops::Forward empty_forward(const Tensor& query, const Sizes& sizes, const AttentionOptions& options) {
+namespace {
+
+Tensor empty_logsumexp(const Tensor& query, const Sizes& sizes) {
   const SymInt rows[3] = {sizes.batch, sizes.heads, sizes.seqlen_q};
-  return {empty_heads(query, sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v),
-          at::empty_symint({rows, 3}, query.options().dtype(accumulate_type(query.scalar_type()))),
+  return at::empty_symint({rows, 3}, query.options().dtype(accumulate_type(query.scalar_type())));
+}
+
+}  // namespace
+
+ops::Forward empty_forward(const Tensor& query, const Sizes& sizes, const AttentionOptions& options) {
+  return {empty_heads(query, sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v), empty_logsumexp(query, sizes),
           at::empty({options.dropout_p > 0 ? 2 : 0}, query.options().dtype(at::kLong))};
+}
+
+ops::OutputTangents empty_tangents(const Tensor& query, const Sizes& sizes) {
+  return {empty_heads(query, sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v),
+          empty_logsumexp(query, sizes)};
 }
 
 ops::OutputMask existing_gradients(const AttentionOptions& options, ops::OutputMask output_mask) {

@@ -11,6 +11,8 @@ at::Tensor empty_heads(const at::Tensor& query, const c10::SymInt& batch, const 
 
 ops::Forward empty_forward(const at::Tensor& query, const Sizes& sizes, const AttentionOptions& options);
 
+ops::OutputTangents empty_tangents(const at::Tensor& query, const Sizes& sizes);
+
 // Which of the gradients asked for exist: a bool mask has none, nor has an absent input.
 ops::OutputMask existing_gradients(const AttentionOptions& options, ops::OutputMask output_mask);
 

@@ -10,11 +10,31 @@ using at::Tensor;
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kDouble: return DType::kFloat64;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kFloat16;
-    case at::kBool: return DType::kBool;
-    default: return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBool:
+      return DType::kBool;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+at::ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return at::kDouble;
+    case DType::kBFloat16:
+      return at::kBFloat16;
+    case DType::kFloat16:
+      return at::kHalf;
+    case DType::kBool:
+      return at::kBool;
+    default:
+      return at::kFloat;
   }
 }
 
@@ -49,13 +69,13 @@ int64_t verify_cu_seqlens(const char* op, const char* name, const int64_t* cu, i
   return longest;
 }
 
-void verify_packed_mask(const char* op, const AttentionProblem& problem, const Tensor& mask) {
+void verify_packed_mask(const char* op, const char* name, const AttentionProblem& problem, const Tensor& mask) {
   const int64_t longest[2] = {problem.max_seqlen_q, problem.max_seqlen_k};
   for (int64_t i = 0; i < 2; ++i) {
     const int64_t size = mask.size(i - 2);
-    TORCH_CHECK(size == 1 || size >= longest[i], op,
-                ": expected `attn_mask` to reach the longest sequence in its last two sizes, ", longest[0], " and ",
-                longest[1], ", got shape ", mask.sizes());
+    TORCH_CHECK(size == 1 || size >= longest[i], op, ": expected `", name,
+                "` to reach the longest sequence in its last two sizes, ", longest[0], " and ", longest[1],
+                ", got shape ", mask.sizes());
   }
 }
 
@@ -81,11 +101,9 @@ void fill_structure(AttentionProblem& problem, Converted& converted, const char*
   problem.cu_seqlens_q = keep_as(at::kLong, *options.cu_seqlens_q, converted).const_data_ptr<int64_t>();
   problem.cu_seqlens_k = keep_as(at::kLong, *options.cu_seqlens_k, converted).const_data_ptr<int64_t>();
   if (!options.cu_seqlens_q->is_cpu()) return;
-  problem.max_seqlen_q =
-      verify_cu_seqlens(op, "cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.seqlen_q);
-  problem.max_seqlen_k =
-      verify_cu_seqlens(op, "cu_seqlens_k", problem.cu_seqlens_k, problem.batch, problem.seqlen_k);
-  if (options.attn_mask) verify_packed_mask(op, problem, *options.attn_mask);
+  problem.max_seqlen_q = verify_cu_seqlens(op, "cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.seqlen_q);
+  problem.max_seqlen_k = verify_cu_seqlens(op, "cu_seqlens_k", problem.cu_seqlens_k, problem.batch, problem.seqlen_k);
+  if (options.attn_mask) verify_packed_mask(op, "attn_mask", problem, *options.attn_mask);
 }
 
 }  // namespace
@@ -145,6 +163,24 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   if (options.dropout_p > 0 && rng_state) {
     problem.rng_state = static_cast<const int64_t*>(contiguous_data(*rng_state, converted));
   }
+}
+
+void fill_tangents(Tangents& filled, Converted& converted, const char* op, const AttentionProblem& problem,
+                   const ops::InputTangents& tangents) {
+  if (tangents.query) filled.query = view_of(*tangents.query);
+  if (tangents.key) filled.key = view_of(*tangents.key);
+  if (tangents.value) filled.value = view_of(*tangents.value);
+  if (tangents.attn_mask) {
+    const Tensor& mask = converted.emplace_back(readable_mask(*tangents.attn_mask, scalar_type_of(problem.dtype)));
+    if (problem.cu_seqlens_q && mask.is_cpu()) verify_packed_mask(op, "attn_mask_tangent", problem, mask);
+    filled.attn_mask = broadcast_view_of(mask);
+  }
+  const auto per_sequence = [&](const Tensor& tensor) {
+    const Tensor all = tensor.to(at::kDouble).expand({problem.batch, problem.heads});
+    return converted.emplace_back(all.contiguous()).const_data_ptr<double>();
+  };
+  if (tangents.alibi_slopes) filled.alibi_slopes = per_sequence(*tangents.alibi_slopes);
+  if (tangents.sinks) filled.sinks = per_sequence(*tangents.sinks);
 }
 
 }  // namespace attention_ext

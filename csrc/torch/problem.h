@@ -14,6 +14,9 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
                   const at::Tensor& query, const at::Tensor& key, const at::Tensor* value, const at::Tensor* rng_state,
                   const AttentionOptions& options);
 
+void fill_tangents(Tangents& filled, Converted& converted, const char* op, const AttentionProblem& problem,
+                   const ops::InputTangents& tangents);
+
 // A 4-D tensor as it is.
 View view_of(const at::Tensor& tensor);
 

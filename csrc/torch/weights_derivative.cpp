@@ -15,8 +15,6 @@ bool is_one(const SymInt& size) { return TORCH_GUARD_OR_FALSE(size.sym_eq(1)); }
 
 void add_to(Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; }
 
-Tensor tangent_of(const Tensor& tensor) { return tensor.defined() ? tensor._fw_grad(0) : Tensor(); }
-
 // Rows of a tensor (..., rows or 1, columns).
 Tensor rows_of(const Tensor& tensor, const RowBlock& block) {
   return is_one(tensor.sym_size(-2)) ? tensor : tensor.narrow_symint(-2, block.begin, block.size);
@@ -46,8 +44,8 @@ Tensor zeros_if(bool wanted, const std::optional<Tensor>& like) { return wanted 
 }  // namespace
 
 WeightsCall::WeightsCall(const Tensor& query_, const Tensor& key_, const Tensor& logsumexp_, const Tensor& rng_state_,
-                         const AttentionOptions& options_, bool average_heads_,
-                         const std::optional<SymInt>& row_begin_, const std::optional<SymInt>& row_end_)
+                         const AttentionOptions& options_, bool average_heads_, const std::optional<SymInt>& row_begin_,
+                         const std::optional<SymInt>& row_end_)
     : query(query_.to(accumulate_type(query_.scalar_type()))),
       key(key_.to(query.scalar_type())),
       logsumexp(logsumexp_),
@@ -57,11 +55,14 @@ WeightsCall::WeightsCall(const Tensor& query_, const Tensor& key_, const Tensor&
       row_begin(row_begin_.value_or(0)),
       row_end(row_end_.value_or(query_.sym_size(2))),
       dtype(query_.scalar_type()) {
-  if (options.key_lengths) {  // keys past the length may hold anything, and 0 times NaN is NaN
-    const Tensor k = at::arange(length_k(), options.key_lengths->options());
-    const Tensor hidden = k >= options.key_lengths->unsqueeze(1);
-    key = key.masked_fill(hidden.unsqueeze(1).unsqueeze(3), 0);
-  }
+  key = visible(key);
+}
+
+Tensor WeightsCall::visible(const Tensor& keys) const {
+  if (!options.key_lengths) return keys;
+  const Tensor k = at::arange(length_k(), options.key_lengths->options());
+  const Tensor hidden = k >= options.key_lengths->unsqueeze(1);
+  return keys.masked_fill(hidden.unsqueeze(1).unsqueeze(3), 0);
 }
 
 double WeightsCall::scale() const {
@@ -83,6 +84,10 @@ std::vector<RowBlock> WeightsCall::blocks() const {
 Tensor WeightsCall::prob(const RowBlock& block) const {
   return ops::attention_weights(query, key, logsumexp, rng_state, options, /*average_heads=*/false, block.begin,
                                 block.begin + block.size);
+}
+
+std::vector<SymInt> WeightsCall::score_sizes(const RowBlock& block) const {
+  return {query.sym_size(0), query.sym_size(1), block.size, length_k()};
 }
 
 Tensor WeightsCall::grouped(const Tensor& rows) const {
@@ -116,6 +121,25 @@ Tensor WeightsCall::distance(const RowBlock& block) const {
   return (diagonal - k).abs().to(query.scalar_type());
 }
 
+Tensor WeightsCall::score_tangent(const RowBlock& block, const ops::InputTangents& tangents) const {
+  const auto dtype = query.scalar_type();
+  Tensor moved, score;
+  if (tangents.query) add_to(moved, dot(rows_of(tangents.query->to(dtype), block), key));
+  if (tangents.key) add_to(moved, dot(rows_of(query, block), visible(tangents.key->to(dtype))));
+  if (moved.defined()) {
+    score = moved * scale();
+    if (options.softcap > 0) score = score * softcap_slope(block);
+  }
+  if (tangents.attn_mask) {
+    add_to(score, rows_of(tangents.attn_mask->to(dtype), block).expand_symint(score_sizes(block)));
+  }
+  if (tangents.alibi_slopes) {
+    const Tensor slopes = tangents.alibi_slopes->to(dtype).unsqueeze(-1).unsqueeze(-1);
+    add_to(score, (-slopes * distance(block)).expand_symint(score_sizes(block)));
+  }
+  return score;
+}
+
 std::vector<Tensor> weights_gradients(const WeightsCall& call, const Tensor& grad, const std::vector<bool>& wanted) {
   const auto& mask = call.options.attn_mask;
   const auto& slopes = call.options.alibi_slopes;
@@ -123,9 +147,9 @@ std::vector<Tensor> weights_gradients(const WeightsCall& call, const Tensor& gra
     return {zeros_if(wanted[0], call.query.to(call.dtype)), zeros_if(wanted[1], call.key.to(call.dtype)),
             zeros_if(wanted[2], call.logsumexp), zeros_if(wanted[3], mask), zeros_if(wanted[4], slopes)};
   }
-  const Tensor grad_of_heads =
-      call.average_heads ? grad.to(call.query.scalar_type()).unsqueeze(1) / call.query.sym_size(1)
-                         : grad.to(call.query.scalar_type());
+  const Tensor grad_of_heads = call.average_heads
+                                   ? grad.to(call.query.scalar_type()).unsqueeze(1) / call.query.sym_size(1)
+                                   : grad.to(call.query.scalar_type());
   const bool mask_has_rows = wanted[3] && !is_one(mask->sym_size(-2));
 
   std::vector<Tensor> query_rows, logsumexp_rows, mask_rows;
@@ -153,57 +177,22 @@ std::vector<Tensor> weights_gradients(const WeightsCall& call, const Tensor& gra
   if (mask_has_rows) grad_mask = all_rows(call, mask_rows, 2);
   if (wanted[4] && slopes->dim() == 1) grad_slopes = grad_slopes.sum(0);
   return {wanted[0] ? all_rows(call, query_rows, 2).to(call.dtype) : Tensor(),
-          wanted[1] ? grad_key.to(call.dtype) : Tensor(),
-          wanted[2] ? all_rows(call, logsumexp_rows, 2) : Tensor(),
+          wanted[1] ? grad_key.to(call.dtype) : Tensor(), wanted[2] ? all_rows(call, logsumexp_rows, 2) : Tensor(),
           wanted[3] ? grad_mask.reshape_symint(mask->sym_sizes()).to(mask->scalar_type()) : Tensor(),
           wanted[4] ? grad_slopes.to(slopes->scalar_type()) : Tensor()};
 }
 
-WeightsTangents::WeightsTangents(const Tensor& query_, const Tensor& key_, const Tensor& logsumexp_,
-                                 const AttentionOptions& options)
-    : query(tangent_of(query_)),
-      key(tangent_of(key_)),
-      logsumexp(tangent_of(logsumexp_)),
-      attn_mask(tangent_of(options.attn_mask.value_or(Tensor()))),
-      alibi_slopes(tangent_of(options.alibi_slopes.value_or(Tensor()))) {}
-
-bool WeightsTangents::any() const {
-  return query.defined() || key.defined() || logsumexp.defined() || attn_mask.defined() || alibi_slopes.defined();
-}
-
-Tensor weights_tangent(const WeightsCall& call, const WeightsTangents& tangents) {
-  const auto dtype = call.query.scalar_type();
+Tensor weights_tangent(const WeightsCall& call, const ops::InputTangents& tangents, const Tensor& logsumexp_tangent) {
   std::vector<Tensor> rows;
   for (const RowBlock& block : call.blocks()) {
-    Tensor dot, score;
-    if (tangents.query.defined()) add_to(dot, call.dot(rows_of(tangents.query.to(dtype), block), call.key));
-    if (tangents.key.defined()) add_to(dot, call.dot(rows_of(call.query, block), tangents.key.to(dtype)));
-    if (dot.defined()) {
-      score = dot * call.scale();
-      if (call.options.softcap > 0) score = score * call.softcap_slope(block);
-    }
-    if (tangents.attn_mask.defined()) add_to(score, rows_of(tangents.attn_mask.to(dtype), block));
-    if (tangents.alibi_slopes.defined()) {
-      add_to(score, -tangents.alibi_slopes.to(dtype).unsqueeze(-1).unsqueeze(-1) * call.distance(block));
-    }
-    if (tangents.logsumexp.defined()) {
-      add_to(score, -tangents.logsumexp.narrow_symint(2, block.begin, block.size).unsqueeze(-1));
+    Tensor score = call.score_tangent(block, tangents);
+    if (logsumexp_tangent.defined()) {
+      add_to(score, -logsumexp_tangent.narrow_symint(2, block.begin, block.size).unsqueeze(-1));
     }
     const Tensor weights = call.prob(block) * score;
     rows.push_back(call.average_heads ? weights.mean(1) : weights);
   }
   return at::cat(rows, -2).to(call.dtype);
-}
-
-Tensor primal(const Tensor& tensor) {
-  return torch::autograd::isFwGradDefined(tensor) ? tensor._fw_primal(0) : tensor;
-}
-
-AttentionOptions primal(const AttentionOptions& options) {
-  AttentionOptions result = options;
-  if (result.attn_mask) result.attn_mask = primal(*result.attn_mask);
-  if (result.alibi_slopes) result.alibi_slopes = primal(*result.alibi_slopes);
-  return result;
 }
 
 }  // namespace attention_ext

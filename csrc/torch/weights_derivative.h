@@ -6,8 +6,6 @@
 // small multiple of what the caller holds.
 #pragma once
 
-#include <torch/csrc/autograd/functions/utils.h>
-
 #include "torch/ops.h"
 
 namespace attention_ext {
@@ -33,6 +31,7 @@ class WeightsCall {
   c10::SymInt length_k() const { return key.sym_size(2); }
   double scale() const;
   std::vector<RowBlock> blocks() const;
+  std::vector<c10::SymInt> score_sizes(const RowBlock& block) const;
 
   // (B, H, rows, Lk) each
   at::Tensor prob(const RowBlock& block) const;
@@ -40,6 +39,12 @@ class WeightsCall {
   at::Tensor softcap_slope(const RowBlock& block) const;
 
   at::Tensor distance(const RowBlock& block) const;  // |diagonal - k|: (1 or B, 1, rows, Lk)
+
+  // (B, H, rows, Lk), undefined where scores stand still
+  at::Tensor score_tangent(const RowBlock& block, const ops::InputTangents& tangents) const;
+
+  // Zeros where key_lengths hides keys or values: they may hold anything, and 0 times NaN is NaN.
+  at::Tensor visible(const at::Tensor& keys) const;
 
   // GQA as plain matrices: (B, H, rows, n) as (B, Hkv, group * rows, n), and back
   at::Tensor grouped(const at::Tensor& rows) const;
@@ -50,18 +55,8 @@ class WeightsCall {
 std::vector<at::Tensor> weights_gradients(const WeightsCall& call, const at::Tensor& grad,
                                           const std::vector<bool>& wanted);
 
-struct WeightsTangents {
-  at::Tensor query, key, logsumexp, attn_mask, alibi_slopes;  // undefined: zero
-
-  WeightsTangents(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
-                  const AttentionOptions& options);
-  bool any() const;
-};
-
-at::Tensor weights_tangent(const WeightsCall& call, const WeightsTangents& tangents);
-
-// Without the tangent that forward mode attached.
-at::Tensor primal(const at::Tensor& tensor);
-AttentionOptions primal(const AttentionOptions& options);
+// logsumexp_tangent may be undefined.
+at::Tensor weights_tangent(const WeightsCall& call, const ops::InputTangents& tangents,
+                           const at::Tensor& logsumexp_tangent);
 
 }  // namespace attention_ext

@@ -2,6 +2,7 @@
 // The call goes through torch's dispatcher, so autograd, autocast and every device work as they do from Python.
 #pragma once
 
+#include "attention_ext/flat.h"
 #include "attention_ext/options.h"
 
 namespace attention_ext {

@@ -1,0 +1,58 @@
+#include "torch/gradients.h"
+
+namespace attention_ext {
+
+namespace {
+
+using at::Tensor;
+
+View make_heads_like(Tensor& gradient, const Tensor& input) {
+  gradient = empty_heads(input, input.size(0), input.size(1), input.size(2), input.size(3));
+  return view_of(gradient);
+}
+
+double* make_per_head(Tensor& gradient, const BackwardProblem& problem, const at::TensorOptions& options) {
+  gradient = at::zeros({problem.batch, problem.heads}, options.dtype(at::kDouble));
+  return gradient.mutable_data_ptr<double>();
+}
+
+Tensor sum_per_head(const Tensor& sums, const Tensor& argument) {
+  return (argument.dim() == 1 ? sums.sum(0) : sums).to(argument.scalar_type());
+}
+
+}  // namespace
+
+GradientBuffers::GradientBuffers(BackwardProblem& problem, const Tensor& query, const Tensor& key, const Tensor& value,
+                                 const AttentionOptions& options, const ops::OutputMask& output_mask)
+    : query_input_(query), options_(options) {
+  const auto wanted = existing_gradients(options, output_mask);
+  if (wanted[0]) problem.grad_query = make_heads_like(query_, query);
+  if (wanted[1]) problem.grad_key = make_heads_like(key_, key);
+  if (wanted[2]) problem.grad_value = make_heads_like(value_, value);
+  if (wanted[3]) {
+    mask_ = at::zeros(options.attn_mask->sizes(), query.options().dtype(accumulate_type(query.scalar_type())));
+    problem.grad_attn_mask = broadcast_view_of(mask_);
+  }
+  if (wanted[4]) problem.grad_alibi_slopes = make_per_head(slopes_, problem, query.options());
+  if (wanted[5]) problem.grad_sinks = make_per_head(sinks_, problem, query.options());
+}
+
+void GradientBuffers::zero() const {
+  for (const Tensor* gradient : {&query_, &key_, &value_}) {
+    if (gradient->defined()) gradient->zero_();
+  }
+}
+
+ops::Gradients GradientBuffers::results() const {
+  const auto or_none = [&](const Tensor& gradient) {
+    return gradient.defined() ? gradient : no_gradient(query_input_);
+  };
+  return {or_none(query_),
+          or_none(key_),
+          or_none(value_),
+          or_none(mask_.defined() ? mask_.to(options_.attn_mask->scalar_type()) : mask_),
+          or_none(slopes_.defined() ? sum_per_head(slopes_, *options_.alibi_slopes) : slopes_),
+          or_none(sinks_.defined() ? sum_per_head(sinks_, *options_.sinks) : sinks_)};
+}
+
+}  // namespace attention_ext

@@ -1,0 +1,29 @@
+// The six gradients while a kernel makes them: buffers as a BackwardProblem wants them, then results as autograd does.
+#pragma once
+
+#include "torch/outputs.h"
+#include "torch/problem.h"
+
+namespace attention_ext {
+
+class GradientBuffers {
+ public:
+  // Points the gradient fields of the problem at new buffers, those that are wanted and exist.
+  GradientBuffers(BackwardProblem& problem, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  const AttentionOptions& options, const ops::OutputMask& output_mask);
+
+  void zero() const;
+
+  // (sequences, heads), double; undefined where not wanted
+  const at::Tensor& sinks() const { return sinks_; }
+
+  // Sums what was broadcast, in the shapes and dtypes of the inputs.
+  ops::Gradients results() const;
+
+ private:
+  const at::Tensor& query_input_;
+  const AttentionOptions& options_;
+  at::Tensor query_, key_, value_, mask_, slopes_, sinks_;
+};
+
+}  // namespace attention_ext
