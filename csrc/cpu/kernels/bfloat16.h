@@ -20,6 +20,13 @@ struct BFloat16Compute {
     return F32(_mm512_dpbf16_ps(__m512(c), __m512bh(bit_cast<I32>(a)), __m512bh(bit_cast<I32>(b))));
   }
 
+  // first and second of each lane side by side
+  ATTENTION_INLINE static void store_pair(uint32_t* to, F32 first, F32 second) {
+    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                  22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    store(to, U32(_mm512_permutexvar_epi16(side_by_side, __m512i(rounded(first, second)))));
+  }
+
   static Matrix<const uint32_t> paired_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns,
                                             uint32_t* buffer) {
     const auto* data = reinterpret_cast<const uint16_t*>(from.data);
@@ -57,13 +64,10 @@ struct BFloat16Compute {
 
   // (key / 2, q) from weights (key, q): keys 2i and 2i + 1 side by side, 0 beyond the last
   static Matrix<const uint32_t> paired_keys(Matrix<float> weight, int64_t keys, int64_t vectors, uint32_t* buffer) {
-    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                                  22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t k = 0; k < keys; k += 2) {
       for (int64_t lane = 0; lane < vectors * kLanes<float>; lane += kLanes<float>) {
         const F32 first = load(weight.row(k) + lane), second = k + 1 < keys ? load(weight.row(k + 1) + lane) : F32{};
-        const U32 halves = rounded(first, second);
-        store(buffer + k / 2 * weight.stride + lane, U32(_mm512_permutexvar_epi16(side_by_side, __m512i(halves))));
+        store_pair(buffer + k / 2 * weight.stride + lane, first, second);
       }
     }
     return {buffer, weight.stride};

@@ -103,12 +103,15 @@ class SoftmaxRun : protected QueryRun<C, Job> {
     const Matrix<T> score{scratch_.score, kQueries<T>};
     multiply<C>(by_rows(rows_from(key_, skip)), as_operand(columns_from(query_columns(i), lane)), shape_.depth, score,
                 round_up(k.size(), 2), tile.vectors, Start::kZero);
+    // Weights go straight into pairs, unless some must be dropped first.
+    Matrix<Element> pairs{dropout_.present ? nullptr : scratch_.weight, kQueries<T>};
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      softmax_block<C, vectors, rules>(block, score, row_state(i, lane), scratch_.factor);
+      softmax_block<C, vectors, rules>(block, score, row_state(i, lane), scratch_.factor, pairs);
     });
     if (shape_.columns == 0) return;
     if (dropout_.present) drop(p_, dropout_, tile, k, score);
-    const auto weight = weights_by_keys<C>(score, k.size(), tile.vectors, scratch_.weight);
+    const bool paired = C::kPair == 2 && pairs.data;
+    const auto weight = paired ? as_operand(pairs) : weights_by_keys<C>(score, k.size(), tile.vectors, scratch_.weight);
     multiply<C>(by_columns(weight), rows_from(value_, skip / C::kPair), ceil_div(k.size(), C::kPair),
                 rows_from(sums(i), lane), tile.vectors * kLanes<T>, shape_.columns / kLanes<T>, Start::kScaleAndAdd,
                 scratch_.factor);

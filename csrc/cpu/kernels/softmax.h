@@ -28,10 +28,11 @@ ATTENTION_INLINE Vec<T> one_over(Vec<T> sum) {
   return sum == Vec<T>{} ? Vec<T>{} : splat<T>(1) / sum;
 }
 
-// Dot products become unnormalised weights in place; `factor` receives what earlier sums of the row are worth now.
+// Dot products become unnormalised weights: in place, or in `pairs` of keys where C pairs and there is room. `factor`
+// receives what earlier sums of the row are worth now.
 template <class C, int kVectors, Rules kRules>
 void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,
-                   RowState<typename C::Scalar> state, typename C::Scalar* factor) {
+                   RowState<typename C::Scalar> state, typename C::Scalar* factor, Matrix<typename C::Element> pairs) {
   using T = typename C::Scalar;
   const int64_t rows = block.k.size();
   // Scores that no mod changes stay dot products: scale * log2(e) is folded into the exponent.
@@ -64,13 +65,23 @@ void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Sc
     store(state.maximum + n * kLanes<T>, now);
     store(factor + n * kLanes<T>, worth);
   });
-  for (int64_t r = 0; r < rows; ++r) {
-    unroll<kVectors>(UNROLLED(n) {
-      T* lanes = score.row(r) + n * kLanes<T>;
-      const Vec<T> weight = C::exponential(fma(load(lanes), splat<T>(unit), -base[n]));
-      sum[n] += weight;
-      store(lanes, weight);
-    });
+  const auto weight = [&](int64_t r, auto n) __attribute__((always_inline)) {
+    const Vec<T> w = C::exponential(fma(load(score.row(r) + n * kLanes<T>), splat<T>(unit), -base[n]));
+    sum[n] += w;
+    return w;
+  };
+  int64_t done = 0;
+  if constexpr (C::kPair == 2) {
+    for (; pairs.data && done < rows; done += 2) {
+      const bool both = done + 1 < rows;
+      unroll<kVectors>(UNROLLED(n) {
+        const Vec<T> first = weight(done, n), second = both ? weight(done + 1, n) : Vec<T>{};
+        C::store_pair(pairs.row(done / 2) + n * kLanes<T>, first, second);
+      });
+    }
+  }
+  for (; done < rows; ++done) {
+    unroll<kVectors>(UNROLLED(n) { store(score.row(done) + n * kLanes<T>, weight(done, n)); });
   }
   unroll<kVectors>(UNROLLED(n) { store(state.sum + n * kLanes<T>, sum[n]); });
 }
