@@ -1,17 +1,11 @@
-"""The cases by name: sizes, masks and score changes, the work that they leave, and how torch does the same today."""
+"""The cases by name: sizes, masks and score changes, and the pairs of queries and keys that they leave."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-import attention_ext
 
 Window = tuple[int | None, int | None]
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -27,6 +21,7 @@ class Case:
             gradient).
         packed: lengths of packed sequences, for attention_varlen; length_q and length_k are then their sum.
         layout: "heads_first", "heads_last" (the memory of a projection) or "unaligned" (rows of head_dim + 1 numbers).
+        passes: see `passes.PASSES`.
         bandwidth_bound: the share that counts is that of the read bandwidth, not of the multiply-adds.
         with_torch: False where torch would need memory for every score of a very long sequence.
     """
@@ -76,127 +71,14 @@ class Case:
         if left is None and right is None:
             return length_q * length_k
         query = torch.arange(length_q)
-        last = length_k - 1 if right is None else (query + right).clamp(max=length_k - 1)
-        first = 0 if left is None else (query - left).clamp(min=0)
+        last = (query + (length_k if right is None else right)).clamp(max=length_k - 1)
+        first = (query - (length_q if left is None else left)).clamp(min=0)
         return int((last - first + 1).clamp(min=0).sum())
-
-    def flop(self, which: str) -> int:
-        """Of the multiply-adds that a pass cannot avoid when it stores no scores. A new pass is a line here."""
-        products = {
-            "forward": self.head_dim + self.head_dim_v,
-            "backward": 3 * self.head_dim + 2 * self.head_dim_v,
-        }
-        return 2 * self.pairs() * products[which]
 
     def read_bytes(self) -> int:
         """Of key and value."""
         numbers = self.batch * self.kv_heads * self.length_k * (self.head_dim + self.head_dim_v)
         return numbers * self.dtype.itemsize
-
-
-@dataclasses.dataclass
-class Problem:
-    """The tensors of a case, our call, and torch's ways to the same result by name."""
-
-    inputs: list[Tensor]
-    ours: Callable[[], Tensor]
-    theirs: dict[str, Callable[[], Tensor]]
-
-
-def build(case: Case) -> Problem:
-    generator = torch.Generator().manual_seed(0)
-
-    def tensor(heads: int, length: int, dim: int) -> Tensor:
-        shape = (case.batch, heads, length, dim)
-        if case.layout == "heads_last":
-            x = torch.randn(shape[0], length, heads, dim, generator=generator).to(case.dtype).transpose(1, 2)
-        elif case.layout == "unaligned":
-            x = torch.randn(*shape[:3], dim + 1, generator=generator).to(case.dtype)[..., 1:]
-        else:
-            x = torch.randn(shape, generator=generator).to(case.dtype)
-        return x.detach().requires_grad_("backward" in case.passes)
-
-    query = tensor(case.heads, case.length_q, case.head_dim)
-    key = tensor(case.kv_heads, case.length_k, case.head_dim)
-    value = tensor(case.kv_heads, case.length_k, case.head_dim_v)
-    inputs = [query, key, value]
-    mask = None
-    if case.mask == "half_padding":
-        mask = (torch.arange(case.length_k) < case.length_k // 2).expand(case.batch, 1, 1, -1)
-    elif case.mask is not None:
-        mask = torch.randn(1, case.heads, case.length_q, case.length_k, generator=generator).to(case.dtype)
-        mask.requires_grad_(case.mask == "bias_grad")
-        inputs += [mask] if case.mask == "bias_grad" else []
-    slopes = torch.tensor([2.0 ** (-8 * (h + 1) / case.heads) for h in range(case.heads)]) if case.alibi else None
-    sinks = torch.randn(case.heads, generator=generator) if case.sinks else None
-    options: dict[str, Any] = {
-        "attn_mask": mask,
-        "dropout_p": case.dropout_p,
-        "is_causal": case.is_causal,
-        "enable_gqa": case.heads != case.kv_heads,
-        "window": case.window,
-        "softcap": case.softcap,
-        "alibi_slopes": slopes,
-        "sinks": sinks,
-    }
-    if case.packed:
-        starts = torch.tensor([0, *case.packed], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        packed = [x[0].transpose(0, 1) for x in (query, key, value)]
-        return Problem(
-            inputs,
-            lambda: attention_ext.attention_varlen(*packed, starts, starts, **options).transpose(0, 1)[None],
-            {"sdpa per sequence": lambda: _per_sequence(query, key, value, case)},
-        )
-    theirs = _torch_ways(case, query, key, value, options) if case.with_torch else {}
-    return Problem(inputs, lambda: attention_ext.attention(query, key, value, **options), theirs)
-
-
-def _per_sequence(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
-    sequences = zip(*(x.split(list(case.packed), 2) for x in (query, key, value)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*x, is_causal=case.is_causal) for x in sequences], 2)
-
-
-def _torch_ways(
-    case: Case, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
-) -> dict[str, Callable[[], Tensor]]:
-    """Masks are made once, outside of what is timed, as a careful user would."""
-    if case.softcap:
-        return {"written out": lambda: _with_softcap(query, key, value, case)}
-    if case.sinks:
-        sinks = options["sinks"][:, None, None].expand(case.heads, case.length_q, 1)
-        bias = torch.cat([torch.zeros(case.heads, case.length_q, case.length_k), sinks], -1).to(case.dtype)[None]
-
-        def one_more_key() -> Tensor:
-            key_and_sink, value_and_sink = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
-            return F.scaled_dot_product_attention(query, key_and_sink, value_and_sink, attn_mask=bias)
-
-        return {"sdpa with one more key": one_more_key}
-    mask = options["attn_mask"]
-    if case.window:
-        mask = _window_mask(case.length_q, case.length_k, case.window)
-    if case.alibi:
-        distance = (torch.arange(case.length_q)[:, None] - torch.arange(case.length_k)).abs()
-        mask = (-options["alibi_slopes"][:, None, None] * distance).to(case.dtype)[None]
-    common = {"attn_mask": mask, "dropout_p": case.dropout_p, "is_causal": case.is_causal and not case.window}
-    grouped = options["enable_gqa"]
-    ways = {"sdpa": lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **common)}
-    if grouped:
-        group = case.heads // case.kv_heads
-        ways["sdpa, heads repeated"] = lambda: F.scaled_dot_product_attention(
-            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), **common
-        )
-    return ways
-
-
-def _window_mask(length_q: int, length_k: int, window: Window) -> Tensor:
-    ahead = torch.arange(length_k) - torch.arange(length_q)[:, None]
-    left, right = (math.inf if side is None else side for side in window)
-    return (ahead >= -left) & (ahead <= right)
-
-
-def _with_softcap(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
-    score = (query * case.head_dim**-0.5) @ key.mT
-    return (case.softcap * torch.tanh(score / case.softcap)).softmax(-1) @ value
 
 
 def _main_cases() -> list[Case]:
@@ -259,6 +141,14 @@ def _long_cases() -> list[Case]:
     return cases
 
 
+def _derivative_cases() -> list[Case]:
+    passes = ("jvp", "double_backward", "hessian_vector_product")
+    return [
+        Case(f"H4 L{length} d64", "derivatives", FLOAT32, heads=4, length_q=length, passes=passes)
+        for length in (256, 1024, 2048, 4096)
+    ]
+
+
 def _tiny_cases() -> list[Case]:
     return [
         Case("H1 L4 d8", "tiny", FLOAT32, heads=1, length_q=4, head_dim=8),
@@ -266,4 +156,4 @@ def _tiny_cases() -> list[Case]:
     ]
 
 
-CASES = [*_main_cases(), *_odd_cases(), *_long_cases(), *_tiny_cases()]
+CASES = [*_main_cases(), *_odd_cases(), *_long_cases(), *_derivative_cases(), *_tiny_cases()]

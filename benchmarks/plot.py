@@ -85,8 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         save(figure, measured["facts"], options.out / "speed.png")
     if overview and memory:
         height = max(4, ROW_INCHES * len(set(map(label, overview))) + 1)
-        shape = {"layout": "constrained", "width_ratios": (2, 1)}
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), **shape)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained", width_ratios=(2, 1))
         draw_speed(left, overview)
         draw_memory(right, memory)
         save(figure, measured["facts"], options.out / "overview.png")

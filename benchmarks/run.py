@@ -16,7 +16,6 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +26,33 @@ import modules
 import peak
 import timing
 import torch
-from torch import Tensor
+import ways
+from passes import PASSES
 
 from attention_ext import info
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = ["main", "odd", "long", "tiny", "modules", "memory"]
-
-
-def forward(problem: cases.Problem, function: Callable[[], Tensor]) -> Callable[[], object]:
-    return torch.no_grad()(function)
-
-
-def backward(problem: cases.Problem, function: Callable[[], Tensor]) -> Callable[[], object]:
-    out = function()
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    return lambda: torch.autograd.grad(out, problem.inputs, grad, retain_graph=True)
-
-
-# How a pass is run; a new one is a line here and one in Case.flop.
-PASSES = {"forward": forward, "backward": backward}
+GROUPS = ["main", "odd", "long", "derivatives", "tiny", "modules", "memory"]
 
 
 def run_case(case: cases.Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    problem = cases.build(case)
+    built = ways.build(case)
     rows = []
     for which in case.passes:
-        functions = {"ours": PASSES[which](problem, problem.ours)}
-        functions |= {name: PASSES[which](problem, way) for name, way in problem.theirs.items()}
+        functions = {
+            name: PASSES[which].prepare(way, built.inputs) for name, way in {"ours": built.ours, **built.theirs}.items()
+        }
         if case.bandwidth_bound:
             work, probe = case.read_bytes(), lambda: peak.read_bandwidth(options.threads)
         else:
-            work, probe = case.flop(which), lambda: peak.flops(case.dtype, options.threads)
+            work, probe = PASSES[which].flop(case), lambda: peak.flops(case.dtype, options.threads)
         seconds, limit, rounds = timing.medians(functions, probe, options.budget)
-        row = {"group": case.group, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "pass": which}
+        row: dict[str, Any] = {
+            "group": case.group,
+            "case": case.name,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "pass": which,
+        }
         row |= {"limit": "bandwidth" if case.bandwidth_bound else "flops", "limit_per_s": limit, "work": work}
         row |= result(seconds, rounds)
         rows.append(row)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -25,18 +27,8 @@ def run(script: str, *arguments: object) -> str:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("benchmark") / "benchmark.json"
-    run(
-        "run.py",
-        "--group",
-        "main",
-        "memory",
-        "--match",
-        "^B32 H4 L32 d32 torch.float32|^L1024$",
-        "--budget",
-        0.01,
-        "--out",
-        file,
-    )
+    match = "^B8 H8 L128 d64 torch.float32|^L1024$"
+    run("run.py", "--group", "main", "memory", "--match", match, "--budget", 0.01, "--out", file)
     return file
 
 
@@ -51,7 +43,7 @@ def test_rows_say_what_was_measured(measured: Path) -> None:
 
 def test_files_are_compared(measured: Path) -> None:
     text = run("compare.py", measured, measured)
-    assert "B32 H4 L32 d32" in text
+    assert "B8 H8 L128 d64" in text
     assert "1.00x" in text
 
 
@@ -63,14 +55,18 @@ def test_files_are_drawn(measured: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cases() -> Any:
+def modules() -> Any:
+    """The benchmarks' own modules, by name."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        import cases
-
-        return cases
+        return {name: importlib.import_module(name) for name in ("cases", "ways", "passes")}
     finally:
         sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def cases(modules: Any) -> Any:
+    return modules["cases"]
 
 
 def test_names_are_unique(cases: Any) -> None:
@@ -78,12 +74,10 @@ def test_names_are_unique(cases: Any) -> None:
     assert len(names) == len(set(names))
 
 
-def test_every_case_agrees_with_torch(cases: Any) -> None:
-    """Small twins of the main cases: ours and each of torch's ways compute the same."""
-    import dataclasses
-
-    for case in cases.CASES:
-        if case.group != "main" or case.dtype != torch.float32 or case.dropout_p:
+def test_every_case_agrees_with_torch(modules: Any) -> None:
+    """Small twins of the cases: ours and each of torch's ways compute the same, in every pass."""
+    for case in modules["cases"].CASES:
+        if case.group not in ("main", "derivatives") or case.dtype != torch.float32 or case.dropout_p:
             continue
         small = dataclasses.replace(
             case,
@@ -93,10 +87,17 @@ def test_every_case_agrees_with_torch(cases: Any) -> None:
             window=case.window and (7, 0),
             packed=case.packed and (20, 13, 1),
         )
-        problem = cases.build(small)
-        expected = problem.ours()
-        for name, way in problem.theirs.items():
-            assert torch.allclose(way(), expected, rtol=1e-4, atol=1e-5), f"{case.name}: {name} gives something else"
+        built = modules["ways"].build(small)
+        for which in small.passes:
+            prepare = modules["passes"].PASSES[which].prepare
+            expected = as_list(prepare(built.ours, built.inputs)())
+            for name, way in built.theirs.items():
+                for x, y in zip(as_list(prepare(way, built.inputs)()), expected, strict=True):
+                    assert torch.allclose(x, y, rtol=1e-3, atol=1e-4), f"{case.name}, {which}: {name} differs"
+
+
+def as_list(result: Any) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, tuple) else [result]
 
 
 def test_pairs_are_counted(cases: Any) -> None:

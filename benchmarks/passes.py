@@ -1,0 +1,86 @@
+"""The passes that are timed: how to run one, and the multiply-adds that it cannot avoid when it stores no scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from cases import Case
+from torch import Tensor
+from torch.autograd import forward_ad
+from ways import Way
+
+Run = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """key_products, value_products: how often a pair of query and key costs head_dim and head_dim_v multiply-adds."""
+
+    prepare: Callable[[Way, Sequence[Tensor]], Run]
+    key_products: int
+    value_products: int
+
+    def flop(self, case: Case) -> int:
+        return 2 * case.pairs() * (self.key_products * case.head_dim + self.value_products * case.head_dim_v)
+
+
+def like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=generator).to(x.dtype) for x in tensors]
+
+
+def forward(way: Way, inputs: Sequence[Tensor]) -> Run:
+    return torch.no_grad()(lambda: way(*inputs))
+
+
+def backward(way: Way, inputs: Sequence[Tensor]) -> Run:
+    out = way(*inputs)
+    (grad,) = like([out])
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+
+def jvp(way: Way, inputs: Sequence[Tensor]) -> Run:
+    """The output and its tangent along all inputs."""
+    primals, tangents = [x.detach() for x in inputs], like(inputs)
+
+    def run() -> object:
+        with forward_ad.dual_level():
+            out = way(*(forward_ad.make_dual(*pair) for pair in zip(primals, tangents, strict=True)))
+            return forward_ad.unpack_dual(out).tangent
+
+    return run
+
+
+def double_backward(way: Way, inputs: Sequence[Tensor]) -> Run:
+    """The gradient of the gradients, along a vector for each."""
+    out = way(*inputs)
+    (grad,) = like([out])
+    grad.requires_grad_()
+    gradients = torch.autograd.grad(out, inputs, grad, create_graph=True)
+    vectors = like(inputs)
+    return lambda: torch.autograd.grad(gradients, [*inputs, grad], vectors, retain_graph=True)
+
+
+def hessian_vector_product(way: Way, inputs: Sequence[Tensor]) -> Run:
+    """Of the output's product with a fixed tensor: forward, backward and double backward."""
+    (grad,) = like([way(*inputs).detach()])
+    vectors = like(inputs)
+
+    def run() -> object:
+        gradients = torch.autograd.grad(way(*inputs), inputs, grad, create_graph=True)
+        return torch.autograd.grad(gradients, inputs, vectors)
+
+    return run
+
+
+# What a pair costs. forward: q k, p v. backward: q k, dS k, dS q; grad v, p grad. jvp: forward, then q k, tq k, q tk;
+# p tv, tp v. double backward: those scores, two products each for query and key; grad v, grad tv, and three with v.
+PASSES = {
+    "forward": Pass(forward, 1, 1),
+    "backward": Pass(backward, 3, 2),
+    "jvp": Pass(jvp, 4, 3),
+    "double_backward": Pass(double_backward, 7, 5),
+    "hessian_vector_product": Pass(hessian_vector_product, 11, 8),
+}

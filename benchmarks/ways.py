@@ -1,0 +1,152 @@
+"""The ways to compute a case: ours, and what torch users write for the same result today."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import Case, Window
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import attention_ext
+
+Way = Callable[..., Tensor]  # of query, key and value, and of the mask where that is trained
+
+
+@dataclasses.dataclass
+class Ways:
+    """The tensors of a case, our way, and torch's by name. `inputs` are what a way takes and what gradients are of."""
+
+    inputs: list[Tensor]
+    ours: Way
+    theirs: dict[str, Way]
+
+
+def build(case: Case) -> Ways:
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(heads: int, length: int, dim: int) -> Tensor:
+        shape = (case.batch, heads, length, dim)
+        if case.layout == "heads_last":
+            x = torch.randn(shape[0], length, heads, dim, generator=generator).to(case.dtype).transpose(1, 2)
+        elif case.layout == "unaligned":
+            x = torch.randn(*shape[:3], dim + 1, generator=generator).to(case.dtype)[..., 1:]
+        else:
+            x = torch.randn(shape, generator=generator).to(case.dtype)
+        return x.detach().requires_grad_(case.passes != ("forward",))
+
+    inputs = [
+        tensor(case.heads, case.length_q, case.head_dim),
+        tensor(case.kv_heads, case.length_k, case.head_dim),
+        tensor(case.kv_heads, case.length_k, case.head_dim_v),
+    ]
+    fixed_mask = None
+    if case.mask == "half_padding":
+        fixed_mask = (torch.arange(case.length_k) < case.length_k // 2).expand(case.batch, 1, 1, -1)
+    elif case.mask is not None:
+        mask = torch.randn(1, case.heads, case.length_q, case.length_k, generator=generator).to(case.dtype)
+        if case.mask == "bias_grad":
+            inputs.append(mask.requires_grad_())
+        else:
+            fixed_mask = mask
+    options: dict[str, Any] = {
+        "dropout_p": case.dropout_p,
+        "is_causal": case.is_causal,
+        "enable_gqa": case.heads != case.kv_heads,
+        "window": case.window,
+        "softcap": case.softcap,
+        "alibi_slopes": torch.logspace(-1, -8, case.heads, base=2.0) if case.alibi else None,
+        "sinks": torch.randn(case.heads, generator=generator) if case.sinks else None,
+    }
+    if case.packed:
+        return Ways(inputs, _packed(case, options), {"sdpa per sequence": _per_sequence(case)})
+
+    def ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = fixed_mask) -> Tensor:
+        return attention_ext.attention(query, key, value, mask, **options)
+
+    if not case.with_torch:
+        return Ways(inputs, ours, {})
+    if case.group == "derivatives":
+        return Ways(inputs, ours, {"sdpa, math": _differentiable_twice(case)})
+    return Ways(inputs, ours, _theirs(case, fixed_mask, options))
+
+
+def _packed(case: Case, options: dict[str, Any]) -> Way:
+    starts = torch.tensor([0, *case.packed], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    def way(*inputs: Tensor) -> Tensor:
+        query, key, value = (x[0].transpose(0, 1) for x in inputs)
+        return attention_ext.attention_varlen(query, key, value, starts, starts, **options).transpose(0, 1)[None]
+
+    return way
+
+
+def _per_sequence(case: Case) -> Way:
+    def way(*inputs: Tensor) -> Tensor:
+        sequences = zip(*(x.split(list(case.packed), 2) for x in inputs), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*x, is_causal=case.is_causal) for x in sequences], 2)
+
+    return way
+
+
+def _differentiable_twice(case: Case) -> Way:
+    def way(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=case.is_causal)
+
+    return way
+
+
+def _theirs(case: Case, fixed_mask: Tensor | None, options: dict[str, Any]) -> dict[str, Way]:
+    """Masks are made once, outside of what is timed, as a careful user would."""
+    if case.softcap:
+        return {"written out": _with_softcap(case)}
+    if case.sinks:
+        return {"sdpa with one more key": _with_one_more_key(case, options["sinks"])}
+    if case.window:
+        fixed_mask = _window_mask(case.length_q, case.length_k, case.window)
+    if case.alibi:
+        distance = (torch.arange(case.length_q)[:, None] - torch.arange(case.length_k)).abs()
+        fixed_mask = (-options["alibi_slopes"][:, None, None] * distance).to(case.dtype)[None]
+    is_causal = case.is_causal and not case.window
+    grouped = options["enable_gqa"]
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = fixed_mask) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, mask, case.dropout_p, is_causal, enable_gqa=grouped)
+
+    def repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = fixed_mask) -> Tensor:
+        key, value = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, mask, case.dropout_p, is_causal)
+
+    return {"sdpa": sdpa, "sdpa, heads repeated": repeated} if grouped else {"sdpa": sdpa}
+
+
+def _window_mask(length_q: int, length_k: int, window: Window) -> Tensor:
+    ahead = torch.arange(length_k) - torch.arange(length_q)[:, None]
+    left, right = (math.inf if side is None else side for side in window)
+    return (ahead >= -left) & (ahead <= right)
+
+
+def _with_softcap(case: Case) -> Way:
+    def way(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        score = (query * case.head_dim**-0.5) @ key.mT
+        return (case.softcap * torch.tanh(score / case.softcap)).softmax(-1) @ value
+
+    return way
+
+
+def _with_one_more_key(case: Case, sinks: Tensor) -> Way:
+    """A key whose score is the sink and whose value is 0."""
+    column = sinks[:, None, None].expand(case.heads, case.length_q, 1)
+    bias = torch.cat([torch.zeros(case.heads, case.length_q, case.length_k), column], -1).to(case.dtype)[None]
+
+    def way(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+    return way
