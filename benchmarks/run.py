@@ -38,6 +38,7 @@ GROUPS = ["main", "odd", "long", "derivatives", "tiny", "modules", "memory"]
 def run_case(case: cases.Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     built = ways.build(case)
     rows = []
+    dtype = str(case.dtype).removeprefix("torch.")
     for which in case.passes:
         functions = {
             name: PASSES[which].prepare(way, built.inputs) for name, way in {"ours": built.ours, **built.theirs}.items()
@@ -47,12 +48,7 @@ def run_case(case: cases.Case, options: argparse.Namespace) -> list[dict[str, An
         else:
             work, probe = PASSES[which].flop(case), lambda: peak.flops(case.dtype, options.threads)
         seconds, limit, rounds = timing.medians(functions, probe, options.budget)
-        row: dict[str, Any] = {
-            "group": case.group,
-            "case": case.name,
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "pass": which,
-        }
+        row: dict[str, Any] = {"group": case.group, "case": case.name, "dtype": dtype, "pass": which}
         row |= {"limit": "bandwidth" if case.bandwidth_bound else "flops", "limit_per_s": limit, "work": work}
         row |= result(seconds, rounds)
         rows.append(row)

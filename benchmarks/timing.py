@@ -35,7 +35,7 @@ def medians(
     times: dict[str, list[float]] = {name: [] for name in functions}
     peaks = []
     for turn in range(rounds):
-        names = list(functions) if turn % 2 == 0 else list(reversed(functions))
+        names = list(functions)[:: 1 if turn % 2 == 0 else -1]
         for name in names:
             times[name].append(_seconds(functions[name], repeats[name]))
         peaks.append(probe())

@@ -89,7 +89,8 @@ def _packed(case: Case, options: dict[str, Any]) -> Way:
 def _per_sequence(case: Case) -> Way:
     def way(*inputs: Tensor) -> Tensor:
         sequences = zip(*(x.split(list(case.packed), 2) for x in inputs), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*x, is_causal=case.is_causal) for x in sequences], 2)
+        sdpa = F.scaled_dot_product_attention
+        return torch.cat([sdpa(q, k, v, is_causal=case.is_causal) for q, k, v in sequences], 2)
 
     return way
 

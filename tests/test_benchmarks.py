@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -103,11 +104,11 @@ def as_list(result: Any) -> list[torch.Tensor]:
 def test_pairs_are_counted(cases: Any) -> None:
     sizes = {"heads": 3, "batch": 2, "length_q": 50}
     windows = [None, (9, 4), (9, None), (None, 2)]
-    for options in ({"is_causal": causal, "window": window} for causal in (False, True) for window in windows):
-        case = cases.Case("case", "group", torch.float32, **sizes, **options)
+    for is_causal, window in itertools.product((False, True), windows):
+        case = cases.Case("case", "group", torch.float32, **sizes, is_causal=is_causal, window=window)
         ahead = torch.arange(50) - torch.arange(50)[:, None]
-        left, right = options["window"] or (None, None)
-        right = 0 if options["is_causal"] else right
+        left, right = window or (None, None)
+        right = 0 if is_causal else right
         visible = (ahead >= (-50 if left is None else -left)) & (ahead <= (50 if right is None else right))
         assert case.pairs() == 6 * int(visible.sum())
     assert cases.Case("case", "group", torch.float32, packed=(3, 4), is_causal=True).pairs() == 8 * (6 + 10)
