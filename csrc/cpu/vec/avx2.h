@@ -14,7 +14,6 @@ constexpr int kTileVectors = 2;
 }  // namespace
 }  // namespace attention_ext
 
-#include "cpu/vec/scale_by_bits.h"
 #include "cpu/vec/simd.h"
 
 namespace attention_ext {
@@ -29,6 +28,11 @@ ATTENTION_INLINE F64 broadcast(const double* x) { return F64(_mm256_set1_pd(*x))
 // b where a or b is NaN
 ATTENTION_INLINE F32 max(F32 a, F32 b) { return F32(_mm256_max_ps(__m256(a), __m256(b))); }
 ATTENTION_INLINE F64 max(F64 a, F64 b) { return F64(_mm256_max_pd(__m256d(a), __m256d(b))); }
+ATTENTION_INLINE F32 min(F32 a, F32 b) { return F32(_mm256_min_ps(__m256(a), __m256(b))); }
+ATTENTION_INLINE F64 min(F64 a, F64 b) { return F64(_mm256_min_pd(__m256d(a), __m256d(b))); }
+
+ATTENTION_INLINE F32 floor(F32 x) { return F32(_mm256_floor_ps(__m256(x))); }
+ATTENTION_INLINE F64 floor(F64 x) { return F64(_mm256_floor_pd(__m256d(x))); }
 
 // low 32 bits of each lane times low 32 bits, 64-bit products
 ATTENTION_INLINE U64 multiply_low_words(U64 a, U64 b) { return U64(_mm256_mul_epu32(__m256i(a), __m256i(b))); }
@@ -42,3 +46,5 @@ ATTENTION_INLINE void store_half(uint16_t* to, F32 v) {
 
 }  // namespace
 }  // namespace attention_ext
+
+#include "cpu/vec/scale_by_bits.h"

@@ -16,7 +16,6 @@ constexpr int kTileVectors = 2;  // 16 registers
 }  // namespace
 }  // namespace attention_ext
 
-#include "cpu/vec/scale_by_bits.h"
 #include "cpu/vec/simd.h"
 
 #if defined(__aarch64__)
@@ -46,10 +45,22 @@ ATTENTION_INLINE F64 broadcast(const double* x) { return splat<double>(*x); }
 // b where a or b is NaN
 ATTENTION_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
 ATTENTION_INLINE F64 max(F64 a, F64 b) { return a > b ? a : b; }
+ATTENTION_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
+ATTENTION_INLINE F64 min(F64 a, F64 b) { return a < b ? a : b; }
+
+// For |x| below 2^22 and 2^51: the exponents of powers.
+ATTENTION_INLINE F32 floor(F32 x) {
+  const F32 nearest = (x + 0x1.8p23f) - 0x1.8p23f;
+  return nearest > x ? nearest - 1.0f : nearest;
+}
+ATTENTION_INLINE F64 floor(F64 x) {
+  const F64 nearest = (x + 0x1.8p52) - 0x1.8p52;
+  return nearest > x ? nearest - 1.0 : nearest;
+}
 
 // IEEE half precision by integer arithmetic: exact to float, round to nearest even from float.
 ATTENTION_INLINE F32 load_half(const uint16_t* from) {
-  U32 bits;
+  U32 bits{};
   for (int i = 0; i < kLanes<float>; ++i) bits[i] = from[i];
   const U32 sign = (bits & 0x8000u) << 16;
   const U32 shifted = (bits & 0x7FFFu) << 13;  // exponent and mantissa in float's places, bias still 15
@@ -75,3 +86,5 @@ ATTENTION_INLINE void store_half(uint16_t* to, F32 v) {
 
 }  // namespace
 }  // namespace attention_ext
+
+#include "cpu/vec/scale_by_bits.h"

@@ -87,7 +87,7 @@ ATTENTION_INLINE bool any_lane(Mask mask) {
 // 0, 1, 2, ...
 template <class T>
 ATTENTION_INLINE Vec<T> iota() {
-  Vec<T> v;
+  Vec<T> v{};
   for (int i = 0; i < kLanes<T>; ++i) v[i] = static_cast<T>(i);
   return v;
 }
