@@ -1,59 +1,90 @@
-"""How the memory of a training step grows with the length: what a process's peak resident set grows by in one step.
+"""How memory grows with the length: what a process's peak resident set grows by while it computes once.
 
-Each measurement is a process of its own, which has done a short step before, so that libraries and buffers are there.
+Each measurement is a process of its own, which has computed something short before, so that libraries and buffers are
+there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from torch import nn
 
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
-WIDTH, HEADS = 512, 8
+
+def train_module(ours: bool, length: int) -> Callable[[], object]:
+    module = nn.MultiheadAttention(512, 8, dropout=0.1, batch_first=True)
+    if ours:
+        import attention_ext
+
+        attention_ext.replace_(module)
+    x = torch.randn(1, length, 512, requires_grad=True)
+    return lambda: module(x, x, x, need_weights=False)[0].sum().backward()
 
 
-def _status(field: str) -> int:
+def hessian_vector_product(ours: bool, length: int) -> Callable[[], object]:
+    import cases
+    import passes
+    import ways
+
+    case = cases.Case("", "derivatives", torch.float32, heads=4, length_q=length, passes=("hessian_vector_product",))
+    built = ways.build(case)
+    way = built.ours if ours else next(iter(built.theirs.values()))
+    return passes.PASSES["hessian_vector_product"].prepare(way, built.inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryCase:
+    """score_matrices: how many matrices of scores torch holds at once, roughly, to tell when that is too much."""
+
+    name: str
+    prepare: Callable[[bool, int], Callable[[], object]]
+    heads: int
+    score_matrices: int
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+
+    def torch_needs(self, length: int) -> int:
+        return self.score_matrices * self.heads * length * length * 4
+
+
+CASES = [
+    MemoryCase("nn.MultiheadAttention(512, 8, dropout=0.1), training step", train_module, 8, 6),
+    MemoryCase("attention H4 d64, Hessian-vector product", hessian_vector_product, 4, 12, (1024, 2048, 4096)),
+]
+
+
+def status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def _measure(ours: bool, length: int, threads: int, connection: Connection) -> None:
+def measure(case: MemoryCase, ours: bool, length: int, threads: int, connection: Connection) -> None:
     torch.set_num_threads(threads)
-    module = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True)
-    if ours:
-        import attention_ext
-
-        attention_ext.replace_(module)
     for size in (64, length):
-        x = torch.randn(1, size, WIDTH, requires_grad=True)
-        held = _status("VmRSS")
-        module(x, x, x, need_weights=False)[0].sum().backward()
-    connection.send(_status("VmHWM") - held)
-
-
-def torch_needs(length: int) -> int:
-    """Bytes, roughly: torch's path with dropout holds a few matrices of scores at once."""
-    return 6 * HEADS * length * length * 4
+        run = case.prepare(ours, size)
+        held = status("VmRSS")
+        run()
+    connection.send(status("VmHWM") - held)
 
 
 def free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_bytes(ours: bool, length: int, threads: int) -> int | None:
+def peak_bytes(case: MemoryCase, ours: bool, length: int, threads: int) -> int | None:
     """None where torch would need more memory than there is."""
-    if not ours and torch_needs(length) > free_bytes():
+    if not ours and case.torch_needs(length) > free_bytes():
         return None
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(ours, length, threads, sender))
+    process = context.Process(target=measure, args=(case, ours, length, threads, sender))
     process.start()
     sender.close()
     try:

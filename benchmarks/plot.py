@@ -52,8 +52,8 @@ def draw_memory(axes: Axes, rows: list[compare.Row]) -> None:
         axis.axes.set_xscale("log", base=2)
         axis.axes.set_yscale("log", base=2)
         axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(xlabel="length", ylabel="MiB", title="Peak extra memory of a training step")
-    axes.legend(title=rows[0]["case"], title_fontsize=7, fontsize=8)
+    axes.set(xlabel="length", ylabel="MiB", title="Peak extra memory")
+    axes.legend(title=rows[0]["case"].replace(", ", "\n"), title_fontsize=7, fontsize=8)
 
 
 def save(figure: Any, facts: dict[str, Any], path: Path) -> None:
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     measured = json.loads(options.file.read_text())
     timed = [row for row in measured["results"] if row.get("torch_s") and row["pass"] != "inference"]
-    memory = [row for row in measured["results"] if row["group"] == "memory"]
+    memory = [row for row in measured["results"] if row["group"] == "memory" and "training step" in row["case"]]
     overview = [
         row
         for row in timed

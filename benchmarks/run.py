@@ -68,10 +68,9 @@ def result(seconds: dict[str, float], rounds: int) -> dict[str, Any]:
     return {"ours_s": seconds["ours"], "torch_s": theirs.get(best or ""), "torch_way": best, "rounds": rounds}
 
 
-def run_memory(length: int, options: argparse.Namespace) -> dict[str, Any]:
-    name = f"nn.MultiheadAttention({memory.WIDTH}, {memory.HEADS}, dropout=0.1)"
-    ours, theirs = (memory.peak_bytes(which, length, options.threads) for which in (True, False))
-    return {"group": "memory", "case": name, "length": length, "ours_bytes": ours, "torch_bytes": theirs}
+def run_memory(case: memory.MemoryCase, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    ours, theirs = (memory.peak_bytes(case, which, length, options.threads) for which in (True, False))
+    return {"group": "memory", "case": case.name, "length": length, "ours_bytes": ours, "torch_bytes": theirs}
 
 
 def git(*arguments: str) -> str:
@@ -102,10 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     chosen = [x for x in cases.CASES if wanted(x.group, f"{x.name} {x.dtype}")]
     chosen_modules = [x for x in modules.CASES if wanted("modules", x.name)]
-    lengths = [x for x in memory.LENGTHS if wanted("memory", f"L{x}")]
+    chosen_memory = [(x, n) for x in memory.CASES for n in x.lengths if wanted("memory", f"{x.name} L{n}")]
     if options.list:
         print(*(f"{x.group:8} {x.name}, {str(x.dtype).removeprefix('torch.')}" for x in chosen), sep="\n")
-        print(*(f"modules  {x.name}" for x in chosen_modules), *(f"memory   L{x}" for x in lengths), sep="\n")
+        print(*(f"modules  {x.name}" for x in chosen_modules), sep="\n")
+        print(*(f"memory   {x.name} L{length}" for x, length in chosen_memory), sep="\n")
         return 0
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
@@ -121,8 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
         add(*run_case(case, options))
     for module_case in chosen_modules:
         add(run_module(module_case, options))
-    for length in lengths:
-        add(run_memory(length, options))
+    for memory_case, length in chosen_memory:
+        add(run_memory(memory_case, length, options))
     print(f"wrote {options.out}", file=sys.stderr)
     return 0
 

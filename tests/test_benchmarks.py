@@ -28,7 +28,7 @@ def run(script: str, *arguments: object) -> str:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("benchmark") / "benchmark.json"
-    match = "^B8 H8 L128 d64 torch.float32|^L1024$"
+    match = "^B8 H8 L128 d64 torch.float32|training step L1024$"
     run("run.py", "--group", "main", "memory", "--match", match, "--budget", 0.01, "--out", file)
     return file
 
