@@ -9,6 +9,7 @@ namespace attention_ext {
 namespace {
 
 constexpr int64_t kEnoughDecodeJobs = 16;
+constexpr int64_t kValueRows = 48;          // a divisor of kKeys: that many widened rows stay in L1
 constexpr int64_t kLeastSplit = 4 * kKeys;  // a split shorter than this costs more than it spreads
 
 template <class C>
@@ -52,8 +53,8 @@ struct DecodeScratch {
   DecodeScratch(Arena& arena, const DecodeShape<C>& shape) {
     const int64_t padded_rows = round_up(shape.rows, 2);
     query = arena.take<T>(padded_rows * shape.width);
-    key_rows = arena.take<T>(shape.keys * shape.width);
-    value_rows = arena.take<T>(shape.keys * shape.columns);
+    key_rows = arena.take<T>(kLanes<T> * shape.width);
+    value_rows = arena.take<T>(kValueRows * shape.columns);
     score = arena.take<T>(padded_rows * shape.keys);
     factor = arena.take<T>(padded_rows);
   }
@@ -88,22 +89,18 @@ class RowsAhead {
   int64_t row_bytes_, stride_bytes_, rows_, at_ = 0;
 };
 
-// score[k] = query . key[k], for `keys` keys, a multiple of the lanes
+// query . key for a vector of keys
 template <class T>
-void dot_products(const T* query, Matrix<const T> key, int64_t keys, int64_t width, T* score, RowsAhead& ahead,
-                  int64_t lines) {
-  for (int64_t k = 0; k < keys; k += kLanes<T>) {
-    ahead.fetch(lines);
-    Vec<T> sum[kLanes<T>] = {};
-    for (int64_t d = 0; d < width; d += kLanes<T>) {
-      const Vec<T> q = load(query + d);
-      unroll<kLanes<T>>(UNROLLED(i) { sum[i] = fma(load(key.row(k + i) + d), q, sum[i]); });
-    }
-    transpose(sum);
-    Vec<T> total = sum[0];
-    unroll<kLanes<T> - 1>(UNROLLED(i) { total += sum[i + 1]; });
-    store(score + k, total);
+Vec<T> dot_products(const T* query, Matrix<const T> key, int64_t width) {
+  Vec<T> sum[kLanes<T>] = {};
+  for (int64_t d = 0; d < width; d += kLanes<T>) {
+    const Vec<T> q = load(query + d);
+    unroll<kLanes<T>>(UNROLLED(i) { sum[i] = fma(load(key.row(i) + d), q, sum[i]); });
   }
+  transpose(sum);
+  Vec<T> total = sum[0];
+  unroll<kLanes<T> - 1>(UNROLLED(i) { total += sum[i + 1]; });
+  return total;
 }
 
 template <class C>
@@ -150,32 +147,44 @@ class DecodeJob {
     }
   }
 
+  // Few keys at a time, so that all rows of queries find them in L1; while dot products run, the block's values are on
+  // their way, and the next block's keys while the values are summed.
   void block(Range k) {
-    const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), kLanes<T>);
-    const Source key_rows = source_of(p_.key, b, kv_head_, row), value_rows = source_of(p_.value, b, kv_head_, row);
-    const auto key = rows_of<C>(key_rows, k.size(), padded, p_.head_dim, scratch_.key_rows);
-    const int64_t rows = p_.group_size() * sequence_.length_q, following = minimum(kKeys, end_ - k.end);
-    RowsAhead values(value_rows, k.size(), p_.head_dim_v);
-    RowsAhead next_keys(source_of(p_.key, b, kv_head_, row + k.size()), following, p_.head_dim);
-    for (int64_t r = 0; r < rows; ++r) {
-      T* score = scratch_.score + r * shape_.keys;
-      RowsAhead& ahead = 2 * r < rows ? values : next_keys;  // this block's values first, then the next block's keys
-      const int64_t turns = (rows + 1) / 2 * padded / kLanes<T>;
-      const int64_t lines = ceil_div(maximum(values.lines(), next_keys.lines()), turns);
-      dot_products(scratch_.query + r * shape_.width, key, padded, shape_.width, score, ahead, lines);
-      softmax_row(r, k, score);
+    const int64_t rows = p_.group_size() * sequence_.length_q;
+    RowsAhead values(source(p_.value, k.begin), k.size(), p_.head_dim_v);
+    const int64_t value_lines = ceil_div(values.lines() * kLanes<T>, k.size());
+    for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
+      values.fetch(value_lines);
+      const auto key = rows_of<C>(source(p_.key, k.begin + i), minimum<int64_t>(kLanes<T>, k.size() - i), kLanes<T>,
+                                  p_.head_dim, scratch_.key_rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        store(score(r) + i, dot_products(scratch_.query + r * shape_.width, key, shape_.width));
+      }
     }
-    const auto value = rows_of<C>(value_rows, k.size(), k.size(), p_.head_dim_v, scratch_.value_rows);
+    for (int64_t r = 0; r < rows; ++r) softmax_row(r, k, score(r));
     if (rows % 2 != 0) {
-      for (int64_t i = 0; i < padded; i += kLanes<T>) store(scratch_.score + rows * shape_.keys + i, Vec<T>{});
+      for (int64_t i = 0; i < k.size(); i += kLanes<T>) store(score(rows) + i, Vec<T>{});
       scratch_.factor[rows] = 0;
     }
-    multiply<C>(by_rows(Matrix<const T>{scratch_.score, shape_.keys}), value, k.size(), sums_, round_up(rows, 2),
-                shape_.columns / kLanes<T>, Start::kScaleAndAdd, scratch_.factor);
+    RowsAhead next_keys(source(p_.key, k.end), minimum(kKeys, end_ - k.end), p_.head_dim);
+    const int64_t key_lines = ceil_div(next_keys.lines() * kValueRows, k.size());
+    for (int64_t i = 0; i < k.size(); i += kValueRows) {
+      next_keys.fetch(key_lines);
+      const int64_t keys = minimum(kValueRows, k.size() - i);
+      const auto value = rows_of<C>(source(p_.value, k.begin + i), keys, keys, p_.head_dim_v, scratch_.value_rows);
+      multiply<C>(by_rows(Matrix<const T>{score(0) + i, shape_.keys}), value, keys, sums_, round_up(rows, 2),
+                  shape_.columns / kLanes<T>, i == 0 ? Start::kScaleAndAdd : Start::kAdd, scratch_.factor);
+    }
   }
 
+  // Rows of the key head from key k of the sequence on.
+  Source source(const View& view, int64_t k) const {
+    return source_of(view, sequence_.tensor_batch, kv_head_, sequence_.begin_k + k);
+  }
+  T* score(int64_t r) const { return scratch_.score + r * shape_.keys; }
+
   // One query, a key per lane.
-  void softmax_row(int64_t r, Range k, T* score) {
+  void softmax_row(int64_t r, Range k, T* scores) {
     using Ops = VectorOps<T>;
     const int64_t q = r % sequence_.length_q, head = kv_head_ * p_.group_size() + r / sequence_.length_q;
     const ScoreMods mods = score_mods_of(p_, sequence_, head);
@@ -185,9 +194,9 @@ class DecodeJob {
       const int64_t count = k.size() - i;
       const auto distance = static_cast<T>(k.begin + i - q - sequence_.diagonal);
       const Position<Ops> at{splat<T>(distance) + iota<T>(), mask_row(head, q, k.begin + i, count)};
-      Vec<T> s = mods.hide<Ops>(mods.operator()<Ops>(load(score + i), at).score, at);
+      Vec<T> s = mods.hide<Ops>(mods.operator()<Ops>(load(scores + i), at).score, at);
       s = iota<T>() < splat<T>(static_cast<T>(count)) ? s : hidden;
-      store(score + i, s);
+      store(scores + i, s);
       top = max(s, top);
     }
     T now = maximum_[r];
@@ -196,8 +205,8 @@ class DecodeJob {
     const T worth = exp2<T>(splat<T>(maximum_[r]) - base)[0];
     Vec<T> sum{};
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
-      const Vec<T> weight = exp2<T>(fma(load(score + i), splat<T>(static_cast<T>(kLog2E)), -base));
-      store(score + i, weight);
+      const Vec<T> weight = exp2<T>(fma(load(scores + i), splat<T>(static_cast<T>(kLog2E)), -base));
+      store(scores + i, weight);
       sum += weight;
     }
     maximum_[r] = now;
