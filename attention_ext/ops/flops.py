@@ -63,6 +63,20 @@ def attention_backward(
     return 2 * count * (3 * query.shape[3] + 2 * value.shape[3])
 
 
+def attention_jvp(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Scores, their tangents from query and key, and the two products that make out move."""
+    count = scores(ops.attention_jvp, (query, key, value, *rest), kwargs, query, key)
+    return 2 * count * (3 * query.shape[3] + 2 * value.shape[3])
+
+
+def attention_double_backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Those of attention_jvp, grad_out with value and its tangent, two each for query and key, one for value."""
+    op = ops.attention_double_backward
+    query, key, value = (argument(op, args, kwargs, name) for name in ("query", "key", "value"))
+    count = scores(op, args, kwargs, query, key)
+    return 2 * count * (7 * query.shape[3] + 5 * value.shape[3])
+
+
 def attention_weights(query: Tensor, key: Tensor, *rest: Any, out_val: Any = None, **kwargs: Any) -> int:
     """query key^T, for the rows asked for."""
     batch, heads = query.shape[:2]
@@ -74,6 +88,8 @@ def register() -> None:
     for op, formula in (
         (ops.attention, attention),
         (ops.attention_backward, attention_backward),
+        (ops.attention_jvp, attention_jvp),
+        (ops.attention_double_backward, attention_double_backward),
         (ops.attention_weights, attention_weights),
     ):
         if op not in flop_registry:

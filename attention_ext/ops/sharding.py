@@ -24,7 +24,7 @@ def register_if_imported() -> None:
 
 
 def register() -> None:
-    """Teaches DTensor to shard attention, its backward and its weights by batch or by heads; harmless when repeated."""
+    """Teaches DTensor to shard attention, its derivatives and its weights by batch or heads; harmless when repeated."""
     global _registered
     if _registered:
         return
@@ -34,7 +34,14 @@ def register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     propagator = DTensor._op_dispatcher.sharding_propagator
-    for op in (ops.attention.default, ops.attention_backward.default, ops.attention_weights.default):
+    operators = (
+        ops.attention,
+        ops.attention_backward,
+        ops.attention_jvp,
+        ops.attention_double_backward,
+        ops.attention_weights,
+    )
+    for op in (operator.default for operator in operators):
         register_sharding(op)(_Rule(op))
         # All that is no tensor is part of the cache key: dropout_p decides the size of rng_state.
         propagator.op_to_schema_info[op] = RuntimeSchemaInfo(0, needs_pytree=True)
@@ -76,9 +83,9 @@ def _placement(name: str, spec: Any, sharded: int | None) -> Any:
 
     if sharded is None or name in ("rng_state", "cu_seqlens_q", "cu_seqlens_k"):
         return Replicate()
-    full_rank = {"attn_mask": 4, "alibi_slopes": 2, "sinks": 2}.get(name, len(spec.shape))
+    full_rank = {"attn_mask": 4, "alibi_slopes": 2, "sinks": 2}.get(name.removesuffix("_tangent"), len(spec.shape))
     dim = sharded - (full_rank - len(spec.shape))
-    broadcasts = dim < 0 or dim >= len(spec.shape) or (name == "attn_mask" and spec.shape[dim] == 1)
+    broadcasts = dim < 0 or dim >= len(spec.shape) or (name.startswith("attn_mask") and spec.shape[dim] == 1)
     return Replicate() if broadcasts else Shard(dim)
 
 
