@@ -45,7 +45,8 @@ def alone(sample: Sample, i: int) -> Sample:
     starts = options.pop("cu_seqlens_q"), options.pop("cu_seqlens_k")
     rows_q, rows_k = list(reference.sequences(*starts))[i]
     for name in ("attn_mask", "alibi_slopes"):
-        if name in options and options[name].dim() == (4 if name == "attn_mask" else 2):
+        per_sequence = name in options and options[name].dim() == (4 if name == "attn_mask" else 2)
+        if per_sequence and options[name].shape[0] > 1:
             options[name] = options[name][i : i + 1]
     if "attn_mask" in options:
         options["attn_mask"] = options["attn_mask"][..., : rows_q.stop - rows_q.start, : rows_k.stop - rows_k.start]
