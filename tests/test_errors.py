@@ -57,6 +57,8 @@ def quantized() -> Tensor:
     return torch.quantize_per_tensor(torch.randn(B, HQ, LQ, D), 0.1, 0, torch.qint8)
 
 
+Changes = list[tuple[dict[str, Any], str]]
+
 CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "attention": dense,
     "attention_backward": backward,
@@ -64,7 +66,7 @@ CALLS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 # what is changed, and what the message says
-QUERY_KEY = [
+QUERY_KEY: Changes = [
     ({"query": torch.randn(HQ, LQ, D)}, "expected `query` to be 4-D .* got 3-D"),
     ({"query": torch.randn(())}, "expected `query` to be 4-D .* got 0-D"),
     ({"key": torch.randn(1, B, HK, LK, D)}, "expected `key` to be 4-D .* got 5-D"),
@@ -92,7 +94,7 @@ QUERY_KEY = [
     ({"enable_gqa": False}, "expected `key` to have as many heads as `query`, 4 .* got 2"),
     ({"key": torch.randn(B, 0, LK, D), "value": torch.randn(B, 0, LK, DV)}, "expected `key` to have at least one head"),
 ]
-OPTIONS = [
+OPTIONS: Changes = [
     ({"dropout_p": -0.1}, "expected `dropout_p` to be in \\[0, 1\\], got -0.1"),
     ({"dropout_p": 1.5}, "expected `dropout_p` to be in \\[0, 1\\], got 1.5"),
     ({"dropout_p": math.nan}, "expected `dropout_p` to be in \\[0, 1\\], got nan"),
@@ -129,7 +131,7 @@ OPTIONS = [
     ({"key_lengths": torch.tensor([-1, 2])}, "expected `key_lengths` to be from 0 to 6, got -1 at index 0"),
     ({"cu_seqlens_q": torch.tensor([0, LQ])}, "expected `cu_seqlens_q` and `cu_seqlens_k` together, got only"),
 ]
-VALUE = [
+VALUE: Changes = [
     ({"value": torch.randn(HK, LK, DV)}, "expected `value` to be 4-D .* got 3-D"),
     ({"value": torch.randn(B, HK, LK, DV).half()}, "expected `value` to be of dtype Float, got Half"),
     ({"value": torch.randn(B, HK, LK + 1, DV)}, "expected `value` to have the length of `key`, 6, got 7"),
@@ -140,7 +142,7 @@ VALUE = [
         "expected `query` to have a multiple of the 3 heads of `key`, got 4",
     ),
 ]
-PACKED = [
+PACKED: Changes = [
     ({"cu_seqlens_q": torch.tensor([0, 3, 2, LQ])}, "expected `cu_seqlens_q` never to fall, got 3 then 2 at index 2"),
     ({"cu_seqlens_q": torch.tensor([1, 2, 3, LQ])}, "expected `cu_seqlens_q` to start with 0, got 1"),
     (
@@ -165,7 +167,7 @@ PACKED = [
         "expected `query` to have batch size 1 with `cu_seqlens_q`, got 2",
     ),
 ]
-SAVED = [
+SAVED: Changes = [
     ({"logsumexp": torch.randn(B, HQ, LQ + 1)}, "expected `logsumexp` to be of shape \\[2, 4, 5\\], got \\[2, 4, 6\\]"),
     ({"logsumexp": torch.randn(B, HQ, LQ, 1)}, "expected `logsumexp` to be of shape \\[2, 4, 5\\]"),
     ({"logsumexp": torch.randn(B, HQ, LQ).double()}, "expected `logsumexp` to be of dtype Float, got Double"),
@@ -174,7 +176,7 @@ SAVED = [
     ({"dropout_p": 0.5}, "expected `rng_state` to be of shape \\[2\\], got \\[0\\]"),
     ({"dropout_p": 0.5, "rng_state": torch.zeros(3, dtype=torch.int64)}, "expected `rng_state` to be of shape \\[2\\]"),
 ]
-BACKWARD = [
+BACKWARD: Changes = [
     ({"grad_out": torch.randn(B, HQ, LQ, DV + 1)}, "expected `grad_out` to be of shape \\[2, 4, 5, 2\\]"),
     ({"grad_out": torch.randn(B, HQ, LQ, DV).double()}, "expected `grad_out` to be of dtype Float, got Double"),
     ({"grad_out": torch.randn(B, HQ, LQ, DV).to_sparse()}, "expected `grad_out` to be a dense tensor"),
@@ -183,7 +185,7 @@ BACKWARD = [
     ({"grad_logsumexp": torch.randn(B, HQ)}, "expected `grad_logsumexp` to be of shape \\[2, 4, 5\\]"),
     ({"grad_logsumexp": torch.randn(B, HQ, LQ).half()}, "expected `grad_logsumexp` to be of dtype Float, got Half"),
 ]
-WEIGHTS = [
+WEIGHTS: Changes = [
     ({"row_begin": -1}, "expected `row_begin` and `row_end` to be a range within the 5 queries, got -1 to 5"),
     ({"row_end": LQ + 1}, "expected `row_begin` and `row_end` to be a range within the 5 queries, got 0 to 6"),
     ({"row_begin": 3, "row_end": 2}, "expected `row_begin` and `row_end` to be a range"),
@@ -191,7 +193,7 @@ WEIGHTS = [
 
 
 def cases() -> list[Any]:
-    lists = [(name, QUERY_KEY + OPTIONS) for name in CALLS]
+    lists: list[tuple[str, Changes]] = [(name, QUERY_KEY + OPTIONS) for name in CALLS]
     lists += [
         ("attention", VALUE),
         ("attention_backward", VALUE + SAVED + BACKWARD),
@@ -318,7 +320,7 @@ def test_third_derivatives_raise() -> None:
         torch.func.jvp(hessian, (query,), (query,))
 
 
-TANGENTS = [
+TANGENTS: Changes = [
     ({"query_tangent": torch.randn(B, HQ, LQ, D + 1)}, "expected `query_tangent` to be of shape \\[2, 4, 5, 3\\]"),
     ({"key_tangent": torch.randn(B, HK, LK, D).half()}, "expected `key_tangent` to be of dtype Float, got Half"),
     ({"value_tangent": torch.randn(B, HK, LK, DV).to_sparse()}, "expected `value_tangent` to be a dense tensor"),

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Under autocast the operators cast as torch's own attention does, and gradients come back in the inputs' dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ops = torch.ops.attention_ext
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+def cast(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def tensors(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 9, 8, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    return q, k, v
+
+
+def test_dtypes_are_those_of_torchs_attention(device: str, cast: torch.dtype) -> None:
+    q, k, v = tensors(device)
+    with torch.autocast(device, dtype=cast):
+        out, logsumexp, _ = ops.attention(q, k, v)
+        theirs = F.scaled_dot_product_attention(q, k, v)
+    assert out.dtype == theirs.dtype == cast
+    assert logsumexp.dtype == torch.float32
+
+
+def test_equals_a_cast_by_hand(device: str, cast: torch.dtype) -> None:
+    q, k, v = tensors(device)
+    mask = torch.randn(9, 9, device=device)
+    slopes, sinks = torch.rand(3, device=device), torch.randn(3, device=device)
+    options = {"alibi_slopes": slopes, "sinks": sinks}
+    with torch.autocast(device, dtype=cast):
+        out, logsumexp, _ = ops.attention(q, k, v, mask, **options)
+    expected = ops.attention(q.to(cast), k.to(cast), v.to(cast), mask.to(cast), **options)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(logsumexp, expected[1])
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_gradients(device: str, cast: torch.dtype, backward_inside: bool) -> None:
+    q, k, v = tensors(device)
+    mask = torch.randn(9, 9, device=device, requires_grad=True)
+    inputs = (q, k, v, mask)
+    with torch.autocast(device, dtype=cast):
+        loss = ops.attention(q, k, v, mask)[0].float().square().sum()
+        if backward_inside:
+            gradients = torch.autograd.grad(loss, inputs)
+    if not backward_inside:
+        gradients = torch.autograd.grad(loss, inputs)
+    assert [x.dtype for x in gradients] == [torch.float32] * 4
+    lowered = [x.detach().to(cast).requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(ops.attention(*lowered)[0].float().square().sum(), lowered)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert torch.equal(ours, theirs.float())
+
+
+def test_float64_and_bool_masks_stay(device: str, cast: torch.dtype) -> None:
+    q, k, v = tensors(device, torch.float64)
+    mask = torch.rand(9, 9, device=device) > 0.3
+    with torch.autocast(device, dtype=cast):
+        out, logsumexp, _ = ops.attention(q, k, v, mask)
+    assert out.dtype == logsumexp.dtype == torch.float64
+
+
+def test_mixed_inputs_become_one_dtype(device: str, cast: torch.dtype) -> None:
+    q, k, v = tensors(device)
+    with torch.autocast(device, dtype=cast):
+        out = ops.attention(q, k.to(cast), v.half())[0]
+    assert out.dtype == cast
+
+
+def test_disabled(device: str, cast: torch.dtype) -> None:
+    q, k, v = tensors(device)
+    with torch.autocast(device, dtype=cast), torch.autocast(device, enabled=False):
+        assert ops.attention(q, k, v)[0].dtype == torch.float32
+
+
+def test_weights(device: str, cast: torch.dtype) -> None:
+    q, k, v = tensors(device)
+    with torch.autocast(device, dtype=cast):
+        _, logsumexp, state = ops.attention(q, k, v)
+        weights = ops.attention_weights(q, k, logsumexp, state)
+        gradient = torch.autograd.grad(weights.float().square().sum(), q)[0]
+    assert weights.dtype == cast
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(weights.float().sum(-1), torch.ones(2, 3, 9, device=device), rtol=0, atol=2e-2)
+
+
+def test_second_derivatives(device: str, cast: torch.dtype) -> None:
+    q, k, v = tensors(device)
+    with torch.autocast(device, dtype=cast):
+        loss = ops.attention(q, k, v)[0].float().square().sum()
+        (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), k)
+    assert second.dtype == torch.float32
+    assert second.isfinite().all()
