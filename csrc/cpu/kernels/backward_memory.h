@@ -6,8 +6,14 @@
 namespace attention_ext {
 namespace {
 
-// With fewer heads than this, the keys of a head are dealt to several groups, each with sums of its own for grad_query.
-constexpr int64_t kEnoughBackwardJobs = 8;
+// The key blocks of a sequence are dealt to a few groups, each with sums of its own for grad_query, so that few heads
+// make enough jobs. How many depends on the length alone, or the last bits would depend on what else is in the batch.
+constexpr int64_t kBlocksPerGroup = 5;
+constexpr int64_t kMostGroups = 4;
+
+ATTENTION_INLINE int64_t groups_of(int64_t keys) {
+  return clamp(ceil_div(keys, kKeys) / kBlocksPerGroup, 1, kMostGroups);
+}
 
 template <class C>
 struct BackwardShape {
@@ -15,7 +21,7 @@ struct BackwardShape {
   int64_t depth, value_depth;      // elements
   int64_t columns, value_columns;  // numbers, whole vectors
   int64_t keys;                    // rows of a block
-  int64_t groups;                  // of key blocks, dealt in turn so that causal work is even
+  int64_t groups;                  // of key blocks, dealt in turn so that causal work is even; of the longest sequence
   int64_t batches, kv_heads;       // that have jobs of their own
   int64_t batch_step, kv_head_step;
   int64_t jobs;
@@ -32,9 +38,7 @@ struct BackwardShape {
     kv_head_step = mask && mask.stride_h == 0 ? p.kv_heads : 1;
     batches = p.batch / maximum<int64_t>(batch_step, 1);
     kv_heads = p.kv_heads / maximum<int64_t>(kv_head_step, 1);
-    const int64_t blocks = ceil_div(p.max_seqlen_k, kKeys);
-    const bool one_group = (mask && mask.stride_col == 0) || batches * kv_heads == 0;
-    groups = one_group ? 1 : clamp(ceil_div(kEnoughBackwardJobs, batches * kv_heads), 1, maximum<int64_t>(blocks, 1));
+    groups = mask && mask.stride_col == 0 ? 1 : groups_of(p.max_seqlen_k);
     jobs = batches * kv_heads * groups;
   }
 

@@ -8,9 +8,8 @@
 namespace attention_ext {
 namespace {
 
-constexpr int64_t kEnoughDecodeJobs = 16;
-constexpr int64_t kValueRows = 48;          // a divisor of kKeys: that many widened rows stay in L1
-constexpr int64_t kLeastSplit = 4 * kKeys;  // a split shorter than this costs more than it spreads
+constexpr int64_t kValueRows = 48;            // a divisor of kKeys: that many widened rows stay in L1
+constexpr int64_t kKeysPerSplit = 8 * kKeys;  // fixed, or the last bits would depend on what else is in the batch
 
 template <class C>
 struct DecodeShape {
@@ -24,10 +23,8 @@ struct DecodeShape {
     width = round_up(p.head_dim, kLanes<T>);
     columns = round_up(p.head_dim_v, kLanes<T>);
     rows = p.group_size() * p.max_seqlen_q;
-    const int64_t groups = p.batch * p.kv_heads;
-    splits = clamp(minimum(ceil_div(kEnoughDecodeJobs, maximum<int64_t>(groups, 1)), p.max_seqlen_k / kLeastSplit), 1,
-                   kEnoughDecodeJobs);
-    jobs = groups * splits;
+    splits = maximum<int64_t>(ceil_div(p.max_seqlen_k, kKeysPerSplit), 1);
+    jobs = p.batch * p.kv_heads * splits;
     keys = minimum(kKeys, round_up(p.max_seqlen_k, kLanes<T>));
   }
 };
@@ -128,8 +125,8 @@ class DecodeJob {
   void walk() {
     open();
     const Range all = visible_keys(p_, sequence_, {0, sequence_.length_q});
-    const int64_t share = round_up(ceil_div(all.size(), shape_.splits), kKeys);
-    const Range mine{minimum(all.begin + split_ * share, all.end), minimum(all.begin + (split_ + 1) * share, all.end)};
+    const int64_t begin = all.begin + split_ * kKeysPerSplit;
+    const Range mine{begin, minimum(begin + kKeysPerSplit, all.end)};
     end_ = mine.end;
     for (int64_t k = mine.begin; k < mine.end; k += kKeys) block({k, minimum(k + kKeys, mine.end)});
   }

@@ -109,7 +109,7 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
     const Matrix<T> weight{scratch_.weight, kQueries<T>}, moved{scratch_.moved, kQueries<T>};
     const auto query = as_operand(columns_from(columns(scratch_.query_columns, i), first_lane));
     const auto query_tangent = as_operand(columns_from(columns(scratch_.query_tangent_columns, i), first_lane));
-    T* const means = mean(i) + first_lane;
+    alignas(64) T by_block[kQueries<T>] = {};  // summed apart: long rows lose less that way
     dots(rows_from(key_, skip), query, k, tile, weight, Start::kZero);
     if (p_.tangent.query) dots(rows_from(key_, skip), query_tangent, k, tile, moved, Start::kZero);
     if (p_.tangent.key) {
@@ -126,10 +126,14 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
       T *w = weight.row(r) + lane, *m = moved.row(r) + lane;
       const Vec<T> prob = load(w), by_score = prob * score_tangent(block, bend, load(m), r, lane);
       const Vec<T> product = prob == Vec<T>{} ? Vec<T>{} : by_score;
-      store(means + lane, load(means + lane) + product);
+      store(by_block + lane, load(by_block + lane) + product);
       store(m, kept ? product : Vec<T>{});
       store(w, kept ? prob : Vec<T>{});
     });
+    for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
+      T* total = mean(i) + first_lane + lane;
+      store(total, load(total) + load(by_block + lane));
+    }
     const Matrix<T> sum = rows_from(sums(i), first_lane);
     add_product(moved, rows_from(value_, skip / C::kPair), k, tile, sum);
     if (p_.tangent.value) add_product(weight, rows_from(value_tangent_, skip / C::kPair), k, tile, sum);

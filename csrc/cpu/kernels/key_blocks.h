@@ -24,10 +24,10 @@ class KeyBlocks {
     for (int64_t batch = b.begin; batch < b.end; ++batch) {
       sequence_ = sequence_of(p_, batch);
       const int64_t rows = p_.cu_seqlens_k ? sequence_.length_k : p_.seqlen_k;
+      const int64_t groups = minimum(groups_of(rows), shape_.groups);
+      if (group_ >= groups) continue;
       for (kv_head_ = h.begin; kv_head_ < h.end; ++kv_head_) {
-        for (int64_t k = group_ * kKeys; k < rows; k += shape_.groups * kKeys) {
-          block({k, minimum(k + kKeys, rows)});
-        }
+        for (int64_t k = group_ * kKeys; k < rows; k += groups * kKeys) block({k, minimum(k + kKeys, rows)});
       }
     }
   }

@@ -55,13 +55,13 @@ void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Sc
       top[n] = max(s, top[n]);  // a NaN score is left to the exponential
     });
   }
-  Vec<T> base[kVectors], sum[kVectors];
+  Vec<T> base[kVectors], sum[kVectors] = {};  // of this block alone: long rows lose less that way
   unroll<kVectors>(UNROLLED(n) {
     const Vec<T> before = load(state.maximum + n * kLanes<T>);
     const Vec<T> now = max(top[n] * splat<T>(unit), before);
     base[n] = finite_or_zero<T>(now);
     const Vec<T> worth = exp2<T>(before - base[n]);
-    sum[n] = load(state.sum + n * kLanes<T>) * worth;
+    store(state.sum + n * kLanes<T>, load(state.sum + n * kLanes<T>) * worth);
     store(state.maximum + n * kLanes<T>, now);
     store(factor + n * kLanes<T>, worth);
   });
@@ -83,7 +83,10 @@ void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Sc
   for (; done < rows; ++done) {
     unroll<kVectors>(UNROLLED(n) { store(score.row(done) + n * kLanes<T>, weight(done, n)); });
   }
-  unroll<kVectors>(UNROLLED(n) { store(state.sum + n * kLanes<T>, sum[n]); });
+  unroll<kVectors>(UNROLLED(n) {
+    T* total = state.sum + n * kLanes<T>;
+    store(total, load(total) + sum[n]);
+  });
 }
 
 }  // namespace
