@@ -17,8 +17,10 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import report
 import torch
@@ -215,6 +217,18 @@ def check(stock: Result, ours: Result, options: argparse.Namespace) -> None:
             sys.exit(f"the loss curves differ by more than {CURVE_TOLERANCE[options.dtype]}")
 
 
+def draw_losses(results: dict[str, Result], axes: Any) -> None:
+    for (name, result), style in zip(results.items(), ("-", "--"), strict=True):
+        axes.plot(range(1, len(result.losses) + 1), result.losses, style, label=name)
+    axes.set(xlabel="step", ylabel="training loss", title="Same seed, same data")
+    axes.legend()
+
+
+def draw_step_times(results: dict[str, Result], axes: Any) -> None:
+    axes.boxplot([result.step_ms for result in results.values()], tick_labels=list(results), showfliers=False)
+    axes.set(ylabel="ms per step", title="Time of a training step", ylim=(0, None))
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
@@ -241,12 +255,8 @@ def main() -> None:
     options = parse()
     results = {name: run(name, name == "ours", options) for name in ("torch", "ours")}
     show(results, options)
-    check(*results.values(), options)
-    losses = {name: result.losses for name, result in results.items()}
-    if report.picture(options.out, losses, {name: result.step_ms for name, result in results.items()}):
-        print(f"wrote {options.out}")
-    else:
-        print("no picture: matplotlib is not installed")
+    check(results["torch"], results["ours"], options)
+    report.picture(options.out, partial(draw_losses, results), partial(draw_step_times, results))
 
 
 if __name__ == "__main__":

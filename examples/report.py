@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     import rich.box
@@ -59,23 +60,20 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     rich.console.Console().print(grid)
 
 
-def picture(path: Path, losses: dict[str, list[float]], step_ms: dict[str, list[float]]) -> bool:
-    """Loss curves beside step times, one line or box for each key. False where matplotlib is missing."""
+def picture(path: Path, *panels: Callable[[Any], None]) -> None:
+    """Writes a picture of panels side by side, each drawn by a function that is given its axes, and says so."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError:
-        return False
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for (name, curve), style in zip(losses.items(), ("-", "--"), strict=False):
-        left.plot(range(1, len(curve) + 1), curve, style, label=name)
-    left.set(xlabel="step", ylabel="training loss", title="Same seed, same data")
-    left.legend()
-    right.boxplot(list(step_ms.values()), tick_labels=list(step_ms), showfliers=False)
-    right.set(ylabel="ms per step", title="Time of a training step", ylim=(0, None))
+        print("no picture: matplotlib is not installed")
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    for draw, one in zip(panels, axes[0], strict=True):
+        draw(one)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    return True
+    print(f"wrote {path}")

@@ -41,6 +41,23 @@ def test_digits_vit_recognises_digits() -> None:
     run("digits_vit.py", "--threads", 1, "--epochs", 12, "--assert-accuracy", 0.85)
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("curvature.py", "--steps 10 --batch 2 --length 32 --products 10"),
+        ("per_sample_gradients.py", "--steps 2 --batch 16"),
+        ("gradient_penalty.py", "--steps 4 --batch 16"),
+        ("mean_flow.py", "--steps 2 --batch 16 --width 32 --layers 1"),
+    ],
+)
+def test_derivatives_are_those_of_stock_torch(tmp_path: Path, script: str, arguments: str) -> None:
+    pytest.importorskip("sklearn")
+    picture = tmp_path / "picture.png"
+    text = run(script, "--threads", 1, "--compare", *arguments.split(), "--out", picture)
+    assert "differs from stock torch's by" in text
+    assert "no picture" in text or picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_torchscript_trains_in_python_without_the_package() -> None:
     assert "Python: loss" in run("torchscript/main.py", "--no-cpp")
 
