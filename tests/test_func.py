@@ -310,6 +310,19 @@ class TestDropout:
         assert not torch.equal(out[0], out[1])
         assert not torch.equal(out[0], out[2])
 
+    @pytest.mark.parametrize("randomness", ["same", "different", "error"])
+    def test_a_call_without_mapped_inputs_draws_too(self, randomness: str) -> None:
+        def scaled(factor: Tensor) -> Tensor:
+            return self.attend(self.q, self.k, self.v) * factor
+
+        ones = torch.ones(3, dtype=torch.float64)
+        if randomness == "error":
+            with pytest.raises(RuntimeError, match="called random operation while in randomness error mode"):
+                func.vmap(scaled, randomness=randomness)(ones)
+        else:
+            out = func.vmap(scaled, randomness=randomness)(ones)
+            assert torch.equal(out[0], out[1]) == (randomness == "same")
+
     def test_same_mode_consumes_the_generator_once(self) -> None:
         samples = [torch.stack([x, x, x]) for x in (self.q, self.k, self.v)]
         torch.manual_seed(0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 ops = torch.ops.attention_ext
 
@@ -23,6 +24,9 @@ RANDOMNESS_ERROR = (
     "vmap: called random operation while in randomness error mode. Please either use the 'same' or 'different' "
     "randomness flags on vmap or perform the randomness operation out of vmap"
 )
+
+LIBRARY = torch.library.Library("attention_ext", "FRAGMENT")  # keeps what is registered through it alive
+DROPOUT = [argument.name for argument in ops.attention.default._schema.arguments].index("dropout_p")
 
 # arguments (B, H, L, ...)
 ROWS = {"query", "key", "value", "out", "logsumexp", "grad_out", "grad_logsumexp"}
@@ -165,12 +169,27 @@ def rewinder(device: torch.device) -> Callable[[], None]:
 
 def attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     call = Call(ops.attention.default, info, in_dims, args)
-    if call.values["dropout_p"] > 0 and info.randomness == "error":
-        raise RuntimeError(RANDOMNESS_ERROR)
     if call.values["dropout_p"] > 0 and info.randomness == "same":
         return call.one_by_one(before_each=rewinder(call.values["query"].device))
     out, logsumexp, rng_state = call.run(call.folded())
     return (call.unfold_rows(out), call.unfold_rows(logsumexp), rng_state), (0, 0, None)
+
+
+def attention_in_vmap(keyset: Any, *args: Any) -> Any:
+    """Comes before the rule, also where no argument is mapped: such a call draws too, and obeys `randomness` too."""
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    arguments: list[Any] = [argument.default_value for argument in ops.attention.default._schema.arguments]
+    arguments[: len(args)] = args
+    if arguments[DROPOUT] > 0:
+        if interpreter.randomness() == "error":
+            raise RuntimeError(RANDOMNESS_ERROR)
+        level = interpreter.level()
+        mapped = any(isinstance(x, Tensor) and torch._C._functorch.maybe_get_level(x) == level for x in arguments)
+        if interpreter.randomness() == "different" and not mapped:
+            query = arguments[0].expand(interpreter.batch_size(), *arguments[0].shape)
+            arguments[0] = torch._C._functorch._add_batch_dim(query, 0, level)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)):
+        return ops.attention.default(*arguments)
 
 
 def attention_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -207,3 +226,4 @@ def attention_weights(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[
 def register() -> None:
     for rule in (attention, attention_backward, attention_jvp, attention_double_backward, attention_weights):
         torch.library.register_vmap(f"attention_ext::{rule.__name__}", rule)
+    LIBRARY.impl("attention", attention_in_vmap, "FuncTorchVmapMode", with_keyset=True)
