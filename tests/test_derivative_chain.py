@@ -87,7 +87,7 @@ class Link:
         return self.kept.replace(**{name: x[name] for name in DIFFERENTIABLE}).call(reference.attention)[:2]
 
     def torch_backward(self, x: Arguments) -> tuple[Tensor, ...]:
-        _, pull = torch.func.vjp(lambda *inputs: self.torch_attention(named(inputs)), *(x[n] for n in DIFFERENTIABLE))
+        pull = torch.func.vjp(lambda *inputs: self.torch_attention(named(inputs)), *(x[n] for n in DIFFERENTIABLE))[1]
         return pull((x["grad_out"], x["grad_logsumexp"]))
 
     def torch_jvp(self, x: Arguments) -> tuple[Tensor, ...]:
@@ -96,9 +96,9 @@ class Link:
 
     def torch_double(self, x: Arguments) -> tuple[Tensor, ...]:
         names = ("grad_out", "grad_logsumexp", *DIFFERENTIABLE)
-        _, pull = torch.func.vjp(
+        pull = torch.func.vjp(
             lambda *inputs: self.torch_backward(dict(zip(names, inputs, strict=True))), *(x[name] for name in names)
-        )
+        )[1]
         return pull(tuple(x[f"{name}_tangent"] for name in DIFFERENTIABLE))
 
     def torch_weights(self, x: Arguments) -> tuple[Tensor, ...]:
