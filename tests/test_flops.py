@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`torch.utils.flop_counter` counts the operators as it counts torch's own attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, func
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import attention_ext
+
+B, H, L, S, D, DV = 2, 3, 10, 14, 8, 4
+
+
+def tensors(head_dim_v: int = DV) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = [(B, H, L, D), (B, H, S, D), (B, H, S, head_dim_v)]
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    return q, k, v
+
+
+def counted() -> FlopCounterMode:
+    return FlopCounterMode(display=False)
+
+
+def test_forward_and_backward_equal_torchs() -> None:
+    q, k, v = tensors(D)
+    with counted() as ours:
+        attention_ext.attention(q, k, v).sum().backward()
+    forward = sdpa_flop_count(q.shape, k.shape, v.shape)
+    assert ours.get_total_flops() == forward + sdpa_backward_flop_count(q.shape, q.shape, k.shape, v.shape)
+
+
+def test_head_dims_count_apart() -> None:
+    with counted() as counter:
+        attention_ext.attention(*tensors())
+    assert counter.get_total_flops() == 2 * B * H * L * S * (D + DV)
+
+
+def test_grouped_heads_count_queries() -> None:
+    q, k, v = tensors()
+    with counted() as counter:
+        attention_ext.attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+    assert counter.get_total_flops() == 2 * B * H * L * S * (D + DV)
+
+
+def test_packed_sequences_count_their_own_lengths() -> None:
+    starts = torch.tensor([0, 2, 2, 7])
+    x = torch.randn(7, H, D)
+    with counted() as counter:
+        attention_ext.attention_varlen(x, x, x, starts, starts)
+    assert counter.get_total_flops() == 2 * H * (2 * 2 + 5 * 5) * (D + D)
+
+
+def test_weights_count_rows() -> None:
+    q, k, _ = tensors()
+    logsumexp = torch.zeros(B, H, L)
+    with counted() as counter:
+        attention_ext.attention_weights(q.detach(), k.detach(), logsumexp, rows=(2, 6))
+    assert counter.get_total_flops() == 2 * B * H * 4 * S * D
+
+
+def test_second_order() -> None:
+    inputs = tuple(x.detach() for x in tensors())
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.attention_ext.attention(q, k, v)[0].sum()
+
+    with counted() as counter:
+        func.jvp(loss, inputs, inputs)
+    assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + (3 * D + 2 * DV))
+    with counted() as counter:
+        func.jvp(func.grad(loss, (0, 1, 2)), inputs, inputs)
+    linear, curved = 3 * D + 2 * DV, 7 * D + 5 * DV
+    assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + (3 * D + 2 * DV) + linear + curved)

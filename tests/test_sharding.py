@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""DTensor: batch and head shards give the results of one process, forward and backward, without gathering anything."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import attention_ext
+from attention_ext.ops import sharding
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+
+WORLD = 2
+
+
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {
+        "query": (2, 4, 5, 8),
+        "key": (2, 2, 6, 8),
+        "value": (2, 2, 6, 4),
+        "attn_mask": (1, 4, 1, 6),
+        "alibi_slopes": (4,),
+        "sinks": (4,),
+    }
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def gradients(inputs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    out, logsumexp, _ = torch.ops.attention_ext.attention(
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
+        inputs["attn_mask"],
+        enable_gqa=True,
+        alibi_slopes=inputs["alibi_slopes"],
+        sinks=inputs["sinks"],
+    )
+    loss = out.square().sum() + logsumexp.sum()
+    return out, torch.autograd.grad(loss, list(inputs.values()))
+
+
+def run(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(WORLD))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    sharding.register()
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    expected_out, expected = gradients(tensors())
+    for dim in (0, 1):
+        placements = {name: Shard(dim) if name in ("query", "key", "value") else Replicate() for name in tensors()}
+        if dim == 1:
+            placements |= {"attn_mask": Shard(1), "alibi_slopes": Shard(0), "sinks": Shard(0)}
+        inputs = {name: distribute_tensor(x, mesh, [placements[name]]) for name, x in tensors().items()}
+        with CommDebugMode() as communication:
+            out = torch.ops.attention_ext.attention(inputs["query"], inputs["key"], inputs["value"], enable_gqa=True)[0]
+        assert communication.get_total_counts() == 0
+        assert out.placements == (Shard(dim),)
+        out, actual = gradients(inputs)
+        torch.testing.assert_close(out.full_tensor(), expected_out)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs)
+    dist.destroy_process_group()
+
+
+def test_shards_of_batch_and_heads() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, args=(folder,), nprocs=WORLD)
+
+
+def test_registering_twice_is_harmless() -> None:
+    sharding.register()
+    sharding.register()
+    assert attention_ext.ops.sharding._registered
