@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Packed sequences: each gets, to the bit, what it would get alone, and none sees another."""
+"""Packed sequences: each gets what it would get alone, and none sees another."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def alone(sample: Sample, i: int) -> Sample:
     return sample.replace(**{name: getattr(sample, name)[:, :, rows].contiguous() for name, rows in parts.items()})
 
 
-def assert_each_as_alone(sample: Sample, exact: bool = True) -> None:
+def assert_each_as_alone(sample: Sample) -> None:
+    """To the bit, but for a few queries alone: they have a kernel of their own, which sums in another order."""
     together = evaluate(sample, operator)
     starts = sample.options["cu_seqlens_q"], sample.options["cu_seqlens_k"]
     for i, (rows_q, rows_k) in enumerate(reference.sequences(*starts)):
@@ -63,10 +64,12 @@ def assert_each_as_alone(sample: Sample, exact: bool = True) -> None:
         rows = {"grad_key": rows_k, "grad_value": rows_k}
         for name in ("out", "logsumexp", "grad_query", "grad_key", "grad_value"):
             actual = together[name][:, :, rows.get(name, rows_q)]
-            if exact:
+            if rows_q.stop - rows_q.start > 8:
                 assert torch.equal(actual, expected[name]), (name, i)
             else:
-                torch.testing.assert_close(actual, expected[name])
+                eps = torch.finfo(actual.dtype).eps
+                atol = 40 * eps + torch.finfo(sample.query.dtype).eps ** 2 / 2
+                torch.testing.assert_close(actual, expected[name], rtol=4 * eps, atol=atol)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -3,12 +3,12 @@
 
 The oracle is :mod:`attention_ext.reference` in float64, the baseline the same formula in the dtype of the sample,
 evaluated as torch's math path does. The largest error may be twice the baseline's and the root mean square 1.25 times,
-plus a floor of two parts. One is what rounding probabilities, score gradients and out to the dtype of the inputs costs:
-a share of its eps of the size of an output's terms (:func:`term_sizes`); for logsumexp, which is wider than 16-bit
-inputs, half the square of their eps. The other is what accumulating costs, and where scores and logsumexp are large what
-rounding them costs: a few eps of the accumulate type. It matters where the baseline is exact by luck, as for one-hot
-rows. Infinities and NaNs must be the same ones and are left out of the errors. A root mean square over few independent
-errors is chance: below ``FEW`` numbers or queries the largest error decides alone.
+plus a floor of two parts. One is what rounding probabilities, score gradients and out to the dtype of the inputs
+costs: a share of its eps of the size of an output's terms (:func:`term_sizes`); for logsumexp, which is wider than
+16-bit inputs, half the square of their eps. The other is what accumulating costs, and where scores and logsumexp are
+large what rounding them costs: a few eps of the accumulate type. It matters where the baseline is exact by luck, as for
+one-hot rows. Infinities and NaNs must be the same ones and are left out of the errors. A root mean square over few
+independent errors is chance: below ``FEW`` numbers or queries the largest error decides alone.
 """
 
 from __future__ import annotations

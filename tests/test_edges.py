@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Where attention breaks: hidden rows, NaN and infinity, memory that must not be read, huge strides, subnormals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_ext.testing import PAIRS, SINGLE, Sample, Spec, evaluate, operator, operator_options
+
+NAMED = {x.name: x for x in SINGLE}
+
+Outputs = dict[str, Tensor]
+
+
+def all_outputs(sample: Sample) -> Outputs:
+    outputs = evaluate(sample, operator)
+    if "cu_seqlens_q" not in sample.options:
+        _, logsumexp, rng_state = sample.call(operator)
+        outputs["weights"] = torch.ops.attention_ext.attention_weights(
+            sample.query, sample.key, logsumexp, rng_state, **operator_options(sample.options)
+        )
+    return outputs
+
+
+def assert_equal(actual: Outputs, expected: Outputs) -> None:
+    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
+
+
+# Hidden rows: out 0, logsumexp -inf, gradients and weights 0.
+
+HIDING: dict[str, dict[str, Any]] = {
+    "bool_mask": {"mask": "bool bhqk"},
+    "float_mask": {"mask": "float bhqk inf"},
+    "whole_batch": {"mask": "bool b11k hidden"},
+    "key_lengths": {"key_lengths": (40, 0)},
+    "bottom_right": {"causal": "bottom_right", "lengths": (200, 70)},
+    "window": {"window": (3, 0), "lengths": (200, 70)},
+    "window_grouped": {"window": (70, None), "lengths": (193, 65), "heads": (3, 1)},
+    "varlen": {"varlen": True, "lengths": "more_keys"},
+}
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("hiding", HIDING)
+@pytest.mark.parametrize(
+    "more", [{}, {"dropout_p": 0.3}, {"softcap": 2.0, "alibi": "heads"}], ids=["", "dropout", "mods"]
+)
+def test_hidden_rows(hiding: str, more: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    changes: dict[str, Any] = {"lengths": (70, 70), **HIDING[hiding], **more}
+    sample = Spec(f"hidden {hiding}", head_dims=(32, 16), **changes).build(dtype, "large", device)
+    outputs = all_outputs(sample)
+    hidden = outputs["logsumexp"] == -math.inf
+    assert hidden.any()
+    assert not hidden.all()
+    assert (outputs["out"][hidden] == 0).all()
+    assert (outputs["grad_query"][hidden] == 0).all()
+    assert all(not x.isnan().any() for x in outputs.values())
+    if "weights" in outputs:
+        assert (outputs["weights"][hidden] == 0).all()
+    mask = sample.options.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        assert (outputs["grad_attn_mask"][mask == -math.inf] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_every_row_hidden(kind: str, dtype: torch.dtype, device: str) -> None:
+    mask = torch.zeros(70, 200, dtype=torch.bool, device=device)
+    bias = mask if kind == "bool" else torch.full((70, 200), -math.inf, dtype=dtype, device=device)
+    sample = Spec("all hidden", lengths=(70, 200)).build(dtype, device=device).replace(attn_mask=bias)
+    outputs = all_outputs(sample)
+    assert (outputs.pop("logsumexp") == -math.inf).all()
+    assert all((x == 0).all() for x in outputs.values())
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e30, -10000.0])
+def test_very_negative_bias_is_no_hiding(lowest: float, device: str) -> None:
+    """A row whose keys all have the same huge negative bias still sees them equally."""
+    sample = Spec("negative", lengths=(33, 70)).build(torch.float32, device=device)
+    sample = sample.replace(attn_mask=torch.full((33, 70), lowest, device=device), query=sample.query * 0)
+    outputs = evaluate(sample, operator)
+    mean = sample.value.mean(2, keepdim=True)
+    torch.testing.assert_close(outputs["out"], mean.expand_as(outputs["out"]))
+    assert all(x.isfinite().all() for x in outputs.values())
+
+
+# NaN and infinity come out where they are seen, and nowhere else.
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("spec", ["plain", "causal", "bias", "softcap", "grouped", "decode"])
+def test_seen_query_comes_out(number: float, spec: str, dtype: torch.dtype, device: str) -> None:
+    sample = NAMED[spec].build(dtype, "large", device)
+    query = sample.query.clone()
+    query[0, 1, 2, 3] = number
+    expected, actual = sample.call(operator), sample.replace(query=query).call(operator)
+    others = torch.ones(query.shape[:3], dtype=torch.bool, device=device)
+    others[0, 1, 2] = False
+    assert torch.equal(actual[0][others], expected[0][others])
+    assert torch.equal(actual[1][others], expected[1][others])
+    if math.isnan(number):
+        assert actual[0][0, 1, 2].isnan().all()
+        assert actual[1][0, 1, 2].isnan()
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("part", ["key", "value"])
+@pytest.mark.parametrize("spec", ["plain", "bias", "softcap", "decode"])
+def test_seen_key_and_value_come_out(part: str, spec: str, dtype: torch.dtype, device: str) -> None:
+    sample = NAMED[spec].build(dtype, "large", device)
+    changed = getattr(sample, part).clone()
+    changed[1, 0, -1, 2] = math.nan
+    out, logsumexp, _ = sample.replace(**{part: changed}).call(operator)
+    columns = slice(None) if part == "key" else slice(2, 3)
+    assert out[1, 0, :, columns].isnan().all()
+    assert out[0].isfinite().all()
+    assert out[1, 1].isfinite().all()
+    assert logsumexp[1, 0].isnan().all() == (part == "key")
+
+
+def test_infinite_values_pass(device: str) -> None:
+    sample = Spec("infinite", lengths=(33, 70)).build(torch.float32, device=device)
+    value = sample.value.clone()
+    value[0, 0, 5, 1], value[0, 0, 6, 2] = math.inf, -math.inf
+    out = sample.replace(value=value).call(operator)[0]
+    assert (out[0, 0, :, 1] == math.inf).all()
+    assert (out[0, 0, :, 2] == -math.inf).all()
+    assert out[0, 0, :, 0].isfinite().all()
+
+
+def test_nan_gradient_stays_in_its_row(device: str) -> None:
+    sample = NAMED["plain"].build(torch.float32, "large", device)
+    grad_out = sample.grad_out.clone()
+    grad_out[0, 1, 5, 0] = math.nan
+    actual, expected = evaluate(sample.replace(grad_out=grad_out), operator), evaluate(sample, operator)
+    assert actual["grad_query"][0, 1, 5].isnan().all()
+    others = torch.ones(actual["grad_query"].shape[:3], dtype=torch.bool, device=device)
+    others[0, 1, 5] = False
+    assert torch.equal(actual["grad_query"][others], expected["grad_query"][others])
+    assert torch.equal(actual["grad_key"][0, 0], expected["grad_key"][0, 0])
+
+
+# Keys that no query may see are not read: NaN there changes no bit.
+
+UNREAD: dict[str, tuple[dict[str, Any], slice]] = {
+    "causal": ({"causal": "top_left", "lengths": (70, 300)}, slice(70, 300)),
+    "causal_one_query": ({"causal": "top_left", "lengths": (1, 300)}, slice(1, 300)),
+    "window_right": ({"window": (None, 9), "lengths": (70, 300)}, slice(79, 300)),
+    "window_left": ({"window": (9, None), "alignment": "bottom_right", "lengths": (70, 300)}, slice(0, 221)),
+    "window_left_decode": ({"window": (9, 0), "alignment": "bottom_right", "lengths": (2, 1000)}, slice(0, 989)),
+    "window_past_the_end": ({"window": (70, None), "lengths": (193, 65), "heads": (3, 1)}, slice(65, 65)),
+    "key_lengths": ({"key_lengths": (131, 131), "lengths": (70, 300)}, slice(131, 300)),
+    "key_lengths_decode": ({"key_lengths": (131, 131), "lengths": (1, 300)}, slice(131, 300)),
+    "key_lengths_none": ({"key_lengths": (0, 0), "lengths": (5, 7)}, slice(0, 7)),
+}
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("case", UNREAD)
+@pytest.mark.parametrize("head_dims", [(64, 64), (33, 40)])
+def test_hidden_keys_are_not_read(case: str, head_dims: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    changes, unseen = UNREAD[case]
+    sample = Spec(f"unread {case}", head_dims=head_dims, **changes).build(dtype, device=device)
+    expected = all_outputs(sample)
+    key, value = sample.key.clone(), sample.value.clone()
+    key[:, :, unseen] = value[:, :, unseen] = math.nan
+    assert_equal(all_outputs(sample.replace(key=key, value=value)), expected)
+
+
+@pytest.mark.parametrize("spec", ["key_lengths", "key_lengths_zero", "key_lengths_bottom_right"])
+def test_mask_past_the_length_is_not_read(spec: str, device: str) -> None:
+    sample = NAMED[spec].build(torch.float32, "large", device)
+    bias = torch.randn(*sample.query.shape[:3], sample.key.shape[2], device=device)
+    past = torch.arange(bias.shape[3], device=device) >= sample.options["key_lengths"][:, None, None, None]
+    expected = all_outputs(sample.replace(attn_mask=bias))
+    actual = all_outputs(sample.replace(attn_mask=bias.masked_fill(past, math.nan)))
+    assert_equal(actual, expected)
+    assert (actual["grad_attn_mask"][past.expand_as(bias)] == 0).all()
+
+
+def test_hidden_blocks_of_a_mask_are_not_read(device: str) -> None:
+    """Whole blocks of keys (well over a tile) hidden by a bool mask may hold anything."""
+    sample = Spec("blocks", lengths=(130, 1200)).build(torch.float32, device=device)
+    mask = torch.ones(130, 1200, dtype=torch.bool, device=device)
+    mask[:, 200:1000] = False
+    expected = all_outputs(sample.replace(attn_mask=mask))
+    key, value = sample.key.clone(), sample.value.clone()
+    key[:, :, 384:960] = value[:, :, 384:960] = math.nan
+    assert_equal(all_outputs(sample.replace(attn_mask=mask, key=key, value=value)), expected)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_strides_beyond_two_to_the_31(dim: int, device: str) -> None:
+    """Two entries of a dimension, more than 2^31 elements apart in memory that is never touched in between."""
+    if device != "cpu":
+        pytest.skip("virtual memory costs nothing on the CPU alone")
+    far = 2**31 + 64
+    buffer = torch.empty(far + 4096, dtype=torch.bfloat16) if not torch.are_deterministic_algorithms_enabled() else None
+    if buffer is None:
+        pytest.skip("deterministic mode would fill the memory")
+    shape = [1, 1, 1, 16]
+    shape[dim] = 2
+    strides = [16, 16, 16, 1]
+    strides[dim] = far
+    spread = buffer.as_strided(shape, strides)
+    spread.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    compact = spread.contiguous()
+    compact_out = run_all(compact)
+    assert all(torch.equal(x, y) for x, y in zip(run_all(spread), compact_out, strict=True))
+
+
+def run_all(x: Tensor) -> tuple[Tensor, ...]:
+    inputs = [x.detach().requires_grad_() for _ in range(3)]
+    out, logsumexp, _ = operator(*inputs)
+    return out, logsumexp, *torch.autograd.grad(out, inputs, x.detach())
+
+
+def test_large_mask_strides(device: str) -> None:
+    if device != "cpu" or torch.are_deterministic_algorithms_enabled():
+        pytest.skip("virtual memory costs nothing on the CPU alone, unless filled")
+    far = 2**31 + 64
+    query = torch.randn(2, 1, 3, 8, device=device)
+    bias = torch.empty(far + 64).as_strided((2, 1, 3, 3), (far, 16, 4, 1))
+    bias.copy_(torch.randn(2, 1, 3, 3))
+    actual, expected = (operator(query, query, query, attn_mask=x)[0] for x in (bias, bias.contiguous()))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "spec", [dataclasses.replace(x, name=f"unaligned {x.name}") for x in PAIRS[:12]], ids=lambda x: x.name
+)
+def test_inputs_are_left_alone(spec: Spec, device: str) -> None:
+    sample = spec.build(torch.float32, "large", device)
+    before = [x.clone() for x in (*sample.inputs().values(), sample.grad_out)]
+    all_outputs(sample)
+    for x, y in zip((*sample.inputs().values(), sample.grad_out), before, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_one_tensor_in_every_role(device: str) -> None:
+    x = torch.randn(2, 3, 40, 16, dtype=torch.float64, device=device, requires_grad=True)
+    out = operator(x, x, x)[0]
+    separate = [x.detach().clone().requires_grad_() for _ in range(3)]
+    expected = operator(*separate)[0]
+    assert torch.equal(out, expected)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(gradient, sum(torch.autograd.grad(expected.sum(), separate)))
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_subnormal_numbers(flush: bool, device: str) -> None:
+    sample = Spec("subnormal", lengths=(33, 70)).build(torch.float32, device=device)
+    if not torch.set_flush_denormal(flush):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    try:
+        out, logsumexp, _ = sample.replace(value=sample.value * 1e-40).call(operator)
+        far = sample.replace(query=sample.query * 300).call(operator)
+    finally:
+        torch.set_flush_denormal(False)
+    assert out.isfinite().all()
+    assert logsumexp.isfinite().all()
+    assert all(x.isfinite().all() for x in far[:2])
+
+
+@pytest.mark.parametrize("shift", [-1e4, -300.0, 300.0, 1e4])
+def test_scores_far_from_zero(shift: float, device: str) -> None:
+    sample = NAMED["plain"].build(torch.float64, "large", device)
+    shifted = sample.replace(attn_mask=torch.full((1, 1), shift, dtype=torch.float64, device=device))
+    actual, expected = shifted.call(operator), sample.call(operator)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(actual[1], expected[1] + shift)
+
+
+def test_one_key(dtype: torch.dtype, device: str) -> None:
+    """The only key has weight 1, whatever its score."""
+    sample = Spec("one key", lengths=(70, 1), head_dims=(64, 64)).build(dtype, device=device)
+    outputs = all_outputs(sample)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(outputs["out"], sample.value.expand_as(outputs["out"]), rtol=2 * eps, atol=0)
+    torch.testing.assert_close(outputs["weights"], torch.ones_like(outputs["weights"]), rtol=8 * eps, atol=0)
