@@ -197,12 +197,12 @@ class DecodeJob {
       top = max(s, top);
     }
     T now = maximum_[r];
-    for (int i = 0; i < kLanes<T>; ++i) now = maximum(now, top[i] * static_cast<T>(kLog2E));
-    const Vec<T> base = finite_or_zero<T>(splat<T>(now));
-    const T worth = exp2<T>(splat<T>(maximum_[r]) - base)[0];
+    for (int i = 0; i < kLanes<T>; ++i) now = maximum<T>(now, top[i]);
+    const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
+    const T worth = exp2<T>((splat<T>(maximum_[r]) - base) * log2e)[0];
     Vec<T> sum{};
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
-      const Vec<T> weight = exp2<T>(fma(load(scores + i), splat<T>(static_cast<T>(kLog2E)), -base));
+      const Vec<T> weight = exp2<T>((load(scores + i) - base) * log2e);
       store(scores + i, weight);
       sum += weight;
     }
@@ -245,15 +245,15 @@ void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, i
   const int64_t first = (s.batch * p.kv_heads + head / p.group_size()) * shape.splits;
   for (int64_t q = 0; q < s.length_q; ++q) {
     const int64_t row = head % p.group_size() * s.length_q + q;
-    T top = p.sinks ? static_cast<T>(p.sinks[s.batch * p.sinks_stride_b + head] * kLog2E)
-                    : static_cast<T>(-__builtin_inf());
+    T top = p.sinks ? static_cast<T>(p.sinks[s.batch * p.sinks_stride_b + head]) : static_cast<T>(-__builtin_inf());
     T sum = p.sinks ? T(1) : T(0);
     const Matrix<T> total{shared.sums + (first * round_up(shape.rows, 2) + row) * shape.columns, shape.columns};
     for (int64_t split = 0; split < shape.splits; ++split) {
       const int64_t at = (first + split) * shape.rows + row;
       const T now = maximum(top, shared.maximum[at]);
-      const Vec<T> base = finite_or_zero<T>(splat<T>(now));
-      const Vec<T> worth = exp2<T>(splat<T>(top) - base), added = exp2<T>(splat<T>(shared.maximum[at]) - base);
+      const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
+      const Vec<T> worth = exp2<T>((splat<T>(top) - base) * log2e);
+      const Vec<T> added = exp2<T>((splat<T>(shared.maximum[at]) - base) * log2e);
       const T* more = shared.sums + ((first + split) * round_up(shape.rows, 2) + row) * shape.columns;
       for (int64_t d = 0; d < shape.columns; d += kLanes<T>) {
         const Vec<T> before = split == 0 ? Vec<T>{} : load(total.data + d) * worth;

@@ -81,7 +81,7 @@ class SoftmaxRun : protected QueryRun<C, Job> {
     transpose_rows<C>(rows, tile.vectors, shape_.depth, query_columns(i));
     const double sink = p_.sinks ? p_.sinks[sequence_.batch * p_.sinks_stride_b + tile.head] : -__builtin_inf();
     for (int64_t lane = 0; lane < queries; lane += kLanes<T>) {
-      store(row_state(i).maximum + lane, splat<T>(static_cast<T>(sink * kLog2E)));
+      store(row_state(i).maximum + lane, splat<T>(static_cast<T>(sink)));
       store(row_state(i).sum + lane, splat<T>(p_.sinks ? 1 : 0));
     }
     for (int64_t at = 0; at < queries * shape_.columns; at += kLanes<T>) store(sums(i).data + at, Vec<T>{});

@@ -7,14 +7,14 @@
 namespace attention_ext {
 namespace {
 
-// log2(e) * logsumexp of a tile's queries; +inf, which makes every weight 0, for rows without a visible key and spare
+// logsumexp of a tile's queries; +inf, which makes every weight 0, for rows without a visible key and spare
 // lanes.
 template <class T>
 void load_logsumexp(const T* logsumexp, const Tile& tile, T* to) {
   const T infinity = static_cast<T>(__builtin_inf());
   for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; ++lane) {
     const T value = lane < tile.q.size() ? logsumexp[lane] : -infinity;
-    to[lane] = value == -infinity ? infinity : value * static_cast<T>(kLog2E);
+    to[lane] = value == -infinity ? infinity : value;
   }
 }
 
@@ -30,8 +30,10 @@ void probability_block(const Block<typename C::Scalar>& block, Matrix<typename C
                        const typename C::Scalar* logsumexp, const Derivatives<typename C::Scalar>& bend) {
   using T = typename C::Scalar;
   const T unit = static_cast<T>(kRules == Rules::kAll ? kLog2E : block.mods.scale * kLog2E);
+  const Vec<T> log2e = splat<T>(static_cast<T>(kLog2E));
   Vec<T> base[kVectors];
   unroll<kVectors>(UNROLLED(n) { base[n] = load(logsumexp + n * kLanes<T>); });
+  const bool far = kRules == Rules::kAll && far_from_zero<T>(base);
   for (int64_t r = 0; r < block.k.size(); ++r) {
     unroll<kVectors>(UNROLLED(n) {
       T* lanes = score.row(r) + n * kLanes<T>;
@@ -43,7 +45,7 @@ void probability_block(const Block<typename C::Scalar>& block, Matrix<typename C
         if (bend.slope.data) store(bend.slope.row(r) + n * kLanes<T>, modified.slope);
         if (bend.curve.data) store(bend.curve.row(r) + n * kLanes<T>, modified.curve);
       }
-      Vec<T> weight = C::exponential(fma(s, splat<T>(unit), -base[n]));
+      Vec<T> weight = C::exponential(far ? (s - base[n]) * log2e : fma(s, splat<T>(unit), -base[n] * log2e));
       if constexpr (kRules == Rules::kBand) {
         weight = block.mods.band.template keep<VectorOps<T>>(block.at(r, n)) ? weight : Vec<T>{};
       }

@@ -8,8 +8,8 @@ namespace {
 
 template <class T>
 struct RowState {
-  T* maximum;  // of log2(e) * score so far, -inf before the first visible key
-  T* sum;      // of 2^(log2(e) * score - maximum)
+  T* maximum;  // of the scores so far, -inf before the first visible key
+  T* sum;      // of exp(score - maximum)
 };
 
 template <class T>
@@ -19,13 +19,26 @@ ATTENTION_INLINE Vec<T> finite_or_zero(Vec<T> maximum) {
 
 template <class T>
 ATTENTION_INLINE Vec<T> logsumexp_of(Vec<T> maximum, Vec<T> sum) {
-  return (maximum + log2<T>(sum)) * splat<T>(static_cast<T>(kLn2));
+  return fma(log2<T>(sum), splat<T>(static_cast<T>(kLn2)), maximum);
 }
 
 // 0 for a row without a visible key
 template <class T>
 ATTENTION_INLINE Vec<T> one_over(Vec<T> sum) {
   return sum == Vec<T>{} ? Vec<T>{} : splat<T>(1) / sum;
+}
+
+// Whether log2(e) * base, rounded, could be off by an exponent or overflow: a bias of -1e10 or -1e30, as many models
+// mask. There differences of scores must come first; elsewhere one multiply-add makes an exponent.
+template <class T, int kVectors>
+ATTENTION_INLINE bool far_from_zero(const Vec<T> (&base)[kVectors]) {
+  constexpr T kFar = 1e8;
+  decltype(base[0] < base[0]) far{};
+  unroll<kVectors>(UNROLLED(n) {
+    const Vec<T> distance = abs<T>(base[n]);
+    far |= (distance > kFar) & (distance < static_cast<T>(__builtin_inf()));
+  });
+  return any_lane(far);
 }
 
 // Dot products become unnormalised weights: in place, or in `pairs` of keys where C pairs and there is room. `factor`
@@ -35,8 +48,8 @@ void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Sc
                    RowState<typename C::Scalar> state, typename C::Scalar* factor, Matrix<typename C::Element> pairs) {
   using T = typename C::Scalar;
   const int64_t rows = block.k.size();
-  // Scores that no mod changes stay dot products: scale * log2(e) is folded into the exponent.
-  const T unit = static_cast<T>(kRules == Rules::kAll ? kLog2E : block.mods.scale * kLog2E);
+  // Scores that no mod changes stay dot products: the scale is part of the exponent.
+  T linear = static_cast<T>(kRules == Rules::kAll ? 1.0 : block.mods.scale);
   Vec<T> top[kVectors];
   unroll<kVectors>(UNROLLED(n) { top[n] = splat<T>(static_cast<T>(-__builtin_inf())); });
   for (int64_t r = 0; r < rows; ++r) {
@@ -58,15 +71,27 @@ void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Sc
   Vec<T> base[kVectors], sum[kVectors] = {};  // of this block alone: long rows lose less that way
   unroll<kVectors>(UNROLLED(n) {
     const Vec<T> before = load(state.maximum + n * kLanes<T>);
-    const Vec<T> now = max(top[n] * splat<T>(unit), before);
+    const Vec<T> now = max(top[n] * splat<T>(linear), before);
     base[n] = finite_or_zero<T>(now);
-    const Vec<T> worth = exp2<T>(before - base[n]);
-    store(state.sum + n * kLanes<T>, load(state.sum + n * kLanes<T>) * worth);
+    const Vec<T> worth = exp2<T>((before - base[n]) * splat<T>(static_cast<T>(kLog2E)));
     store(state.maximum + n * kLanes<T>, now);
+    store(state.sum + n * kLanes<T>, load(state.sum + n * kLanes<T>) * worth);
     store(factor + n * kLanes<T>, worth);
   });
+  if (far_from_zero<T>(base)) {
+    for (int64_t r = 0; r < rows; ++r) {
+      unroll<kVectors>(UNROLLED(n) {
+        T* lanes = score.row(r) + n * kLanes<T>;
+        store(lanes, load(lanes) * splat<T>(linear) - base[n]);
+      });
+    }
+    linear = 1;
+    unroll<kVectors>(UNROLLED(n) { base[n] = Vec<T>{}; });
+  }
+  const Vec<T> unit = splat<T>(linear * static_cast<T>(kLog2E));
+  unroll<kVectors>(UNROLLED(n) { base[n] *= splat<T>(static_cast<T>(kLog2E)); });
   const auto weight = [&](int64_t r, auto n) __attribute__((always_inline)) {
-    const Vec<T> w = C::exponential(fma(load(score.row(r) + n * kLanes<T>), splat<T>(unit), -base[n]));
+    const Vec<T> w = C::exponential(fma(load(score.row(r) + n * kLanes<T>), unit, -base[n]));
     sum[n] += w;
     return w;
   };
