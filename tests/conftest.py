@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attention_ext")
     group.addoption("--device", default="cpu", help="where the operators run")
     group.addoption("--poison", action="store_true", help="deterministic mode: torch.empty is filled with NaN")
+    group.addoption("--every", type=int, default=1, help="run only every n-th of the tests chosen otherwise")
     group.addoption("--fuzz-examples", type=int, default=0, help="examples per property test, 0 for the short default")
 
 
@@ -28,6 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.use_deterministic_algorithms(True)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = items[:: config.getoption("--every")]
 
 
 @pytest.fixture

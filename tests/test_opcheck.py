@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""torch.library.opcheck, all four tests of it, on every operator and dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attention_ext.testing import EMPTY, SINGLE, Sample, Spec, operator, operator_options
+
+NAMES = """plain grouped wider_value bool_mask_padding bias_per_head bias_transposed causal_bottom_right window
+softcap alibi_per_batch sinks key_lengths varlen_bias dropout everything decode empty_batch empty_keys empty_queries
+empty_value"""
+CASES = [
+    *(x for x in (*SINGLE, *EMPTY) if x.name in NAMES.split()),
+    Spec("packed", layout="packed"),
+    Spec("strided", layout="strided"),
+    Spec("expanded", layout="expanded"),
+]
+FEW = [x for x in CASES if x.name in ("plain", "everything", "varlen_bias")]
+
+OPERATORS = torch.ops.attention_ext
+
+
+def check(op: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """The fake kernel of a random operator may not draw what the real one draws: opcheck seeds both alike."""
+    torch.manual_seed(0)
+    results = torch.library.opcheck(op, arguments, options)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+def forward_of(sample: Sample) -> tuple[torch.Tensor, ...]:
+    return tuple(x.detach() for x in sample.call(operator))
+
+
+@pytest.mark.parametrize("spec", CASES, ids=lambda x: x.name)
+def test_attention(spec: Spec, device: str) -> None:
+    sample = spec.build(torch.float32, device=device).requiring()
+    check(OPERATORS.attention.default, (sample.query, sample.key, sample.value), operator_options(sample.options))
+
+
+@pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
+def test_attention_of_every_dtype(spec: Spec, dtype: torch.dtype, device: str) -> None:
+    sample = spec.build(dtype, device=device).requiring()
+    check(OPERATORS.attention.default, (sample.query, sample.key, sample.value), operator_options(sample.options))
+
+
+@pytest.mark.parametrize("wanted", [("query",), ("value",), ("attn_mask",), ("alibi_slopes", "sinks"), ()])
+def test_attention_with_some_gradients(wanted: tuple[str, ...], device: str) -> None:
+    spec = next(x for x in SINGLE if x.name == "everything")
+    sample = spec.build(torch.float32, device=device)
+    sample = sample.requiring(*wanted) if wanted else sample
+    check(OPERATORS.attention.default, (sample.query, sample.key, sample.value), operator_options(sample.options))
+
+
+@pytest.mark.parametrize("output_mask", [[True] * 6, [True, False, True, False, False, True], [False] * 6])
+@pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
+def test_attention_backward(spec: Spec, output_mask: list[bool], device: str) -> None:
+    sample = spec.build(torch.float32, device=device)
+    arguments = (sample.grad_out, sample.grad_logsumexp, sample.query, sample.key, sample.value, *forward_of(sample))
+    options = {**operator_options(sample.options), "output_mask": output_mask}
+    check(OPERATORS.attention_backward.default, arguments, options)
+
+
+@pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
+def test_attention_backward_of_every_dtype(spec: Spec, dtype: torch.dtype, device: str) -> None:
+    sample = spec.build(dtype, device=device)
+    arguments = (sample.grad_out, None, sample.query, sample.key, sample.value, *forward_of(sample))
+    check(OPERATORS.attention_backward.default, arguments, operator_options(sample.options))
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"average_heads": True}, {"row_begin": 1, "row_end": 3}], ids=["", "average", "rows"]
+)
+@pytest.mark.parametrize("spec", [x for x in CASES if not x.varlen], ids=lambda x: x.name)
+def test_attention_weights(spec: Spec, more: dict[str, Any], device: str) -> None:
+    sample = spec.build(torch.float32, device=device)
+    if more.get("row_end", 0) > sample.query.shape[2]:
+        pytest.skip("too few rows to choose from")
+    _, logsumexp, rng_state = forward_of(sample)
+    sample = sample.requiring()
+    options = {**operator_options(sample.options), **more}
+    check(OPERATORS.attention_weights.default, (sample.query, sample.key, logsumexp, rng_state), options)
