@@ -58,12 +58,14 @@ class BackwardBlocks : KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, Backward
  private:
   using Blocks::Blocks;
   using Blocks::dropout_, Blocks::kv_head_, Blocks::opened_, Blocks::p_, Blocks::scratch_, Blocks::sequence_,
-      Blocks::shape_, Blocks::shared_;
+      Blocks::shape_, Blocks::shared_, Blocks::unseen_;
 
-  void open_keys(int64_t row, Range k) {
-    const int64_t padded = round_up(k.size(), 2);
-    key_ = rows_of<C>(this->head_rows(p_.key, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows);
-    value_ = rows_of<C>(this->head_rows(p_.value, kv_head_, row), k.size(), padded, p_.head_dim_v, scratch_.value_rows);
+  void open_keys(Range k) {
+    const int64_t row = sequence_.begin_k + k.begin, padded = round_up(k.size(), 2);
+    key_ =
+        rows_of<C>(this->head_rows(p_.key, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows, unseen_);
+    value_ = rows_of<C>(this->head_rows(p_.value, kv_head_, row), k.size(), padded, p_.head_dim_v, scratch_.value_rows,
+                        unseen_);
     key_lanes_ = lanes_of<C>(key_, padded, shape_.columns, scratch_.key_lanes);
   }
 
@@ -101,12 +103,12 @@ class BackwardBlocks : KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, Backward
     const int64_t queries = ceil_div(tile.q.size(), C::kPair);
     if (p_.grad_value) {
       const auto by_query = weights_by_queries<C>(weight, rows, tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_rows(by_query), grad_out.lanes, queries, this->grad_value(skip), rows,
+      multiply<C>(by_rows(by_query), grad_out.lanes, queries, this->grad_value(k.begin), rows,
                   shape_.value_columns / kLanes<T>, Start::kAdd);
     }
     if (p_.grad_key) {
       const auto by_query = weights_by_queries<C>(grad_score, rows, tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_rows(by_query), query.lanes, queries, this->grad_key(skip), rows, shape_.columns / kLanes<T>,
+      multiply<C>(by_rows(by_query), query.lanes, queries, this->grad_key(k.begin), rows, shape_.columns / kLanes<T>,
                   Start::kAdd);
     }
     if (p_.grad_query) {

@@ -28,17 +28,18 @@ struct BFloat16Compute {
   }
 
   static Matrix<const uint32_t> paired_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns,
-                                            uint32_t* buffer) {
+                                            uint32_t* buffer, int64_t unseen) {
     const auto* data = reinterpret_cast<const uint16_t*>(from.data);
     const bool even = from.stride_row % 2 == 0 && columns % (2 * kLanes<uint32_t>) == 0;
-    if (from.stride_col == 1 && rows == padded_rows && even) {
+    if (from.stride_col == 1 && rows == padded_rows && even && unseen == 0) {
       return {reinterpret_cast<const uint32_t*>(data), from.stride_row / 2};
     }
     const int64_t stride = round_up(ceil_div(columns, 2), kLanes<uint32_t>);
     for (int64_t r = 0; r < padded_rows; ++r) {
       auto* to = reinterpret_cast<uint16_t*>(buffer + r * stride);
-      for (int64_t c = r < rows ? columns : 0; c < 2 * stride; ++c) to[c] = 0;
-      if (r >= rows) continue;
+      const bool seen = r >= unseen && r < rows;
+      for (int64_t c = seen ? columns : 0; c < 2 * stride; ++c) to[c] = 0;
+      if (!seen) continue;
       const uint16_t* row = data + r * from.stride_row;
       if (from.stride_col == 1) {
         __builtin_memcpy(to, row, static_cast<size_t>(columns) * sizeof(uint16_t));

@@ -70,16 +70,16 @@ class DoubleBackwardBlocks : KeyBlocks<C, DoubleBackwardBlocks<C>, DoubleBackwar
 
  private:
   using Blocks::dropout_, Blocks::kv_head_, Blocks::opened_, Blocks::p_, Blocks::scratch_, Blocks::sequence_,
-      Blocks::shape_, Blocks::shared_;
+      Blocks::shape_, Blocks::shared_, Blocks::unseen_;
 
   DoubleBackwardBlocks(const DoubleBackwardProblem& p, const BackwardShape<C>& shape,
                        const DoubleBackwardShared<C>& shared, const DoubleBackwardScratch<C>& scratch)
       : Blocks(p, shape, shared, scratch), delta_tangent_(shared.delta_tangent) {}
 
-  void open_keys(int64_t row, Range k) {
-    const int64_t padded = round_up(k.size(), 2);
+  void open_keys(Range k) {
+    const int64_t row = sequence_.begin_k + k.begin, padded = round_up(k.size(), 2);
     const auto open = [&](const View& view, int64_t width, Element* buffer) {
-      return rows_of<C>(this->head_rows(view, kv_head_, row), k.size(), padded, width, buffer);
+      return rows_of<C>(this->head_rows(view, kv_head_, row), k.size(), padded, width, buffer, unseen_);
     };
     key_ = open(p_.key, p_.head_dim, scratch_.key_rows);
     key_lanes_ = lanes_of<C>(key_, padded, shape_.columns, scratch_.key_lanes);
@@ -190,10 +190,10 @@ class DoubleBackwardBlocks : KeyBlocks<C, DoubleBackwardBlocks<C>, DoubleBackwar
       multiply<C>(by_columns(by_key), rows_from(lanes, skip / C::kPair), ceil_div(k.size(), C::kPair),
                   this->grad_query(tile), round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd);
     };
-    if (p_.grad_value) to_keys(weight(), grad_out_.lanes, this->grad_value(skip), shape_.value_columns);
+    if (p_.grad_value) to_keys(weight(), grad_out_.lanes, this->grad_value(k.begin), shape_.value_columns);
     if (p_.grad_key) {
-      to_keys(grad_moved(), query_.lanes, this->grad_key(skip), shape_.columns);
-      if (p_.tangent.query) to_keys(grad_score(), query_tangent_.lanes, this->grad_key(skip), shape_.columns);
+      to_keys(grad_moved(), query_.lanes, this->grad_key(k.begin), shape_.columns);
+      if (p_.tangent.query) to_keys(grad_score(), query_tangent_.lanes, this->grad_key(k.begin), shape_.columns);
     }
     if (p_.grad_query) {
       to_queries(grad_moved(), key_lanes_);

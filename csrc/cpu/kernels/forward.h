@@ -50,7 +50,7 @@ class SoftmaxRun : protected QueryRun<C, Job> {
   friend Run;
 
  protected:
-  using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_;
+  using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_, Run::unseen_;
 
   SoftmaxRun(const AttentionProblem& p, const RunShape<C>& shape, const ForwardScratch<C>& scratch)
       : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
@@ -89,9 +89,9 @@ class SoftmaxRun : protected QueryRun<C, Job> {
 
   void open_keys(Range k) {
     const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), 2);
-    key_ = rows_of<C>(source_of(p_.key, b, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows);
-    const auto rows =
-        rows_of<C>(source_of(p_.value, b, kv_head_, row), k.size(), padded, p_.head_dim_v, scratch_.value_rows);
+    key_ = rows_of<C>(source_of(p_.key, b, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows, unseen_);
+    const auto rows = rows_of<C>(source_of(p_.value, b, kv_head_, row), k.size(), padded, p_.head_dim_v,
+                                 scratch_.value_rows, unseen_);
     value_ = lanes_of<C>(rows, padded, shape_.columns, scratch_.value_lanes);
   }
 

@@ -67,7 +67,7 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
   }
 
  private:
-  using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_;
+  using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_, Run::unseen_;
 
   JvpJob(const Problem& p, const RunShape<C>& shape, const JvpScratch<C>& scratch)
       : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
@@ -89,7 +89,7 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
   void open_keys(Range k) {
     const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), 2);
     const auto open = [&](const View& view, int64_t width, Element* buffer) {
-      return rows_of<C>(source_of(view, b, kv_head_, row), k.size(), padded, width, buffer);
+      return rows_of<C>(source_of(view, b, kv_head_, row), k.size(), padded, width, buffer, unseen_);
     };
     key_ = open(p_.key, p_.head_dim, scratch_.key_rows);
     if (p_.tangent.key) key_tangent_ = open(p_.tangent.key, p_.head_dim, scratch_.key_tangent_rows);

@@ -9,7 +9,7 @@
 namespace attention_ext {
 namespace {
 
-// Job provides open_keys(row, k) and tile_block(tile, k) for some of the opened keys.
+// Job provides open_keys(k) and tile_block(tile, k) for some of the opened keys.
 template <class C, class Job, class Problem, class Scratch>
 class KeyBlocks {
   using T = typename C::Scalar;
@@ -35,9 +35,12 @@ class KeyBlocks {
   Source head_rows(const View& view, int64_t head, int64_t row) const {
     return source_of(view, sequence_.tensor_batch, head, row);
   }
-  Matrix<T> grad_key(int64_t skip) const { return {scratch_.grad_key + skip * shape_.columns, shape_.columns}; }
-  Matrix<T> grad_value(int64_t skip) const {
-    return {scratch_.grad_value + skip * shape_.value_columns, shape_.value_columns};
+  // From the row of key k on.
+  Matrix<T> grad_key(int64_t k) const {
+    return {scratch_.grad_key + (k - rows_.begin) * shape_.columns, shape_.columns};
+  }
+  Matrix<T> grad_value(int64_t k) const {
+    return {scratch_.grad_value + (k - rows_.begin) * shape_.value_columns, shape_.value_columns};
   }
   Matrix<T> grad_query(const Tile& tile) const {
     return rows_from(shared_.query_sums(p_, shape_, group_, sequence_, tile.head), tile.q.begin);
@@ -53,20 +56,25 @@ class KeyBlocks {
   Dropout dropout_;
   Sequence sequence_{};
   int64_t kv_head_ = 0;
-  Range opened_{};  // the keys packed now
+  Range opened_{};      // the keys packed now
+  int64_t unseen_ = 0;  // of them, the first ones that no query sees
 
  private:
   Job& self() { return static_cast<Job&>(*this); }
 
   void block(Range rows) {
-    const int64_t row = sequence_.begin_k + rows.begin;
+    rows_ = rows;
     for (int64_t i = 0; i < (shape_.keys + 1) * shape_.columns; i += kLanes<T>) store(scratch_.grad_key + i, Vec<T>{});
-    for (int64_t i = 0; i < (shape_.keys + 1) * shape_.value_columns; i += kLanes<T>)
+    for (int64_t i = 0; i < (shape_.keys + 1) * shape_.value_columns; i += kLanes<T>) {
       store(scratch_.grad_value + i, Vec<T>{});
-    const Range k{rows.begin, minimum(rows.end, sequence_.length_k)};
+    }
+    const Range seen = visible_keys(p_, sequence_, {0, sequence_.length_q});
+    Range k{maximum(rows.begin, seen.begin), minimum(rows.end, seen.end)};
     if (!k.empty()) {
+      unseen_ = k.begin % C::kPair;
+      k.begin -= unseen_;
       opened_ = k;
-      self().open_keys(row, k);
+      self().open_keys(k);
       for (int64_t g = 0; g < p_.group_size(); ++g) {
         for (int64_t t = 0; t < ceil_div(sequence_.length_q, kQueries<T>); ++t) {
           const Tile tile = tile_of<T>(sequence_, kv_head_ * p_.group_size() + g, t);
@@ -74,15 +82,17 @@ class KeyBlocks {
         }
       }
     }
-    if (p_.grad_key) write(p_.grad_key, row, rows.size(), p_.head_dim, grad_key(0), p_.scale);
-    if (p_.grad_value) write(p_.grad_value, row, rows.size(), p_.head_dim_v, grad_value(0), dropout_.kept_scale);
+    if (p_.grad_key) write(p_.grad_key, rows, p_.head_dim, grad_key(rows.begin), p_.scale);
+    if (p_.grad_value) write(p_.grad_value, rows, p_.head_dim_v, grad_value(rows.begin), dropout_.kept_scale);
   }
 
-  void write(const View& to, int64_t row, int64_t rows, int64_t columns, Matrix<T> from, double factor) const {
-    for (int64_t r = 0; r < rows; ++r) scratch_.factor[r] = static_cast<T>(factor);
-    write_rows(head_rows(to, kv_head_, row), rows, columns, as_operand(from), scratch_.factor);
+  void write(const View& to, Range rows, int64_t columns, Matrix<T> from, double factor) const {
+    for (int64_t r = 0; r < rows.size(); ++r) scratch_.factor[r] = static_cast<T>(factor);
+    write_rows(head_rows(to, kv_head_, sequence_.begin_k + rows.begin), rows.size(), columns, as_operand(from),
+               scratch_.factor);
   }
 
+  Range rows_{};  // the block's keys
   int64_t group_ = 0;
 };
 

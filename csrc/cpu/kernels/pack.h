@@ -57,10 +57,11 @@ void copy_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns, 
   }
 }
 
-// Rows ready to be broadcast from, or to be read by vectors where C does not pair.
+// Rows ready to be broadcast from, or to be read by vectors where C does not pair. The first `unseen` rows (0 or 1,
+// where C pairs) are only there to complete a pair: they are 0, whatever the tensor holds.
 template <class C>
 Matrix<const typename C::Element> rows_of(Source from, int64_t rows, int64_t padded_rows, int64_t columns,
-                                          typename C::Element* buffer) {
+                                          typename C::Element* buffer, int64_t unseen = 0) {
   using T = typename C::Scalar;
   if constexpr (C::kPair == 1) {
     if (stored_as<T>(from.dtype) && from.stride_col == 1 && rows == padded_rows && columns % kLanes<T> == 0) {
@@ -70,7 +71,7 @@ Matrix<const typename C::Element> rows_of(Source from, int64_t rows, int64_t pad
     copy_rows(from, rows, padded_rows, columns, to);
     return {to.data, to.stride};
   } else {
-    return C::paired_rows(from, rows, padded_rows, columns, buffer);
+    return C::paired_rows(from, rows, padded_rows, columns, buffer, unseen);
   }
 }
 

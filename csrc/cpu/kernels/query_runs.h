@@ -48,7 +48,9 @@ class QueryRun {
     const int64_t run = shape_.jobs_per_group - 1 - job % shape_.jobs_per_group;  // the longest of a causal call first
     kv_head_ = group % problem_.kv_heads;
     sequence_ = sequence_of(problem_, group / problem_.kv_heads);
-    const Range all = open_tiles(run);
+    Range all = open_tiles(run);
+    unseen_ = all.begin % C::kPair;
+    all.begin -= unseen_;  // pairs of packed rows stay pairs
     for (int64_t k = all.begin / kKeys * kKeys; k < all.end; k += kKeys) {
       block(Range{maximum(k, all.begin), minimum(k + kKeys, all.end)});
     }
@@ -59,7 +61,8 @@ class QueryRun {
   Sequence sequence_{};
   int64_t kv_head_ = 0;
   Tile* tiles_;
-  Range opened_{};  // the keys packed now
+  Range opened_{};      // the keys packed now
+  int64_t unseen_ = 0;  // of them, the first ones that no tile sees
 
  private:
   Job& self() { return static_cast<Job&>(*this); }
@@ -78,13 +81,13 @@ class QueryRun {
       if (!seen.empty()) all = {minimum(all.begin, seen.begin), maximum(all.end, seen.end)};
       self().open_tile(i);
     }
-    all.begin -= all.begin % C::kPair;  // pairs of packed rows stay pairs
     return all;
   }
 
   void block(Range k) {
     opened_ = k;
     self().open_keys(k);
+    unseen_ = 0;
     for (int64_t i = 0; i < count_; ++i) {
       for_each_part<C>(problem_, tiles_[i], k,
                        [&](const Tile& tile, int64_t lane, Range keys) { self().tile_block(i, tile, lane, keys); });
