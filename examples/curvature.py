@@ -2,8 +2,8 @@
 
 The top curvature is the eigenvalue of the Hessian of the loss, in all parameters, that is largest in size. Power
 iteration finds it with Hessian-vector products alone, each a forward-mode derivative (torch.func.jvp) of a reverse-mode
-gradient (torch.func.grad). Gradient descent with step size lr cannot settle where a curvature exceeds 2 / lr, which the
-picture shows dashed. The model is torch's own nn.TransformerEncoder after attention_ext.replace_.
+gradient (torch.func.grad). On a quadratic loss gradient descent with step size lr diverges where a curvature exceeds
+2 / lr, which the picture shows dashed. The model is torch's own nn.TransformerEncoder after attention_ext.replace_.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def draw(rows: list[Row], lr: float, axes: Any) -> None:
     steps = [row.step for row in rows]
     axes.plot(steps, [row.found.value for row in rows], "C0.-", label="top curvature")
     axes.axhline(2 / lr, color="C0", linestyle="--", label="2 / lr")
-    axes.set(xlabel="step of gradient descent", ylabel="curvature", ylim=(0, None))
+    axes.set(xlabel="step of gradient descent", ylabel="curvature")
     losses = axes.twinx()
     losses.plot(steps, [row.loss for row in rows], "C1.-", label="loss")
     losses.set(ylabel="loss")
-    axes.legend(handles=[*axes.lines, *losses.lines], loc="lower right")
+    axes.legend(handles=[*axes.lines, *losses.lines], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
 def main() -> None:

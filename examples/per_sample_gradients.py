@@ -52,8 +52,9 @@ def sample_norms(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def draw(measured: dict[str, Tensor], clip: float, axes: Any) -> None:
+    edges = torch.linspace(-4, 3, 57).numpy()
     for name, lengths in measured.items():
-        axes.hist(lengths.clamp(min=1e-4).log10().numpy(), bins=40, alpha=0.6, label=name)
+        axes.hist(lengths.log10().clamp(-4, 3).numpy(), bins=edges, alpha=0.6, label=name)
     axes.axvline(torch.tensor(clip).log10().item(), color="black", linestyle="--", label="clipped above")
     axes.set(xlabel="norm of an image's gradient, log10", ylabel="images")
     axes.legend()
