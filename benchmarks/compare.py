@@ -51,7 +51,7 @@ def line(row: Row, before: Row | None = None) -> str:
         return f"{row['case']} L{row['length']}: ours {ours}, torch {theirs}"
     ratio = speed_up(row)
     times = [f"{duration(row[f'{who}_s']):>11} {percent(share(row, who)):>5}" for who in ("ours", "torch")]
-    text = f"{row['case']:48} {row['dtype']:9} {row['pass']:13} {times[0]}   torch {times[1]}"
+    text = f"{row['case']:48} {row['dtype']:9} {row['pass']:22} {times[0]}   torch {times[1]}"
     text += "" if ratio is None else f"   {ratio:>6.2f}x"
     if before is not None:
         text += f"   before {duration(before['ours_s']):>11}, {before['ours_s'] / row['ours_s']:.2f}x"

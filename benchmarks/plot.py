@@ -16,25 +16,43 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-COLOURS = {"forward": "#1f6f8b", "backward": "#7fb7be", "training step": "#333333", "torch": "#c8553d"}
-ROW_INCHES = 0.3
+COLOURS = {
+    "forward": "#1f6f8b",
+    "backward": "#7fb7be",
+    "training step": "#333333",
+    "jvp": "#e0a458",
+    "double_backward": "#8f6593",
+    "hessian_vector_product": "#b5838d",
+}
+TORCH_COLOUR = "#c8553d"
+ROW_INCHES, BAR = 0.3, 0.3
 # What the overview leaves out: other dtypes, and variants of a case that it shows already.
-OVERVIEW = re.compile(r"(?!.*(weights|dropout 0\.0|autocast|d32|d128|H1 L4096|B1 H8 L8192))")
+OVERVIEW = re.compile(r"(?!.*(weights|dropout 0\.0|autocast|L1024 d32|L1024 d128|H1 L4096|B1 H8 L8192))")
 
 
 def label(row: compare.Row) -> str:
     return f"{row['case']}, {row['dtype']}"
 
 
+def place(row: compare.Row, rows: list[compare.Row], names: list[str]) -> float:
+    """The bars of a case lie one below another, around its name."""
+    passes = [other["pass"] for other in rows if label(other) == label(row)]
+    return names.index(label(row)) + BAR * (passes.index(row["pass"]) - (len(passes) - 1) / 2)
+
+
 def draw_speed(axes: Axes, rows: list[compare.Row]) -> None:
     """A bar for each pass of each case: how many times as fast as torch's best path."""
     names = list(dict.fromkeys(map(label, rows)))
-    for which in ("forward", "backward", "training step"):
+    for which in (name for name in COLOURS if any(row["pass"] == name for row in rows)):
         bars = [row for row in rows if row["pass"] == which]
-        offset = {"forward": -0.2, "backward": 0.2, "training step": 0.0}[which]
-        places = [names.index(label(row)) + offset for row in bars]
-        axes.barh(places, [compare.speed_up(row) or 0 for row in bars], 0.4, color=COLOURS[which], label=which)
-    axes.axvline(1, color=COLOURS["torch"], linewidth=1)
+        axes.barh(
+            [place(row, rows, names) for row in bars],
+            [compare.speed_up(row) or 0 for row in bars],
+            BAR,
+            color=COLOURS[which],
+            label=which.replace("_", " "),
+        )
+    axes.axvline(1, color=TORCH_COLOUR, linewidth=1)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xscale("log", base=2)
@@ -44,16 +62,16 @@ def draw_speed(axes: Axes, rows: list[compare.Row]) -> None:
 
 
 def draw_memory(axes: Axes, rows: list[compare.Row]) -> None:
-    for who, name, colour in (("torch", "torch", "torch"), ("ours", "attention_ext", "forward")):
+    for who, name, colour in (("torch", "torch", TORCH_COLOUR), ("ours", "attention_ext", COLOURS["forward"])):
         points = [(row["length"], row[f"{who}_bytes"] / 2**20) for row in rows if row[f"{who}_bytes"] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[colour], label=name)
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.axes.set_xscale("log", base=2)
-        axis.axes.set_yscale("log", base=2)
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="length", ylabel="MiB", title="Peak extra memory")
-    axes.legend(title=rows[0]["case"].replace(", ", "\n"), title_fontsize=7, fontsize=8)
+    axes.legend(title=rows[0]["case"].replace("), ", "),\n"), title_fontsize=7, fontsize=8)
 
 
 def save(figure: Any, facts: dict[str, Any], path: Path) -> None:

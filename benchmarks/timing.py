@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 
 SHORTEST = 200e-6  # a shorter call is repeated within one measurement
-ROUNDS = (5, 60)
+ROUNDS = (3, 60)
+WARM = 0.5  # a first call that takes longer than this is not made again before measuring
 
 
 def _seconds(function: Callable[[], object], repeats: int) -> float:
@@ -22,13 +23,14 @@ def medians(
 ) -> tuple[dict[str, float], float, int]:
     """Median seconds of each function, the median of the probe that runs between them, and how many rounds there were.
 
-    budget: seconds for all rounds together; there are at least 5.
+    budget: seconds for all rounds together; there are at least 3.
     """
     repeats = {}
     round_time = 0.0
     for name, function in functions.items():
-        function()
         once = _seconds(function, 1)
+        if once < WARM:
+            once = _seconds(function, 1)
         repeats[name] = max(1, round(SHORTEST / max(once, 1e-7)))
         round_time += max(once, SHORTEST)
     rounds = min(ROUNDS[1], max(ROUNDS[0], int(budget / round_time)))
