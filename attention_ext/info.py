@@ -1,4 +1,4 @@
-"""`python -m attention_ext.info`: versions, CPU, kernels and a self-check; with --json as one object for bug reports."""
+"""`python -m attention_ext.info`: versions, CPU, kernels and a self-check; with --json one object for bug reports."""
 
 from __future__ import annotations
 
