@@ -68,11 +68,18 @@ ATTENTION_INLINE To bit_cast(From from) {
   return reinterpret_cast<To>(from);
 }
 
-template <class T>
+template <int kStep, class V, int... kLane>
+ATTENTION_INLINE V swap_lanes(V v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+}
+
+template <class T, int kStep = 1>
 ATTENTION_INLINE T sum_lanes(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  if constexpr (kStep < kLanes<T>) {
+    return sum_lanes<T, 2 * kStep>(v + swap_lanes<kStep>(v, std::make_integer_sequence<int, kLanes<T>>{}));
+  } else {
+    return v[0];
+  }
 }
 
 // Whether a comparison holds in any lane.
