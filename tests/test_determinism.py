@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from attention_ext.testing import FEATURES, Sample, Spec, evaluate, operator, operator_options
+from attention_ext.testing import SINGLE, Sample, Spec, evaluate, operator, operator_options
 
 SPECS = [
     Spec("one_head", lengths=(300, 700), head_dims=(64, 64), batch=1, heads=(1, 1)),
@@ -57,9 +58,10 @@ def test_thread_counts(spec: Spec, dtype: torch.dtype, device: str, threads: Cal
         assert_equal(evaluate_all(sample), expected)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda x: x.name)
+@pytest.mark.parametrize("spec", SPECS[::2], ids=lambda x: x.name)
 def test_repeats(spec: Spec, device: str, threads: Callable[[int], None]) -> None:
     """100 times on two threads, between allocations of other sizes."""
+    spec = dataclasses.replace(spec, batch=1, head_dims=(16, 24))
     sample = spec.build(torch.float32, "large", device)
     threads(2)
     expected = evaluate_all(sample)
@@ -69,7 +71,7 @@ def test_repeats(spec: Spec, device: str, threads: Callable[[int], None]) -> Non
         del between
 
 
-@pytest.mark.parametrize("spec", FEATURES, ids=lambda x: x.name)
+@pytest.mark.parametrize("spec", SINGLE, ids=lambda x: x.name)
 def test_every_feature_twice(spec: Spec, device: str) -> None:
     sample = spec.build(torch.bfloat16, "large", device)
     assert_equal(evaluate_all(sample), evaluate_all(sample))
