@@ -30,8 +30,8 @@ struct BFloat16Compute {
   static Matrix<const uint32_t> paired_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns,
                                             uint32_t* buffer, int64_t unseen) {
     const auto* data = reinterpret_cast<const uint16_t*>(from.data);
-    const bool even = from.stride_row % 2 == 0 && columns % (2 * kLanes<uint32_t>) == 0;
-    if (from.stride_col == 1 && rows == padded_rows && even && unseen == 0) {
+    const bool even = columns % (2 * kLanes<uint32_t>) == 0;
+    if (is_dense(from, columns) && rows == padded_rows && even && unseen == 0) {
       return {reinterpret_cast<const uint32_t*>(data), from.stride_row / 2};
     }
     const int64_t stride = round_up(ceil_div(columns, 2), kLanes<uint32_t>);

@@ -57,6 +57,12 @@ void copy_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns, 
   }
 }
 
+// Rows that follow one another. Rows of (batch, length, heads, head_dim) memory lie a power of two apart as a rule, and
+// then share so few cache sets that a product reads them from L2 again and again: copying them once costs less.
+ATTENTION_INLINE bool is_dense(const Source& from, int64_t columns) {
+  return from.stride_col == 1 && from.stride_row == columns;
+}
+
 // Rows ready to be broadcast from, or to be read by vectors where C does not pair. The first `unseen` rows (0 or 1,
 // where C pairs) are only there to complete a pair: they are 0, whatever the tensor holds.
 template <class C>
@@ -64,7 +70,7 @@ Matrix<const typename C::Element> rows_of(Source from, int64_t rows, int64_t pad
                                           typename C::Element* buffer, int64_t unseen = 0) {
   using T = typename C::Scalar;
   if constexpr (C::kPair == 1) {
-    if (stored_as<T>(from.dtype) && from.stride_col == 1 && rows == padded_rows && columns % kLanes<T> == 0) {
+    if (stored_as<T>(from.dtype) && is_dense(from, columns) && rows == padded_rows && columns % kLanes<T> == 0) {
       return {reinterpret_cast<const T*>(from.data), from.stride_row};
     }
     const Matrix<T> to{buffer, round_up(columns, kLanes<T>)};
