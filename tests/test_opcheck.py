@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from attention_ext.testing import EMPTY, SINGLE, Sample, Spec, operator, operator_options
+from attention_ext.testing import DIFFERENTIABLE, EMPTY, SINGLE, Sample, Spec, operator, operator_options
+from attention_ext.testing.second_order import tangents_of
 
 NAMES = """plain grouped wider_value bool_mask_padding bias_per_head bias_transposed causal_bottom_right window
 softcap alibi_per_batch sinks key_lengths varlen_bias dropout everything decode empty_batch empty_keys empty_queries
@@ -69,6 +70,29 @@ def test_attention_backward_of_every_dtype(spec: Spec, dtype: torch.dtype, devic
     sample = spec.build(dtype, device=device)
     arguments = (sample.grad_out, None, sample.query, sample.key, sample.value, *forward_of(sample))
     check(OPERATORS.attention_backward.default, arguments, operator_options(sample.options))
+
+
+def tangents_by_name(sample: Sample) -> dict[str, torch.Tensor | None]:
+    tangents = tangents_of(sample)
+    return {f"{name}_tangent": tangents.get(name) for name in DIFFERENTIABLE}
+
+
+@pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
+def test_attention_jvp(spec: Spec, dtype: torch.dtype, device: str) -> None:
+    sample = spec.build(dtype, device=device)
+    out, logsumexp, rng_state = forward_of(sample)
+    options = {**tangents_by_name(sample), **operator_options(sample.options)}
+    check(OPERATORS.attention_jvp.default, (sample.query, sample.key, sample.value, out, logsumexp, rng_state), options)
+
+
+@pytest.mark.parametrize("output_mask", [[True] * 6, [False, True, False, True, True, False]])
+@pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
+def test_attention_double_backward(spec: Spec, output_mask: list[bool], dtype: torch.dtype, device: str) -> None:
+    sample = spec.build(dtype, device=device)
+    arguments = (sample.grad_out, sample.grad_logsumexp, sample.query, sample.key, sample.value, *forward_of(sample))
+    tangents = tuple(tangents_by_name(sample).values())
+    options = {**operator_options(sample.options), "output_mask": output_mask}
+    check(OPERATORS.attention_double_backward.default, (*tangents, *arguments), options)
 
 
 WEIGHTS = [pytest.param(x, {}, id=x.name) for x in CASES if not x.varlen] + [
