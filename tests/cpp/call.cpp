@@ -22,6 +22,15 @@ int64_t value_at(const Guarded& memory, int64_t i) { return static_cast<const in
 
 double number_at(const Guarded& memory, int64_t i) { return static_cast<const double*>(memory.data())[i]; }
 
+// A mask's gradient or tangent, broadcast as the mask is.
+View like_mask(const Array& array, const View& mask) {
+  View view = array.view;
+  view.stride_b = mask.stride_b;
+  if (mask.stride_row == 0) view.stride_row = 0;
+  if (mask.stride_col == 0) view.stride_col = 0;
+  return view;
+}
+
 }  // namespace
 
 Call::Call(const Case& c, DType type)
@@ -38,18 +47,28 @@ Call::Call(const Case& c, DType type)
       logsumexp(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
       grad_logsumexp(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
       weights(type, c.batch, c.heads, c.seqlen_q, c.seqlen_k),
+      query_tangent(type, c.batch, c.heads, c.seqlen_q, c.head_dim),
+      key_tangent(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim, c.heads_last),
+      value_tangent(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim_v),
+      out_tangent(type, c.batch, c.heads, c.seqlen_q, c.head_dim_v, true),
+      logsumexp_tangent(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
       slopes(static_cast<size_t>(c.heads) * 8),
       sinks(static_cast<size_t>(c.heads) * 8),
       lengths(static_cast<size_t>(c.batch) * 8),
       starts_q((kSequences + 1) * 8),
       starts_k((kSequences + 1) * 8),
       rng_state(16),
-      grad_slopes(static_cast<size_t>((c.varlen ? kSequences : c.batch) * c.heads) * 8),
-      grad_sinks(static_cast<size_t>((c.varlen ? kSequences : c.batch) * c.heads) * 8) {
+      grad_slopes(static_cast<size_t>(sequences() * c.heads) * 8),
+      grad_sinks(static_cast<size_t>(sequences() * c.heads) * 8),
+      slopes_tangent(static_cast<size_t>(sequences() * c.heads) * 8),
+      sinks_tangent(static_cast<size_t>(sequences() * c.heads) * 8) {
   std::mt19937 random(static_cast<unsigned>(c.seqlen_q * 131 + c.seqlen_k * 7 + c.head_dim));
   std::normal_distribution<double> normal;
   const auto draw = [&] { return normal(random); };
-  for (Array* array : {&query, &key, &value, &grad_out, &grad_logsumexp}) array->fill(draw);
+  for (Array* array :
+       {&query, &key, &value, &grad_out, &grad_logsumexp, &query_tangent, &key_tangent, &value_tangent}) {
+    array->fill(draw);
+  }
   if (c.mask != Mask::kNone) {
     const int64_t rows = c.mask == Mask::kFloatPerKey ? 1 : c.seqlen_q,
                   columns = c.mask == Mask::kFloatPerQuery ? 1 : c.seqlen_k;
@@ -60,7 +79,14 @@ Call::Call(const Case& c, DType type)
       return c.mask == Mask::kBool ? static_cast<double>(x > -0.5) : x < -1 ? -INFINITY : x;
     });
     grad_mask.emplace(accumulate_type(type), 1, c.heads, rows, columns);
-    grad_mask->fill([] { return 0.0; });
+    if (kind != DType::kBool) {
+      mask_tangent.emplace(type, 1, c.heads, rows, columns);
+      mask_tangent->fill(draw);
+    }
+  }
+  for (int64_t i = 0; i < sequences() * c.heads; ++i) {  // the same in each sequence, which share slopes and sinks
+    static_cast<double*>(slopes_tangent.data())[i] = 0.05 * static_cast<double>(i % c.heads + 1);
+    static_cast<double*>(sinks_tangent.data())[i] = 0.7 - static_cast<double>(i % c.heads);
   }
   for (int64_t h = 0; h < c.heads; ++h) {
     static_cast<double*>(slopes.data())[h] = 0.1 * static_cast<double>(h + 1);
@@ -127,6 +153,38 @@ void Call::fill(AttentionProblem& p) const {
   if (spec.dropout_p > 0) p.rng_state = static_cast<const int64_t*>(rng_state.data());
 }
 
+int64_t Call::sequences() const { return spec.varlen ? kSequences : spec.batch; }
+
+void Call::fill(BackwardProblem& p) {
+  fill(static_cast<AttentionProblem&>(p));
+  p.out = out.view;
+  p.grad_out = grad_out.view;
+  p.logsumexp = logsumexp.view.data;
+  p.grad_logsumexp = grad_logsumexp.view.data;
+  p.grad_query = grad_query.view;
+  p.grad_key = grad_key.view;
+  p.grad_value = grad_value.view;
+  if (mask_tangent) {
+    p.grad_attn_mask = like_mask(*grad_mask, p.attn_mask);
+    grad_mask->fill([] { return 0.0; });
+  }
+  if (spec.alibi) p.grad_alibi_slopes = static_cast<double*>(grad_slopes.data());
+  if (spec.sinks) p.grad_sinks = static_cast<double*>(grad_sinks.data());
+}
+
+Tangents Call::tangents() const {
+  AttentionProblem p;
+  fill(p);
+  Tangents t;
+  t.query = query_tangent.view;
+  t.key = key_tangent.view;
+  t.value = value_tangent.view;
+  if (mask_tangent) t.attn_mask = like_mask(*mask_tangent, p.attn_mask);
+  if (spec.alibi) t.alibi_slopes = static_cast<const double*>(slopes_tangent.data());
+  if (spec.sinks) t.sinks = static_cast<const double*>(sinks_tangent.data());
+  return t;
+}
+
 ForwardProblem Call::forward() const {
   ForwardProblem p;
   fill(p);
@@ -138,34 +196,84 @@ ForwardProblem Call::forward() const {
 BackwardProblem Call::backward() {
   BackwardProblem p;
   fill(p);
-  p.out = out.view;
-  p.grad_out = grad_out.view;
-  p.logsumexp = logsumexp.view.data;
-  p.grad_logsumexp = grad_logsumexp.view.data;
-  p.grad_query = grad_query.view;
-  p.grad_key = grad_key.view;
-  p.grad_value = grad_value.view;
-  if (mask && mask->view.dtype != DType::kBool) {
-    p.grad_attn_mask = grad_mask->view;
-    p.grad_attn_mask.stride_b = p.attn_mask.stride_b;
-    p.grad_attn_mask.stride_row = p.attn_mask.stride_row;
-    p.grad_attn_mask.stride_col = p.attn_mask.stride_col;
-    grad_mask->fill([] { return 0.0; });
-  }
-  if (spec.alibi) p.grad_alibi_slopes = static_cast<double*>(grad_slopes.data());
-  if (spec.sinks) p.grad_sinks = static_cast<double*>(grad_sinks.data());
   return p;
 }
 
-WeightsProblem Call::weights_problem(bool average_heads) const {
+WeightsProblem Call::weights_problem() const {
   WeightsProblem p;
   fill(p);
   p.logsumexp = logsumexp.view.data;
   p.weights = weights.view;
-  p.average_heads = average_heads;
-  p.row_begin = 0;
   p.row_end = spec.seqlen_q;
   return p;
+}
+
+JvpProblem Call::jvp() const {
+  JvpProblem p;
+  fill(p);
+  p.out = out.view;
+  p.logsumexp = logsumexp.view.data;
+  p.tangent = tangents();
+  p.out_tangent = out_tangent.view;
+  p.logsumexp_tangent = logsumexp_tangent.view.data;
+  return p;
+}
+
+DoubleBackwardProblem Call::double_backward() {
+  DoubleBackwardProblem p;
+  fill(p);
+  p.tangent = tangents();
+  p.out_tangent = out_tangent.view;
+  p.logsumexp_tangent = logsumexp_tangent.view.data;
+  return p;
+}
+
+Call Call::moved(double step) const {
+  Call other(spec, DType::kFloat64);
+  const auto move = [&](Array& to, const Array& from, const Array* tangent) {
+    for (int64_t b = 0; b < to.sizes[0]; ++b) {
+      for (int64_t h = 0; h < to.sizes[1]; ++h) {
+        for (int64_t row = 0; row < to.sizes[2]; ++row) {
+          for (int64_t column = 0; column < to.sizes[3]; ++column) {
+            const double move = tangent == nullptr ? 0 : step * tangent->at(b, h, row, column);
+            to.set(b, h, row, column, from.at(b, h, row, column) + move);
+          }
+        }
+      }
+    }
+  };
+  move(other.query, query, &query_tangent);
+  move(other.key, key, &key_tangent);
+  move(other.value, value, &value_tangent);
+  move(other.grad_out, grad_out, nullptr);
+  move(other.grad_logsumexp, grad_logsumexp, nullptr);
+  if (mask) move(*other.mask, *mask, mask_tangent ? &*mask_tangent : nullptr);
+  for (int64_t h = 0; h < spec.heads; ++h) {
+    static_cast<double*>(other.slopes.data())[h] += step * number_at(slopes_tangent, h);
+    static_cast<double*>(other.sinks.data())[h] += step * number_at(sinks_tangent, h);
+  }
+  return other;
+}
+
+Expected expect_moves(const Call& call) {
+  constexpr double kStep = 1e-5;
+  Expected moves = expect(call.moved(kStep));
+  const Expected back = expect(call.moved(-kStep));
+  const auto difference = [&](Numbers& plus, const Numbers& minus) {
+    for (size_t i = 0; i < plus.values.size(); ++i) {
+      const double change = plus.values[i] - minus.values[i];  // -inf - -inf: the row stays hidden
+      plus.values[i] = std::isnan(change) ? 0 : change / (2 * kStep);
+    }
+  };
+  difference(moves.out, back.out);
+  difference(moves.logsumexp, back.logsumexp);
+  difference(moves.grad_query, back.grad_query);
+  difference(moves.grad_key, back.grad_key);
+  difference(moves.grad_value, back.grad_value);
+  difference(moves.grad_mask, back.grad_mask);
+  difference(moves.grad_slopes, back.grad_slopes);
+  difference(moves.grad_sinks, back.grad_sinks);
+  return moves;
 }
 
 Expected expect(const Call& call) {

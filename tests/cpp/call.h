@@ -25,17 +25,26 @@ struct Call {
   Case spec;
   DType dtype;
   Array query, key, value, out, grad_out, grad_query, grad_key, grad_value, logsumexp, grad_logsumexp, weights;
-  std::optional<Array> mask, grad_mask;
-  Guarded slopes, sinks, lengths, starts_q, starts_k, rng_state, grad_slopes, grad_sinks;
+  Array query_tangent, key_tangent, value_tangent, out_tangent, logsumexp_tangent;
+  std::optional<Array> mask, grad_mask, mask_tangent;
+  Guarded slopes, sinks, lengths, starts_q, starts_k, rng_state, grad_slopes, grad_sinks, slopes_tangent, sinks_tangent;
 
   Call(const Case& spec, DType dtype);
 
   ForwardProblem forward() const;
   BackwardProblem backward();
-  WeightsProblem weights_problem(bool average_heads) const;
+  WeightsProblem weights_problem() const;
+  JvpProblem jvp() const;
+  DoubleBackwardProblem double_backward();
+
+  // The call in double with every input moved by `step` tangents.
+  Call moved(double step) const;
 
  private:
+  int64_t sequences() const;
   void fill(AttentionProblem& problem) const;
+  void fill(BackwardProblem& problem);
+  Tangents tangents() const;
   void poison_past_lengths();
 };
 
@@ -44,5 +53,8 @@ struct Expected {
 };
 
 Expected expect(const Call& call);
+
+// How the above move along the tangents, by central differences.
+Expected expect_moves(const Call& call);
 
 }  // namespace attention_ext::test

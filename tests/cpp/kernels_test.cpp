@@ -126,25 +126,69 @@ void test_backward(const std::string& what, const CpuKernel& kernel, Call& call,
 }
 
 void test_weights(const std::string& what, const CpuKernel& kernel, Call& call, Expected& expected) {
-  run_in_every_order(what, kernel, {&call.weights.memory}, [&] { return call.weights_problem(false); });
+  run_in_every_order(what, kernel, {&call.weights.memory}, [&] { return call.weights_problem(); });
   compare(what + " weights", call.weights, expected.weights, tolerance(call.dtype));
+}
+
+// Numbers that came by differences, and sums of many: compared in the scale of the whole array.
+void compare_moves(const std::string& what, const Array& got, Numbers& want, DType dtype) {
+  double scale = 0;
+  for (const double x : want.values) scale = std::max(scale, std::abs(x));
+  compare(what, got, want, std::max(2e-7, 2 * tolerance(dtype)) * (1 + scale));
+}
+
+void test_jvp(const std::string& what, const CpuKernel& kernel, Call& call, Expected& moves) {
+  run_in_every_order(what, kernel, {&call.out_tangent.memory, &call.logsumexp_tangent.memory},
+                     [&] { return call.jvp(); });
+  compare_moves(what + " out", call.out_tangent, moves.out, call.dtype);
+  compare_moves(what + " logsumexp", call.logsumexp_tangent, moves.logsumexp, call.dtype);
+}
+
+void test_double_backward(const std::string& what, const CpuKernel& kernel, Call& call, Expected& moves) {
+  std::vector<Guarded*> outputs{&call.out_tangent.memory, &call.logsumexp_tangent.memory, &call.grad_query.memory,
+                                &call.grad_key.memory, &call.grad_value.memory};
+  if (call.spec.alibi) outputs.push_back(&call.grad_slopes);
+  if (call.spec.sinks) outputs.push_back(&call.grad_sinks);
+  run_in_every_order(what, kernel, outputs, [&] { return call.double_backward(); });
+  compare_moves(what + " out", call.out_tangent, moves.out, call.dtype);
+  compare_moves(what + " logsumexp", call.logsumexp_tangent, moves.logsumexp, call.dtype);
+  compare_moves(what + " grad_query", call.grad_query, moves.grad_query, call.dtype);
+  compare_moves(what + " grad_key", call.grad_key, moves.grad_key, call.dtype);
+  compare_moves(what + " grad_value", call.grad_value, moves.grad_value, call.dtype);
+  if (call.mask_tangent) compare_moves(what + " grad_mask", *call.grad_mask, moves.grad_mask, call.dtype);
+}
+
+void test_kernel(const CpuKernel& kernel, Call& call, Expected& expected, Expected& moves) {
+  const auto refuses = [&](const AttentionProblem& problem) { return kernel.why_not(problem) != nullptr; };
+  const std::string what = std::string(kernel.name) + " " + name_of(call.dtype) + " " + call.spec.name;
+  switch (kernel.pass) {
+    case Pass::kForward:
+      if (!refuses(call.forward())) test_forward(what, kernel, call, expected);
+      break;
+    case Pass::kBackward:
+      if (!refuses(call.backward())) test_backward(what, kernel, call, expected);
+      break;
+    case Pass::kWeights:
+      if (!call.spec.varlen && !refuses(call.weights_problem())) test_weights(what, kernel, call, expected);
+      break;
+    case Pass::kJvp:
+      if (!refuses(call.jvp())) test_jvp(what, kernel, call, moves);
+      break;
+    case Pass::kDoubleBackward:
+      if (!refuses(call.double_backward())) test_double_backward(what, kernel, call, moves);
+      break;
+  }
 }
 
 void test_case(const Case& spec) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     Call call(spec, dtype);
-    Expected expected = expect(call);
-    // The forward kernel of a table comes before its backward kernel, so out and logsumexp are there when read.
-    for (const CpuKernel& kernel : cpu_kernels()) {
-      if (kernel.why_not(kernel.pass == Pass::kForward    ? static_cast<const AttentionProblem&>(call.forward())
-                         : kernel.pass == Pass::kBackward ? static_cast<const AttentionProblem&>(call.backward())
-                                                          : call.weights_problem(false)) != nullptr) {
-        continue;
+    Expected expected = expect(call), moves = expect_moves(call);
+    // A forward kernel first, so that out and logsumexp are there when the others read them.
+    for (const bool forward : {true, false}) {
+      for (const CpuKernel& kernel : cpu_kernels()) {
+        if ((kernel.pass == Pass::kForward) == forward) test_kernel(kernel, call, expected, moves);
       }
-      const std::string what = std::string(kernel.name) + " " + name_of(dtype) + " " + spec.name;
-      if (kernel.pass == Pass::kForward) test_forward(what, kernel, call, expected);
-      if (kernel.pass == Pass::kBackward) test_backward(what, kernel, call, expected);
-      if (kernel.pass == Pass::kWeights && !spec.varlen) test_weights(what, kernel, call, expected);
     }
   }
 }
