@@ -25,6 +25,6 @@ inline void check(bool holds, const std::string& what) {
 
 void test_headers();
 void test_vectors();
-void test_kernels();
+void test_kernels(int every);
 
 }  // namespace attention_ext::test
