@@ -51,6 +51,8 @@ def fold_tensor(x: Tensor, batch: list[int], heads: int) -> Tensor:
 def fits(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether the operator takes them as they are: 4-D, of one batch, and of as many heads unless those are grouped."""
     q, k, v = query.shape, key.shape, value.shape
+    if q == k and k == v:
+        return len(q) == 4
     if len(q) != 4 or len(k) != 4 or len(v) != 4 or q[0] != k[0] or q[0] != v[0]:
         return False
     return enable_gqa or (q[1] == k[1] and q[1] == v[1])

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr double kWorthThreads = 1 << 17;  // multiply-adds; waking threads costs microseconds
+constexpr int64_t kStackBytes = 64 << 10;  // memory for small calls; an allocation would cost them more than the work
 
 std::atomic<const char*> forced_kernels[std::size(kPassNames)];
 std::atomic<int64_t> call_counts[std::size(kPassNames)];
@@ -64,8 +65,11 @@ void run_on_cpu(Pass pass, const AttentionProblem& problem) {
   const int64_t threads = serial ? 1 : std::min<int64_t>(at::get_num_threads(), most_jobs);
 
   const int64_t shared_bytes = align(plan.shared_bytes), scratch_bytes = align(plan.scratch_bytes);
-  const at::Tensor memory = at::empty({shared_bytes + threads * scratch_bytes}, at::kByte);
-  char* shared = static_cast<char*>(memory.data_ptr());
+  const int64_t bytes = shared_bytes + threads * scratch_bytes;
+  alignas(kAlignment) char on_stack[kStackBytes];
+  at::Tensor on_heap;
+  if (bytes > kStackBytes) on_heap = at::empty({bytes}, at::kByte);
+  char* shared = on_heap.defined() ? static_cast<char*>(on_heap.data_ptr()) : on_stack;
   char* scratch = shared + shared_bytes;
   for (int i = 0; i < plan.phase_count; ++i) {
     const Phase& phase = plan.phases[i];

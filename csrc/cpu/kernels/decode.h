@@ -51,7 +51,7 @@ struct DecodeScratch {
     const int64_t padded_rows = round_up(shape.rows, 2);
     query = arena.take<T>(padded_rows * shape.width);
     key_rows = arena.take<T>(kLanes<T> * shape.width);
-    value_rows = arena.take<T>(kValueRows * shape.columns);
+    value_rows = arena.take<T>(minimum(kValueRows, shape.keys) * shape.columns);
     score = arena.take<T>(padded_rows * shape.keys);
     factor = arena.take<T>(padded_rows);
   }
