@@ -3,69 +3,121 @@
 //   delta    only where a 16-bit out is too coarse: the same from sums that were never rounded (delta.h)
 //   blocks   weights again from logsumexp, block by block, then the five products
 //   queries  what was summed apart becomes grad_query and the gradients of slopes and sinks
+// A job of the blocks finishes keys: key blocks outside, the queries that see them inside. Nothing depends on which
+// thread runs what: sums that jobs share are kept apart until the last phase.
 #pragma once
 
+#include "cpu/kernels/backward_memory.h"
 #include "cpu/kernels/delta.h"
 #include "cpu/kernels/gradient.h"
-#include "cpu/kernels/key_blocks.h"
 #include "cpu/kernels/probability.h"
 
 namespace attention_ext {
 namespace {
 
 template <class C>
-void run_backward_rows(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
+GradientJobs backward_jobs(const BackwardProblem& p) {
+  return {p, p.max_seqlen_k, p.grad_attn_mask.stride_col};
+}
+
+template <class C>
+struct BackwardShared {
   using T = typename C::Scalar;
+  T* delta;
+  SlopeSums slope_sums;
+  GroupSums<T> query_sums;  // grad_query / scale
+
+  BackwardShared(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape, int64_t groups)
+      : delta(take_rows<T>(arena, p)),
+        slope_sums(arena, p, groups),
+        query_sums(arena, p, p.grad_query ? groups : 0, p.heads, p.seqlen_q, shape.columns) {}
+};
+
+template <class C>
+void run_backward_rows(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
   const auto& p = static_cast<const BackwardProblem&>(problem);
-  const BackwardShape<C> shape(p);
+  const int64_t groups = backward_jobs<C>(p).groups;
   Arena arena(shared_memory);
-  const BackwardShared<C> shared(arena, p, shape);
+  const BackwardShared<C> shared(arena, p, BackwardShape<C>(p), groups);
   const int64_t head = job % p.heads;
   const Sequence s = sequence_of(p, job / p.heads);
-  T* delta = shared.delta + row_of(p, s, head);
-  const T* grad_logsumexp = row_pointer<T>(p.grad_logsumexp, p, s, head);
-  for (int64_t q = 0; q < s.length_q; ++q) {
-    delta[q] = grad_logsumexp ? -grad_logsumexp[q] : T(0);
-    if (p.head_dim_v == 0) continue;
-    delta[q] += dot_rows<T>(source_of(p.out, s.tensor_batch, head, s.begin_q + q),
-                            source_of(p.grad_out, s.tensor_batch, head, s.begin_q + q), p.head_dim_v);
-  }
-  for (int64_t group = 0; group < shape.groups; ++group) {
-    shared.slope_sums[(group * p.batch + s.batch) * p.heads + head] = 0.0;
-    if (!p.grad_query) continue;
-    T* sums = shared.query_sums(p, shape, group, s, head).data;
-    for (int64_t i = 0; i < (s.length_q + 1) * shape.columns; i += kLanes<T>) store(sums + i, Vec<T>{});
+  write_delta(p, s, head, shared.delta);
+  for (int64_t group = 0; group < groups; ++group) {
+    if (p.grad_alibi_slopes) shared.slope_sums.of(group, s, head) = 0.0;
+    if (p.grad_query) shared.query_sums.clear(group, s, head, s.begin_q, s.length_q);
   }
 }
 
 template <class C>
-class BackwardBlocks : KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, BackwardScratch<C>> {
-  using Blocks = KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, BackwardScratch<C>>;
+class BackwardBlocks {
   using T = typename C::Scalar;
   using Element = typename C::Element;
-  friend Blocks;
 
  public:
   static void run(const AttentionProblem& problem, void* shared_memory, void* scratch_memory, int64_t job) {
     const auto& p = static_cast<const BackwardProblem&>(problem);
     const BackwardShape<C> shape(p);
+    const GradientJobs jobs = backward_jobs<C>(p);
     Arena shared_arena(shared_memory), scratch_arena(scratch_memory);
-    const BackwardShared<C> shared(shared_arena, p, shape);
+    const BackwardShared<C> shared(shared_arena, p, shape, jobs.groups);
     const BackwardScratch<C> scratch(scratch_arena, p, shape);
-    BackwardBlocks(p, shape, shared, scratch).walk(job);
+    BackwardBlocks(p, shape, shared, scratch).walk(jobs, job);
   }
 
  private:
-  using Blocks::Blocks;
-  using Blocks::dropout_, Blocks::kv_head_, Blocks::opened_, Blocks::p_, Blocks::scratch_, Blocks::sequence_,
-      Blocks::shape_, Blocks::shared_, Blocks::unseen_;
+  BackwardBlocks(const BackwardProblem& p, const BackwardShape<C>& shape, const BackwardShared<C>& shared,
+                 const BackwardScratch<C>& scratch)
+      : p_(p), shape_(shape), shared_(shared), scratch_(scratch), dropout_(dropout_of(p)) {}
+
+  void walk(const GradientJobs& jobs, int64_t job) {
+    group_ = jobs.group_of(job);
+    const Range b = jobs.batches_of(job), h = jobs.kv_heads_of(job);
+    for (int64_t batch = b.begin; batch < b.end; ++batch) {
+      sequence_ = sequence_of(p_, batch);
+      const int64_t rows = p_.cu_seqlens_k ? sequence_.length_k : p_.seqlen_k;
+      const int64_t groups = minimum(groups_of(rows), jobs.groups);
+      if (group_ >= groups) continue;
+      for (kv_head_ = h.begin; kv_head_ < h.end; ++kv_head_) {
+        for (int64_t k = group_ * kKeys; k < rows; k += groups * kKeys) block({k, minimum(k + kKeys, rows)});
+      }
+    }
+  }
+
+  void block(Range rows) {
+    rows_ = rows;
+    for (int64_t i = 0; i < (shape_.keys + 1) * shape_.columns; i += kLanes<T>) store(scratch_.grad_key + i, Vec<T>{});
+    for (int64_t i = 0; i < (shape_.keys + 1) * shape_.value_columns; i += kLanes<T>) {
+      store(scratch_.grad_value + i, Vec<T>{});
+    }
+    const Range seen = visible_keys(p_, sequence_, {0, sequence_.length_q});
+    Range k{maximum(rows.begin, seen.begin), minimum(rows.end, seen.end)};
+    if (!k.empty()) {
+      unseen_ = k.begin % C::kPair;
+      k.begin -= unseen_;
+      opened_ = k;
+      open_keys(k);
+      for (int64_t g = 0; g < p_.group_size(); ++g) {
+        for (int64_t t = 0; t < ceil_div(sequence_.length_q, kQueries<T>); ++t) {
+          const Tile tile = tile_of<T>(sequence_, kv_head_ * p_.group_size() + g, t);
+          for_each_part<C>(p_, tile, k, [&](const Tile& part, int64_t, Range keys) { tile_block(part, keys); });
+        }
+      }
+    }
+    if (p_.grad_key) write(p_.grad_key, rows, p_.head_dim, grad_key(rows.begin), p_.scale);
+    if (p_.grad_value) write(p_.grad_value, rows, p_.head_dim_v, grad_value(rows.begin), dropout_.kept_scale);
+  }
+
+  void write(const View& to, Range rows, int64_t columns, Matrix<T> from, double factor) const {
+    const auto one_factor = static_cast<T>(factor);
+    write_rows(head_rows(to, kv_head_, sequence_.begin_k + rows.begin), rows.size(), columns, as_operand(from),
+               &one_factor, 0);
+  }
 
   void open_keys(Range k) {
     const int64_t row = sequence_.begin_k + k.begin, padded = round_up(k.size(), 2);
-    key_ =
-        rows_of<C>(this->head_rows(p_.key, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows, unseen_);
-    value_ = rows_of<C>(this->head_rows(p_.value, kv_head_, row), k.size(), padded, p_.head_dim_v, scratch_.value_rows,
-                        unseen_);
+    key_ = rows_of<C>(head_rows(p_.key, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows, unseen_);
+    value_ =
+        rows_of<C>(head_rows(p_.value, kv_head_, row), k.size(), padded, p_.head_dim_v, scratch_.value_rows, unseen_);
     key_lanes_ = lanes_of<C>(key_, padded, shape_.columns, scratch_.key_lanes);
   }
 
@@ -75,10 +127,9 @@ class BackwardBlocks : KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, Backward
     const Range k = block.k;
     const int64_t skip = k.begin - opened_.begin;
     const int64_t row = sequence_.begin_q + tile.q.begin, rows = round_up(k.size(), 2);
-    const BothWays<C> query =
-        both_ways<C>(this->head_rows(p_.query, tile.head, row), tile, p_.head_dim, scratch_.query);
+    const BothWays<C> query = both_ways<C>(head_rows(p_.query, tile.head, row), tile, p_.head_dim, scratch_.query);
     const BothWays<C> grad_out =
-        both_ways<C>(this->head_rows(p_.grad_out, tile.head, row), tile, p_.head_dim_v, scratch_.grad_out);
+        both_ways<C>(head_rows(p_.grad_out, tile.head, row), tile, p_.head_dim_v, scratch_.grad_out);
     load_logsumexp(row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.logsumexp);
     load_rows(shared_.delta + row_of(p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.delta);
 
@@ -94,7 +145,8 @@ class BackwardBlocks : KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, Backward
     score_gradient(p_, dropout_, tile, k, weight, grad_score, scratch_.delta);
     if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_score));
     if (p_.grad_alibi_slopes) {
-      this->add_to_slope_gradient(tile, slope_gradient(block, tile.vectors, as_operand(grad_score)));
+      shared_.slope_sums.of(group_, sequence_, tile.head) +=
+          slope_gradient(block, tile.vectors, as_operand(grad_score));
     }
     if (slope.data) multiply_elements(slope, grad_score, k.size(), tile.vectors);
     clear_spare_row(weight, k.size(), tile.vectors);
@@ -103,34 +155,72 @@ class BackwardBlocks : KeyBlocks<C, BackwardBlocks<C>, BackwardProblem, Backward
     const int64_t queries = ceil_div(tile.q.size(), C::kPair);
     if (p_.grad_value) {
       const auto by_query = weights_by_queries<C>(weight, rows, tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_rows(by_query), grad_out.lanes, queries, this->grad_value(k.begin), rows,
+      multiply<C>(by_rows(by_query), grad_out.lanes, queries, grad_value(k.begin), rows,
                   shape_.value_columns / kLanes<T>, Start::kAdd);
     }
     if (p_.grad_key) {
       const auto by_query = weights_by_queries<C>(grad_score, rows, tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_rows(by_query), query.lanes, queries, this->grad_key(k.begin), rows, shape_.columns / kLanes<T>,
+      multiply<C>(by_rows(by_query), query.lanes, queries, grad_key(k.begin), rows, shape_.columns / kLanes<T>,
                   Start::kAdd);
     }
     if (p_.grad_query) {
       const auto by_key = weights_by_keys<C>(grad_score, k.size(), tile.vectors, scratch_.weight_rows);
       multiply<C>(by_columns(by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair),
-                  this->grad_query(tile), round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd);
+                  rows_from(grad_query_sums(tile.head), tile.q.begin), round_up(tile.q.size(), 2),
+                  shape_.columns / kLanes<T>, Start::kAdd);
     }
   }
 
+  Source head_rows(const View& view, int64_t head, int64_t row) const {
+    return source_of(view, sequence_.tensor_batch, head, row);
+  }
+  // From the row of key k on.
+  Matrix<T> grad_key(int64_t k) const {
+    return {scratch_.grad_key + (k - rows_.begin) * shape_.columns, shape_.columns};
+  }
+  Matrix<T> grad_value(int64_t k) const {
+    return {scratch_.grad_value + (k - rows_.begin) * shape_.value_columns, shape_.value_columns};
+  }
+  Matrix<T> grad_query_sums(int64_t head) const {
+    return shared_.query_sums.of(group_, sequence_, head, sequence_.begin_q);
+  }
+
+  const BackwardProblem& p_;
+  const BackwardShape<C>& shape_;
+  const BackwardShared<C>& shared_;
+  const BackwardScratch<C>& scratch_;
+  Dropout dropout_;
+  Sequence sequence_{};
+  int64_t group_ = 0, kv_head_ = 0;
+  Range rows_{};        // the block's keys
+  Range opened_{};      // of them, those that any query sees, packed
+  int64_t unseen_ = 0;  // of those, the first ones that none sees
   Matrix<const Element> key_, key_lanes_, value_;
 };
+
+// Sum over queries of prob(sink) * f(q), the first derivative of anything by the sink of a head.
+template <class T, class F>
+ATTENTION_INLINE double sum_over_sink(const BackwardProblem& p, const Sequence& s, int64_t head, F&& f) {
+  const T* logsumexp = row_pointer<T>(p.logsumexp, p, s, head);
+  const double sink = p.sinks[s.batch * p.sinks_stride_b + head];
+  double sum = 0.0;
+  for (int64_t q = 0; q < s.length_q; ++q) {
+    if (logsumexp[q] != static_cast<T>(-__builtin_inf()))
+      sum += __builtin_exp(sink - static_cast<double>(logsumexp[q])) * f(q);
+  }
+  return sum;
+}
 
 template <class C>
 void run_backward_queries(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
   using T = typename C::Scalar;
   const auto& p = static_cast<const BackwardProblem&>(problem);
-  const BackwardShape<C> shape(p);
   Arena arena(shared_memory);
-  const BackwardShared<C> shared(arena, p, shape);
+  const BackwardShared<C> shared(arena, p, BackwardShape<C>(p), backward_jobs<C>(p).groups);
   const int64_t head = job % p.heads;
   const Sequence s = sequence_of(p, job / p.heads);
-  finish_queries(p, shape, shared, s, head);
+  if (p.grad_query) shared.query_sums.write(p.grad_query, p.head_dim, s, head, s.begin_q, s.length_q, p.scale);
+  if (p.grad_alibi_slopes) p.grad_alibi_slopes[s.batch * p.heads + head] = shared.slope_sums.total(s, head);
   if (p.grad_sinks) {
     const T* delta = shared.delta + row_of(p, s, head);
     p.grad_sinks[s.batch * p.heads + head] =
@@ -142,13 +232,14 @@ template <class C>
 Plan plan_backward(const AttentionProblem& problem) {
   const auto& p = static_cast<const BackwardProblem&>(problem);
   const BackwardShape<C> shape(p);
+  const GradientJobs jobs = backward_jobs<C>(p);
   Arena shared(nullptr), scratch(nullptr);
-  BackwardShared<C>(shared, p, shape);
+  BackwardShared<C>(shared, p, shape, jobs.groups);
   BackwardScratch<C>(scratch, p, shape);
   Plan plan;
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_backward_rows<C>};
   add_delta_phase(p, plan);
-  plan.phases[plan.phase_count++] = {shape.jobs, BackwardBlocks<C>::run};
+  plan.phases[plan.phase_count++] = {jobs.count, BackwardBlocks<C>::run};
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_backward_queries<C>};
   plan.shared_bytes = shared.used();
   plan.scratch_bytes = maximum(plan.scratch_bytes, scratch.used());

@@ -6,42 +6,34 @@
 namespace attention_ext {
 namespace {
 
-// The key blocks of a sequence are dealt to a few groups, each with sums of its own for grad_query, so that few heads
-// make enough jobs. How many depends on the length alone, or the last bits would depend on what else is in the batch.
+// The key blocks of a sequence (in double backward its query tiles) are dealt to a few groups, each with sums of its
+// own for what all of them add to, so that few heads make enough jobs. How many depends on the length alone, or the
+// last bits would depend on what else is in the batch.
 constexpr int64_t kBlocksPerGroup = 5;
 constexpr int64_t kMostGroups = 4;
 
-ATTENTION_INLINE int64_t groups_of(int64_t keys) {
-  return clamp(ceil_div(keys, kKeys) / kBlocksPerGroup, 1, kMostGroups);
+ATTENTION_INLINE int64_t groups_of(int64_t length) {
+  return clamp(ceil_div(length, kKeys) / kBlocksPerGroup, 1, kMostGroups);
 }
 
-template <class C>
-struct BackwardShape {
-  using T = typename C::Scalar;
-  int64_t depth, value_depth;      // elements
-  int64_t columns, value_columns;  // numbers, whole vectors
-  int64_t keys;                    // rows of a block
-  int64_t groups;                  // of key blocks, dealt in turn so that causal work is even; of the longest sequence
-  int64_t batches, kv_heads;       // that have jobs of their own
+// (batches, key heads, groups). Jobs that would add to the same numbers of the mask's gradient are one job.
+struct GradientJobs {
+  int64_t groups;  // of the longest sequence
   int64_t batch_step, kv_head_step;
-  int64_t jobs;
+  int64_t batches, kv_heads, count;
 
-  explicit BackwardShape(const BackwardProblem& p) {
-    depth = ceil_div(p.head_dim, C::kPair);
-    value_depth = ceil_div(p.head_dim_v, C::kPair);
-    columns = round_up(p.head_dim, kLanes<T>);
-    value_columns = round_up(p.head_dim_v, kLanes<T>);
-    keys = minimum(kKeys, round_up(p.max_seqlen_k, kTileRows));
-    // Jobs that would add to the same numbers of the mask's gradient are one job.
+  // stride: the mask gradient's along what is dealt
+  GradientJobs(const BackwardProblem& p, int64_t longest, int64_t stride) {
     const View& mask = p.grad_attn_mask;
     batch_step = mask && mask.stride_b == 0 ? p.batch : 1;
     kv_head_step = mask && mask.stride_h == 0 ? p.kv_heads : 1;
     batches = p.batch / maximum<int64_t>(batch_step, 1);
     kv_heads = p.kv_heads / maximum<int64_t>(kv_head_step, 1);
-    groups = mask && mask.stride_col == 0 ? 1 : groups_of(p.max_seqlen_k);
-    jobs = batches * kv_heads * groups;
+    groups = mask && stride == 0 ? 1 : groups_of(longest);
+    count = batches * kv_heads * groups;
   }
 
+  int64_t group_of(int64_t job) const { return job % groups; }
   Range batches_of(int64_t job) const {
     const int64_t first = job / groups / kv_heads * batch_step;
     return {first, first + batch_step};
@@ -53,29 +45,86 @@ struct BackwardShape {
 };
 
 template <class C>
-struct BackwardShared {
+struct BackwardShape {
   using T = typename C::Scalar;
-  T* delta;            // (b, h, q)
-  T* sums;             // grad_query / scale: (group, b, h, q, columns), a spare row after each sequence
-  double* slope_sums;  // (group, batch, head)
+  int64_t depth, value_depth;      // elements
+  int64_t columns, value_columns;  // numbers, whole vectors
+  int64_t keys;                    // rows of a block
 
-  BackwardShared(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape) {
-    delta = arena.take<T>(tensor_batches(p) * p.heads * p.seqlen_q);
-    slope_sums = arena.take<double>(shape.groups * p.batch * p.heads);
-    sums =
-        arena.take<T>(p.grad_query ? shape.groups * tensor_batches(p) * p.heads * rows_per_head(p) * shape.columns : 0);
+  explicit BackwardShape(const BackwardProblem& p) {
+    depth = ceil_div(p.head_dim, C::kPair);
+    value_depth = ceil_div(p.head_dim_v, C::kPair);
+    columns = round_up(p.head_dim, kLanes<T>);
+    value_columns = round_up(p.head_dim_v, kLanes<T>);
+    keys = minimum(kKeys, round_up(p.max_seqlen_k, kTileRows));
+  }
+};
+
+// Numbers per query (b, h, q). delta comes first in the shared memory of every pass that has one.
+template <class T>
+T* take_rows(Arena& arena, const AttentionProblem& p) {
+  return arena.take<T>((p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.seqlen_q);
+}
+
+// Sums that groups keep apart until all are done: (group, b, h, row, columns), with a spare row after each sequence.
+template <class T>
+struct GroupSums {
+  T* data;
+  int64_t groups, batches, heads, rows, columns;
+  bool packed;
+
+  GroupSums(Arena& arena, const AttentionProblem& p, int64_t groups_, int64_t heads_, int64_t length, int64_t columns_)
+      : groups(groups_), heads(heads_), columns(columns_), packed(p.cu_seqlens_q != nullptr) {
+    batches = packed ? 1 : p.batch;
+    rows = length + (packed ? p.batch : 1);
+    data = arena.take<T>(groups * batches * heads * rows * columns);
   }
 
-  Matrix<T> query_sums(const BackwardProblem& p, const BackwardShape<C>& shape, int64_t group, const Sequence& s,
-                       int64_t head) const {
-    const int64_t spare = p.cu_seqlens_q ? s.batch : 0;
-    const int64_t head_index = (group * tensor_batches(p) + s.tensor_batch) * p.heads + head;
-    return {sums + (head_index * rows_per_head(p) + s.begin_q + spare) * shape.columns, shape.columns};
+  // begin: the first row of the sequence
+  Matrix<T> of(int64_t group, const Sequence& s, int64_t head, int64_t begin) const {
+    const int64_t index = (group * batches + s.tensor_batch) * heads + head;
+    return {data + (index * rows + begin + (packed ? s.batch : 0)) * columns, columns};
   }
 
- private:
-  static int64_t tensor_batches(const BackwardProblem& p) { return p.cu_seqlens_q ? 1 : p.batch; }
-  static int64_t rows_per_head(const BackwardProblem& p) { return p.seqlen_q + (p.cu_seqlens_q ? p.batch : 1); }
+  void clear(int64_t group, const Sequence& s, int64_t head, int64_t begin, int64_t length) const {
+    T* first = of(group, s, head, begin).data;
+    for (int64_t i = 0; i < (length + 1) * columns; i += kLanes<T>) store(first + i, Vec<T>{});
+  }
+
+  // The groups' sums, in their order, times factor, into the rows of a tensor.
+  void write(const View& to, int64_t width, const Sequence& s, int64_t head, int64_t begin, int64_t length,
+             double factor) const {
+    const Matrix<T> total = of(0, s, head, begin);
+    for (int64_t group = 1; group < groups; ++group) {
+      const T* more = of(group, s, head, begin).data;
+      for (int64_t i = 0; i < length * columns; i += kLanes<T>) {
+        store(total.data + i, load(total.data + i) + load(more + i));
+      }
+    }
+    const auto one_factor = static_cast<T>(factor);
+    write_rows(source_of(to, s.tensor_batch, head, begin), length, width, as_operand(total), &one_factor, 0);
+  }
+};
+
+// One number per group and head: the parts of the gradient of the ALiBi slopes.
+struct SlopeSums {
+  double* data;
+  int64_t groups, batches, heads;
+
+  SlopeSums(Arena& arena, const BackwardProblem& p, int64_t groups_)
+      : data(arena.take<double>(p.grad_alibi_slopes ? groups_ * p.batch * p.heads : 0)),
+        groups(groups_),
+        batches(p.batch),
+        heads(p.heads) {}
+
+  double& of(int64_t group, const Sequence& s, int64_t head) const {
+    return data[(group * batches + s.batch) * heads + head];
+  }
+  double total(const Sequence& s, int64_t head) const {
+    double sum = 0.0;
+    for (int64_t group = 0; group < groups; ++group) sum += of(group, s, head);
+    return sum;
+  }
 };
 
 // A tile of queries (or of grad_out) as each product reads it.
@@ -113,7 +162,7 @@ struct BackwardScratch {
   using T = typename C::Scalar;
   using Element = typename C::Element;
   Element *key_rows, *key_lanes, *value_rows, *weight_rows;
-  T *weight, *grad_score, *slope, *bias, *grad_key, *grad_value, *logsumexp, *delta, *factor;
+  T *weight, *grad_score, *slope, *bias, *grad_key, *grad_value, *logsumexp, *delta;
   BothWaysMemory<C> query, grad_out;
 
   BackwardScratch(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape)
@@ -132,7 +181,6 @@ struct BackwardScratch {
     grad_value = arena.take<T>((shape.keys + 1) * shape.value_columns);
     logsumexp = arena.take<T>(kQueries<T>);
     delta = arena.take<T>(kQueries<T>);
-    factor = arena.take<T>(kKeys);
   }
 };
 

@@ -12,21 +12,23 @@
 namespace attention_ext {
 namespace {
 
-// Sum over d of a[d] * b[d], rows of head_dim_v numbers.
+// sums[r] = sum over d of a[r][d] * b[r][d]
 template <class T>
-T dot_rows(Source a, Source b, int64_t columns) {
-  Vec<T> sum{};
+void dot_rows(Source a, Source b, int64_t rows, int64_t columns, T* sums) {
   with_storage<T>(a.dtype, [&](auto* a_storage) __attribute__((always_inline)) {
     with_storage<T>(b.dtype, [&](auto* b_storage) __attribute__((always_inline)) {
       const auto* x = reinterpret_cast<decltype(a_storage)>(const_cast<char*>(a.data));
       const auto* y = reinterpret_cast<decltype(b_storage)>(const_cast<char*>(b.data));
-      for (int64_t d = 0; d < columns; d += kLanes<T>) {
-        sum = fma(load_strided<T>(x + d * a.stride_col, a.stride_col, columns - d),
-                  load_strided<T>(y + d * b.stride_col, b.stride_col, columns - d), sum);
+      for (int64_t r = 0; r < rows; ++r) {
+        Vec<T> sum{};
+        for (int64_t d = 0; d < columns; d += kLanes<T>) {
+          sum = fma(load_strided<T>(x + r * a.stride_row + d * a.stride_col, a.stride_col, columns - d),
+                    load_strided<T>(y + r * b.stride_row + d * b.stride_col, b.stride_col, columns - d), sum);
+        }
+        sums[r] = sum_lanes<T>(sum);
       }
     });
   });
-  return sum_lanes<T>(sum);
 }
 
 class DeltaJob : SoftmaxRun<FloatCompute, DeltaJob> {
@@ -46,8 +48,7 @@ class DeltaJob : SoftmaxRun<FloatCompute, DeltaJob> {
     const auto shape = forward_shape<FloatCompute>(p);
     Arena scratch_arena(scratch_memory), shared_arena(shared_memory);
     const ForwardScratch<FloatCompute> scratch(scratch_arena, p, shape);
-    const BackwardShared<FloatCompute> shared(shared_arena, p, BackwardShape<FloatCompute>(p));
-    DeltaJob(p, shape, scratch, shared.delta).walk(job);
+    DeltaJob(p, shape, scratch, take_rows<float>(shared_arena, p)).walk(job);
   }
 
  private:
@@ -60,18 +61,27 @@ class DeltaJob : SoftmaxRun<FloatCompute, DeltaJob> {
     const int64_t row = row_of(p_, sequence_, tile.head) + tile.q.begin;
     const auto* grad_logsumexp = static_cast<const float*>(p_.grad_logsumexp);
     close_sums(i);
+    dot_rows(source_of(sums(i)),
+             source_of(p_.grad_out, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin), tile.q.size(),
+             p_.head_dim_v, delta_ + row);
     for (int64_t r = 0; r < tile.q.size(); ++r) {
-      const Source out{reinterpret_cast<const char*>(sums(i).row(r)), DType::kFloat32, 0, 1};
-      const Source grad_out =
-          source_of(p_.grad_out, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin + r);
-      const float product = dot_rows<float>(out, grad_out, p_.head_dim_v) * scratch_.factor[r];
-      delta_[row + r] = product - (grad_logsumexp ? grad_logsumexp[row + r] : 0.0f);
+      delta_[row + r] = delta_[row + r] * scratch_.factor[r] - (grad_logsumexp ? grad_logsumexp[row + r] : 0.0f);
     }
   }
 
   const BackwardProblem& p_;
   float* delta_;
 };
+
+// (b, h, q), from out as it was stored
+template <class T>
+void write_delta(const BackwardProblem& p, const Sequence& s, int64_t head, T* delta) {
+  const int64_t row = row_of(p, s, head);
+  dot_rows(source_of(p.out, s.tensor_batch, head, s.begin_q), source_of(p.grad_out, s.tensor_batch, head, s.begin_q),
+           s.length_q, p.head_dim_v, delta + row);
+  const T* grad_logsumexp = row_pointer<T>(p.grad_logsumexp, p, s, head);
+  for (int64_t q = 0; grad_logsumexp && q < s.length_q; ++q) delta[row + q] -= grad_logsumexp[q];
+}
 
 inline void add_delta_phase(const BackwardProblem& p, Plan& plan) {
   if (!DeltaJob::needed(p)) return;

@@ -1,12 +1,14 @@
 // The gradients of attention_backward's results, in phases. With prob P, dP = dropout(grad_out value^T),
 // D = delta, and ' for what moves along the tangents (jvp.h has S', m and out'):
-//   rows     delta (and its finer form), and the sums of grad_query become 0, as in the backward pass
-//   jvp      out' and logsumexp' = m: the gradients with respect to grad_out and grad_logsumexp; then D'
-//   blocks   P' = P (S' - m),  dS = P (dP - D),  dS' = P' (dP - D) + P (dP' - D'),  D' = rowsum(grad_out out');
+//   rows     delta (and its finer form), as in the backward pass
+//   tiles    first jvp.h: out' and logsumexp' = m, the gradients with respect to grad_out and grad_logsumexp; then
+//            P' = P (S' - m),  dS = P (dP - D),  dS' = P' (dP - D) + P (dP' - D'),  D' = rowsum(grad_out out');
 //            through the softcap f: dU = dS f',  dU' = dS' f' + dS f'' U';  then
 //            grad_query = scale (dU' key + dU key'),  grad_key = scale (dU'^T query + dU^T query'),
 //            grad_value = dropout(P')^T grad_out,  grad_attn_mask = dS'
-//   queries  what was summed apart becomes grad_query and the gradients of slopes and sinks
+//   keys     what was summed apart becomes grad_key, grad_value and the gradients of slopes and sinks
+// A job of the tiles finishes queries, one tile after another. The second part needs m and D' of whole rows, and P and
+// P S' again: a tile holds those of as many keys as its caches are worth, so that only what lies beyond is made twice.
 #pragma once
 
 #include "cpu/kernels/backward.h"
@@ -15,151 +17,231 @@
 namespace attention_ext {
 namespace {
 
-template <class C>
-struct DoubleBackwardShared : BackwardShared<C> {
-  using T = typename C::Scalar;
-  T* delta_tangent;  // (b, h, q)
+// 2 MB for a tile: beyond L2, but reading it is still cheaper than the three products that make it. Scores that a
+// softcap bends are not held, since their derivatives would have to be held with them.
+constexpr int64_t kMostHeldKeys = 4096;
 
-  DoubleBackwardShared(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape)
-      : BackwardShared<C>(arena, p, shape) {
-    delta_tangent = arena.take<T>((p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.seqlen_q);
-  }
+ATTENTION_INLINE int64_t held_keys(const AttentionProblem& p) {
+  return p.softcap > 0 ? 0 : minimum(kMostHeldKeys, round_up(p.max_seqlen_k, kKeys));
+}
+
+ATTENTION_INLINE GradientJobs double_backward_jobs(const BackwardProblem& p) {
+  return {p, p.max_seqlen_q, p.grad_attn_mask.stride_row};
+}
+
+template <class C>
+struct DoubleBackwardShared {
+  using T = typename C::Scalar;
+  T *delta, *delta_tangent;
+  SlopeSums slope_sums;
+  GroupSums<T> key_sums, value_sums;  // grad_key / scale, grad_value / kept_scale
+
+  DoubleBackwardShared(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape, int64_t groups)
+      : delta(take_rows<T>(arena, p)),
+        delta_tangent(take_rows<T>(arena, p)),
+        slope_sums(arena, p, groups),
+        key_sums(arena, p, p.grad_key ? groups : 0, p.kv_heads, p.seqlen_k, shape.columns),
+        value_sums(arena, p, p.grad_value ? groups : 0, p.kv_heads, p.seqlen_k, shape.value_columns) {}
 };
 
 template <class C>
-struct DoubleBackwardScratch : BackwardScratch<C> {
+struct DoubleBackwardScratch : JvpScratch<C> {
   using T = typename C::Scalar;
   using Element = typename C::Element;
-  Element *key_tangent_rows, *key_tangent_lanes, *value_tangent_rows;
-  T *moved, *grad_moved, *curve, *bias_tangent, *mean, *delta_tangent;
-  BothWaysMemory<C> query_tangent;
+  Element *key_lanes, *key_tangent_lanes, *query_lanes, *query_tangent_rows, *query_tangent_lanes;
+  T *held_weight, *held_moved, *weight_tangent, *grad_score, *grad_moved, *curve, *grad_query;
+  T *row_mean, *row_delta, *row_delta_tangent;  // per lane of the tile
+  BothWaysMemory<C> grad_out;
 
-  DoubleBackwardScratch(Arena& arena, const DoubleBackwardProblem& p, const BackwardShape<C>& shape)
-      : BackwardScratch<C>(arena, p, shape), query_tangent(arena, p.tangent.query ? p.head_dim : 0) {
+  DoubleBackwardScratch(Arena& arena, const DoubleBackwardProblem& p, const RunShape<C>& run,
+                        const BackwardShape<C>& shape)
+      : JvpScratch<C>(arena, p, p.tangent, run), grad_out(arena, p.head_dim_v) {
     const int64_t padded_keys = shape.keys + kTileRows, block = padded_keys * kQueries<T>;
-    const int64_t depth = round_up(shape.depth, kLanes<Element>),
-                  value_depth = round_up(shape.value_depth, kLanes<Element>);
-    key_tangent_rows = arena.take<Element>(p.tangent.key ? padded_keys * depth : 0);
-    key_tangent_lanes = arena.take<Element>(p.tangent.key && C::kPair != 1 ? padded_keys * shape.columns : 0);
-    value_tangent_rows = arena.take<Element>(p.tangent.value ? padded_keys * value_depth : 0);
-    moved = arena.take<T>(block);
+    const int64_t held = (held_keys(p) + kTileRows) * kQueries<T>;
+    const int64_t query = kQueries<T> * round_up(shape.depth, kLanes<Element>);
+    const int64_t lanes = C::kPair == 1 ? 0 : padded_keys * shape.columns;
+    key_lanes = arena.take<Element>(lanes);
+    key_tangent_lanes = arena.take<Element>(p.tangent.key ? lanes : 0);
+    query_lanes = arena.take<Element>(C::kPair == 1 ? 0 : query);
+    query_tangent_rows = arena.take<Element>(p.tangent.query ? query : 0);
+    query_tangent_lanes = arena.take<Element>(p.tangent.query && C::kPair != 1 ? query : 0);
+    held_weight = arena.take<T>(held);
+    held_moved = arena.take<T>(held);
+    weight_tangent = arena.take<T>(block);
+    grad_score = arena.take<T>(block);
     grad_moved = arena.take<T>(block);
     curve = arena.take<T>(p.softcap > 0 ? block : 0);
-    bias_tangent = arena.take<T>(p.tangent.attn_mask ? block : 0);
-    mean = arena.take<T>(kQueries<T>);
-    delta_tangent = arena.take<T>(kQueries<T>);
+    grad_query = arena.take<T>(kQueries<T> * shape.columns);
+    row_mean = arena.take<T>(kQueries<T>);
+    row_delta = arena.take<T>(kQueries<T>);
+    row_delta_tangent = arena.take<T>(kQueries<T>);
   }
 };
 
 template <class C>
-class DoubleBackwardBlocks : KeyBlocks<C, DoubleBackwardBlocks<C>, DoubleBackwardProblem, DoubleBackwardScratch<C>> {
-  using Blocks = KeyBlocks<C, DoubleBackwardBlocks<C>, DoubleBackwardProblem, DoubleBackwardScratch<C>>;
+class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProblem> {
+  using Jvp = JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProblem>;
   using T = typename C::Scalar;
   using Element = typename C::Element;
-  friend Blocks;
+  friend Jvp;
+  friend QueryRun<C, DoubleBackwardTiles<C>>;
 
  public:
+  static RunShape<C> run_shape(const AttentionProblem& p) { return jvp_shape<C>(p, /*most_tiles=*/1); }
+
   static void run(const AttentionProblem& problem, void* shared_memory, void* scratch_memory, int64_t job) {
     const auto& p = static_cast<const DoubleBackwardProblem&>(problem);
+    const RunShape<C> run = run_shape(p);
     const BackwardShape<C> shape(p);
+    const GradientJobs jobs = double_backward_jobs(p);
     Arena shared_arena(shared_memory), scratch_arena(scratch_memory);
-    const DoubleBackwardShared<C> shared(shared_arena, p, shape);
-    const DoubleBackwardScratch<C> scratch(scratch_arena, p, shape);
-    DoubleBackwardBlocks(p, shape, shared, scratch).walk(job);
+    const DoubleBackwardShared<C> shared(shared_arena, p, shape, jobs.groups);
+    const DoubleBackwardScratch<C> scratch(scratch_arena, p, run, shape);
+    DoubleBackwardTiles(p, run, shape, shared, scratch).walk_group(jobs, job);
   }
 
  private:
-  using Blocks::dropout_, Blocks::kv_head_, Blocks::opened_, Blocks::p_, Blocks::scratch_, Blocks::sequence_,
-      Blocks::shape_, Blocks::shared_, Blocks::unseen_;
+  using Jvp::dropout_, Jvp::key_, Jvp::key_tangent_, Jvp::kv_head_, Jvp::opened_, Jvp::p_, Jvp::seen_, Jvp::sequence_,
+      Jvp::tiles_, Jvp::unseen_;
 
-  DoubleBackwardBlocks(const DoubleBackwardProblem& p, const BackwardShape<C>& shape,
-                       const DoubleBackwardShared<C>& shared, const DoubleBackwardScratch<C>& scratch)
-      : Blocks(p, shape, shared, scratch), delta_tangent_(shared.delta_tangent) {}
+  DoubleBackwardTiles(const DoubleBackwardProblem& p, const RunShape<C>& run, const BackwardShape<C>& shape,
+                      const DoubleBackwardShared<C>& shared, const DoubleBackwardScratch<C>& scratch)
+      : Jvp(p, run, scratch), gradient_shape_(shape), shared_(shared), memory_(scratch) {}
 
-  void open_keys(Range k) {
-    const int64_t row = sequence_.begin_k + k.begin, padded = round_up(k.size(), 2);
-    const auto open = [&](const View& view, int64_t width, Element* buffer) {
-      return rows_of<C>(this->head_rows(view, kv_head_, row), k.size(), padded, width, buffer, unseen_);
-    };
-    key_ = open(p_.key, p_.head_dim, scratch_.key_rows);
-    key_lanes_ = lanes_of<C>(key_, padded, shape_.columns, scratch_.key_lanes);
-    value_ = open(p_.value, p_.head_dim_v, scratch_.value_rows);
-    if (p_.tangent.key) {
-      key_tangent_ = open(p_.tangent.key, p_.head_dim, scratch_.key_tangent_rows);
-      key_tangent_lanes_ = lanes_of<C>(key_tangent_, padded, shape_.columns, scratch_.key_tangent_lanes);
+  void walk_group(const GradientJobs& jobs, int64_t job) {
+    group_ = jobs.group_of(job);
+    const int64_t tiles = this->shape_.jobs_per_group;
+    const Range b = jobs.batches_of(job), h = jobs.kv_heads_of(job);
+    for (int64_t batch = b.begin; batch < b.end; ++batch) {
+      const Sequence s = sequence_of(p_, batch);
+      const int64_t groups = minimum(groups_of(p_.cu_seqlens_q ? s.length_q : p_.seqlen_q), jobs.groups);
+      for (int64_t head = h.begin; head < h.end; ++head) {
+        clear_sums(s, head);
+        for (int64_t tile = group_; tile < tiles && group_ < groups; tile += groups) {
+          this->walk((batch * p_.kv_heads + head) * tiles + tile);
+        }
+      }
     }
-    if (p_.tangent.value) value_tangent_ = open(p_.tangent.value, p_.head_dim_v, scratch_.value_tangent_rows);
   }
 
-  void tile_block(const Tile& tile, Range keys) {
+  void clear_sums(const Sequence& s, int64_t kv_head) const {
+    const int64_t length = p_.cu_seqlens_k ? s.length_k : p_.seqlen_k;
+    if (p_.grad_key) shared_.key_sums.clear(group_, s, kv_head, s.begin_k, length);
+    if (p_.grad_value) shared_.value_sums.clear(group_, s, kv_head, s.begin_k, length);
+    if (!p_.grad_alibi_slopes) return;
+    for (int64_t g = 0; g < p_.group_size(); ++g) {
+      shared_.slope_sums.of(group_, s, kv_head * p_.group_size() + g) = 0.0;
+    }
+  }
+
+  bool held() const { return opened_.end - first_key() <= held_keys(p_); }
+  int64_t first_key() const { return seen_.begin / kKeys * kKeys; }
+  Scores<T> scores(Range k, int64_t lane) const {
+    if (!held()) return this->passing_scores();
+    const int64_t at = (k.begin - first_key()) * kQueries<T> + lane;
+    return {{memory_.held_weight + at, kQueries<T>}, {memory_.held_moved + at, kQueries<T>}};
+  }
+
+  // Once more over the keys, now that the sums of whole rows are known.
+  void finish_tile(int64_t i) {
+    const Tile& tile = tiles_[i];
+    open_rows_of(tile, i);
+    for (int64_t at = 0; at < kQueries<T> * gradient_shape_.columns; at += kLanes<T>) {
+      store(memory_.grad_query + at, Vec<T>{});
+    }
+    this->for_each_block(
+        [this](Range k) { open_gradient_keys(k); },
+        [this](int64_t, const Tile& part, int64_t lane, Range keys) { gradient_block(part, lane, keys); });
+    if (!p_.grad_query) return;
+    const auto scale = static_cast<T>(p_.scale);
+    write_rows(query_rows(p_.grad_query, tile), tile.q.size(), p_.head_dim, as_operand(grad_query()), &scale, 0);
+  }
+
+  Source query_rows(const View& view, const Tile& tile) const {
+    return source_of(view, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
+  }
+
+  // The tile's queries as the gradients' products read them, and its numbers per row.
+  void open_rows_of(const Tile& tile, int64_t i) {
+    const int64_t queries = tile.vectors * kLanes<T>, row = row_of(p_, sequence_, tile.head) + tile.q.begin;
+    const auto lanes = [&](const View& view, Element* rows, Element* pairs) {
+      return lanes_of<C>(rows_of<C>(query_rows(view, tile), tile.q.size(), queries, p_.head_dim, rows), queries,
+                         gradient_shape_.columns, pairs);
+    };
+    query_lanes_ = lanes(p_.query, memory_.query_rows, memory_.query_lanes);
+    if (p_.tangent.query) {
+      query_tangent_lanes_ = lanes(p_.tangent.query, memory_.query_tangent_rows, memory_.query_tangent_lanes);
+    }
+    grad_out_ = both_ways<C>(query_rows(p_.grad_out, tile), tile, p_.head_dim_v, memory_.grad_out);
+    dot_rows(source_of(this->sums(i)), query_rows(p_.grad_out, tile), tile.q.size(), p_.head_dim_v,
+             shared_.delta_tangent + row);
+    load_rows(this->mean(i), tile, memory_.row_mean);
+    load_rows(shared_.delta + row, tile, memory_.row_delta);
+    load_rows(shared_.delta_tangent + row, tile, memory_.row_delta_tangent);
+  }
+
+  void open_gradient_keys(Range k) {
+    const int64_t padded = round_up(k.size(), 2);
+    this->open_score_keys(k);
+    key_lanes_ = lanes_of<C>(key_, padded, gradient_shape_.columns, memory_.key_lanes);
+    if (p_.tangent.key) {
+      key_tangent_lanes_ = lanes_of<C>(key_tangent_, padded, gradient_shape_.columns, memory_.key_tangent_lanes);
+    }
+    value_rows_ = this->open_rows(p_.value, k, p_.head_dim_v, memory_.value_rows);
+    if (p_.tangent.value) {
+      value_tangent_rows_ = this->open_rows(p_.tangent.value, k, p_.head_dim_v, memory_.value_tangent_rows);
+    }
+  }
+
+  void gradient_block(const Tile& tile, int64_t lane, Range keys) {
     Block<T> block;
-    if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (!open_block(p_, tile, keys, Matrix<T>{memory_.bias, kQueries<T>}, block)) return;
     const Range k = block.k;
     const int64_t skip = k.begin - opened_.begin;
-    open_queries(tile);
-    multiply_scores(tile, k, skip);
-    const Derivatives<T> bend = bend_of<T>(block, scratch_.slope, scratch_.curve);
-    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      probability_block<C, vectors, rules>(block, weight(), scratch_.logsumexp, bend);
-    });
-    differentiate(block, bend, tile, k);
-    if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_moved()));
-    if (p_.grad_alibi_slopes) {
-      this->add_to_slope_gradient(tile, slope_gradient(block, tile.vectors, as_operand(grad_moved())));
+    const Scores<T> scores = this->scores(k, lane);
+    const Derivatives<T> bend = bend_of<T>(block, memory_.slope, memory_.curve);
+    if (!held()) {
+      alignas(64) T known[kQueries<T>] = {};
+      this->make_scores(0, tile, lane, block, scores, bend, known);
     }
-    if (bend.slope.data) unbend(bend, tile, k);
-    for (const Matrix<T>& m : {weight(), grad_score(), grad_moved()}) clear_spare_row(m, k.size(), tile.vectors);
-    multiply_gradients(tile, k, skip);
-  }
-
-  void open_queries(const Tile& tile) {
-    const int64_t row = sequence_.begin_q + tile.q.begin, at = row_of(p_, sequence_, tile.head) + tile.q.begin;
-    query_ = both_ways<C>(this->head_rows(p_.query, tile.head, row), tile, p_.head_dim, scratch_.query);
-    grad_out_ = both_ways<C>(this->head_rows(p_.grad_out, tile.head, row), tile, p_.head_dim_v, scratch_.grad_out);
-    if (p_.tangent.query) {
-      query_tangent_ =
-          both_ways<C>(this->head_rows(p_.tangent.query, tile.head, row), tile, p_.head_dim, scratch_.query_tangent);
-    }
-    load_logsumexp(static_cast<const T*>(p_.logsumexp) + at, tile, scratch_.logsumexp);
-    load_rows(shared_.delta + at, tile, scratch_.delta);
-    load_rows(static_cast<const T*>(p_.logsumexp_tangent) + at, tile, scratch_.mean);
-    load_rows(delta_tangent_ + at, tile, scratch_.delta_tangent);
-  }
-
-  void multiply_scores(const Tile& tile, Range k, int64_t skip) {
-    const auto product = [&](Matrix<const Element> a, Matrix<const Element> b, int64_t depth, Matrix<T> to,
-                             Start start) {
-      multiply<C>(by_rows(rows_from(a, skip)), b, depth, to, round_up(k.size(), 2), tile.vectors, start);
-    };
-    product(key_, query_.columns, shape_.depth, weight(), Start::kZero);
-    product(value_, grad_out_.columns, shape_.value_depth, grad_score(), Start::kZero);
-    if (p_.tangent.query) product(key_, query_tangent_.columns, shape_.depth, moved(), Start::kZero);
-    if (p_.tangent.key) {
-      product(key_tangent_, query_.columns, shape_.depth, moved(), p_.tangent.query ? Start::kAdd : Start::kZero);
-    }
-    if (!p_.tangent.query && !p_.tangent.key) clear_block(moved(), k.size(), tile.vectors);
+    multiply_values(value_rows_, tile, lane, k, grad_score());
     if (p_.tangent.value) {
-      product(value_tangent_, grad_out_.columns, shape_.value_depth, grad_moved(), Start::kZero);
+      multiply_values(value_tangent_rows_, tile, lane, k, grad_moved());
     } else {
       clear_block(grad_moved(), k.size(), tile.vectors);
     }
+    differentiate(scores, tile, lane, k);
+    if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_moved()));
+    if (p_.grad_alibi_slopes) {
+      shared_.slope_sums.of(group_, sequence_, tile.head) +=
+          slope_gradient(block, tile.vectors, as_operand(grad_moved()));
+    }
+    if (bend.slope.data) unbend(bend, tile, k);
+    for (const Matrix<T>& m : {weight_tangent(), grad_score(), grad_moved()}) {
+      clear_spare_row(m, k.size(), tile.vectors);
+    }
+    multiply_gradients(tile, lane, k, skip);
   }
 
-  // weight, grad_score, grad_moved: P, grad_out value^T, grad_out value'^T become dropout(P'), dS, dS'.
-  void differentiate(const Block<T>& block, const Derivatives<T>& bend, const Tile& tile, Range k) {
-    const auto score_tangent = score_tangent_of(p_, p_.tangent, tile, k, Matrix<T>{scratch_.bias_tangent, kQueries<T>});
+  void multiply_values(Matrix<const Element> value, const Tile& tile, int64_t lane, Range k, Matrix<T> to) const {
+    multiply<C>(by_rows(rows_from(value, k.begin - opened_.begin)), columns_from(grad_out_.columns, lane),
+                gradient_shape_.value_depth, to, round_up(k.size(), 2), tile.vectors, Start::kZero);
+  }
+
+  // grad_score, grad_moved: grad_out value^T, grad_out value'^T become dS, dS'; weight_tangent becomes dropout(P').
+  void differentiate(const Scores<T>& scores, const Tile& tile, int64_t first_lane, Range k) {
     const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout_.kept_scale)), zero{};
+    const T *mean = memory_.row_mean + first_lane, *delta = memory_.row_delta + first_lane;
+    const T* delta_tangent = memory_.row_delta_tangent + first_lane;
     for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
-      T *w = weight().row(r) + lane, *g = grad_score().row(r) + lane, *gm = grad_moved().row(r) + lane;
-      const Vec<T> prob = load(w);
-      const Vec<T> shift =
-          score_tangent(block, bend, load(moved().row(r) + lane), r, lane) - load(scratch_.mean + lane);
-      const Vec<T> prob_tangent = prob * shift;
-      const Vec<T> centred = (kept ? load(g) * kept_scale : zero) - load(scratch_.delta + lane);
-      const Vec<T> centred_tangent = (kept ? load(gm) * kept_scale : zero) - load(scratch_.delta_tangent + lane);
+      T *g = grad_score().row(r) + lane, *gm = grad_moved().row(r) + lane;
+      const Vec<T> prob = load(scores.weight.row(r) + lane);
+      const Vec<T> prob_tangent = load(scores.moved.row(r) + lane) - prob * load(mean + lane);
+      const Vec<T> centred = (kept ? load(g) * kept_scale : zero) - load(delta + lane);
+      const Vec<T> centred_tangent = (kept ? load(gm) * kept_scale : zero) - load(delta_tangent + lane);
       const Vec<T> second = fma(prob_tangent, centred, prob * centred_tangent);
       const auto hidden = prob == zero;
-      store(w, hidden ? zero : (kept ? prob_tangent : zero));
+      store(weight_tangent().row(r) + lane, hidden ? zero : (kept ? prob_tangent : zero));
       store(g, hidden ? zero : prob * centred);
       store(gm, hidden ? zero : second);
     });
@@ -167,33 +249,34 @@ class DoubleBackwardBlocks : KeyBlocks<C, DoubleBackwardBlocks<C>, DoubleBackwar
 
   // dS, dS' become dU, dU'.
   void unbend(const Derivatives<T>& bend, const Tile& tile, Range k) {
-    const Vec<T> scale = splat<T>(static_cast<T>(p_.scale));
     for (int64_t r = 0; r < k.size(); ++r) {
       for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
         T *g = grad_score().row(r) + lane, *gm = grad_moved().row(r) + lane;
         const Vec<T> slope = load(bend.slope.row(r) + lane), curve = load(bend.curve.row(r) + lane);
-        const Vec<T> dot_tangent = load(moved().row(r) + lane) * scale;
-        store(gm, load(gm) * slope + load(g) * curve * dot_tangent);
+        store(gm, load(gm) * slope + load(g) * curve);
         store(g, load(g) * slope);
       }
     }
   }
 
-  void multiply_gradients(const Tile& tile, Range k, int64_t skip) {
+  void multiply_gradients(const Tile& tile, int64_t lane, Range k, int64_t skip) {
     const int64_t rows = round_up(k.size(), 2), queries = ceil_div(tile.q.size(), C::kPair);
-    const auto to_keys = [&](Matrix<T> from, Matrix<const Element> lanes, Matrix<T> to, int64_t columns) {
-      const auto by_query = weights_by_queries<C>(from, rows, tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_rows(by_query), lanes, queries, to, rows, columns / kLanes<T>, Start::kAdd);
+    const auto to_keys = [&](Matrix<T> from, Matrix<const Element> lanes, const GroupSums<T>& sums) {
+      const auto by_query = weights_by_queries<C>(from, rows, tile.vectors, memory_.weight_rows);
+      const Matrix<T> to = rows_from(sums.of(group_, sequence_, kv_head_, sequence_.begin_k), k.begin);
+      multiply<C>(by_rows(by_query), rows_from(lanes, lane / C::kPair), queries, to, rows, sums.columns / kLanes<T>,
+                  Start::kAdd);
     };
     const auto to_queries = [&](Matrix<T> from, Matrix<const Element> lanes) {
-      const auto by_key = weights_by_keys<C>(from, k.size(), tile.vectors, scratch_.weight_rows);
+      const auto by_key = weights_by_keys<C>(from, k.size(), tile.vectors, memory_.weight_rows);
       multiply<C>(by_columns(by_key), rows_from(lanes, skip / C::kPair), ceil_div(k.size(), C::kPair),
-                  this->grad_query(tile), round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd);
+                  rows_from(grad_query(), lane), round_up(tile.q.size(), 2), gradient_shape_.columns / kLanes<T>,
+                  Start::kAdd);
     };
-    if (p_.grad_value) to_keys(weight(), grad_out_.lanes, this->grad_value(k.begin), shape_.value_columns);
+    if (p_.grad_value) to_keys(weight_tangent(), grad_out_.lanes, shared_.value_sums);
     if (p_.grad_key) {
-      to_keys(grad_moved(), query_.lanes, this->grad_key(k.begin), shape_.columns);
-      if (p_.tangent.query) to_keys(grad_score(), query_tangent_.lanes, this->grad_key(k.begin), shape_.columns);
+      to_keys(grad_moved(), query_lanes_, shared_.key_sums);
+      if (p_.tangent.query) to_keys(grad_score(), query_tangent_lanes_, shared_.key_sums);
     }
     if (p_.grad_query) {
       to_queries(grad_moved(), key_lanes_);
@@ -201,73 +284,69 @@ class DoubleBackwardBlocks : KeyBlocks<C, DoubleBackwardBlocks<C>, DoubleBackwar
     }
   }
 
-  Matrix<T> weight() const { return {scratch_.weight, kQueries<T>}; }
-  Matrix<T> grad_score() const { return {scratch_.grad_score, kQueries<T>}; }
-  Matrix<T> moved() const { return {scratch_.moved, kQueries<T>}; }
-  Matrix<T> grad_moved() const { return {scratch_.grad_moved, kQueries<T>}; }
+  Matrix<T> weight_tangent() const { return {memory_.weight_tangent, kQueries<T>}; }
+  Matrix<T> grad_score() const { return {memory_.grad_score, kQueries<T>}; }
+  Matrix<T> grad_moved() const { return {memory_.grad_moved, kQueries<T>}; }
+  Matrix<T> grad_query() const { return {memory_.grad_query, gradient_shape_.columns}; }
 
-  const T* delta_tangent_;
-  Matrix<const Element> key_, key_lanes_, key_tangent_, key_tangent_lanes_, value_, value_tangent_;
-  BothWays<C> query_, query_tangent_, grad_out_;
+  const BackwardShape<C>& gradient_shape_;
+  const DoubleBackwardShared<C>& shared_;
+  const DoubleBackwardScratch<C>& memory_;
+  int64_t group_ = 0;
+  Matrix<const Element> key_lanes_, key_tangent_lanes_, value_rows_, value_tangent_rows_;
+  Matrix<const Element> query_lanes_, query_tangent_lanes_;
+  BothWays<C> grad_out_;
 };
 
-// After the jvp phase: D' = rowsum(grad_out * out').
 template <class C>
-void run_delta_tangent(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
-  using T = typename C::Scalar;
-  const auto& p = static_cast<const DoubleBackwardProblem&>(problem);
-  const BackwardShape<C> shape(p);
+void run_double_backward_rows(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
+  const auto& p = static_cast<const BackwardProblem&>(problem);
   Arena arena(shared_memory);
-  const DoubleBackwardShared<C> shared(arena, p, shape);
-  const int64_t head = job % p.heads;
-  const Sequence s = sequence_of(p, job / p.heads);
-  T* delta_tangent = shared.delta_tangent + row_of(p, s, head);
-  for (int64_t q = 0; q < s.length_q; ++q) {
-    delta_tangent[q] = p.head_dim_v == 0
-                           ? T(0)
-                           : dot_rows<T>(source_of(p.out_tangent, s.tensor_batch, head, s.begin_q + q),
-                                         source_of(p.grad_out, s.tensor_batch, head, s.begin_q + q), p.head_dim_v);
-  }
+  write_delta(p, sequence_of(p, job / p.heads), job % p.heads, take_rows<typename C::Scalar>(arena, p));
 }
 
 template <class C>
-void run_double_backward_queries(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
+void run_double_backward_keys(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
   using T = typename C::Scalar;
   const auto& p = static_cast<const DoubleBackwardProblem&>(problem);
-  const BackwardShape<C> shape(p);
   Arena arena(shared_memory);
-  const DoubleBackwardShared<C> shared(arena, p, shape);
-  const int64_t head = job % p.heads;
-  const Sequence s = sequence_of(p, job / p.heads);
-  finish_queries<C>(p, shape, shared, s, head);
-  if (!p.grad_sinks) return;
-  const int64_t row = row_of(p, s, head);
-  const auto* mean = static_cast<const T*>(p.logsumexp_tangent) + row;
-  const double moved = p.tangent.sinks ? p.tangent.sinks[s.batch * p.heads + head] : 0.0;
-  p.grad_sinks[s.batch * p.heads + head] = sum_over_sink<T>(p, s, head, [&](int64_t q) {
-    return (static_cast<double>(mean[q]) - moved) * static_cast<double>(shared.delta[row + q]) -
-           static_cast<double>(shared.delta_tangent[row + q]);
-  });
+  const DoubleBackwardShared<C> shared(arena, p, BackwardShape<C>(p), double_backward_jobs(p).groups);
+  const int64_t kv_head = job % p.kv_heads;
+  const Sequence s = sequence_of(p, job / p.kv_heads);
+  const int64_t length = p.cu_seqlens_k ? s.length_k : p.seqlen_k;
+  if (p.grad_key) shared.key_sums.write(p.grad_key, p.head_dim, s, kv_head, s.begin_k, length, p.scale);
+  if (p.grad_value) {
+    const double kept_scale = dropout_of(p).kept_scale;
+    shared.value_sums.write(p.grad_value, p.head_dim_v, s, kv_head, s.begin_k, length, kept_scale);
+  }
+  for (int64_t head = kv_head * p.group_size(); head < (kv_head + 1) * p.group_size(); ++head) {
+    const int64_t at = s.batch * p.heads + head, row = row_of(p, s, head);
+    if (p.grad_alibi_slopes) p.grad_alibi_slopes[at] = shared.slope_sums.total(s, head);
+    if (!p.grad_sinks) continue;
+    const auto* mean = static_cast<const T*>(p.logsumexp_tangent) + row;
+    const double moved = p.tangent.sinks ? p.tangent.sinks[at] : 0.0;
+    p.grad_sinks[at] = sum_over_sink<T>(p, s, head, [&](int64_t q) {
+      return (static_cast<double>(mean[q]) - moved) * static_cast<double>(shared.delta[row + q]) -
+             static_cast<double>(shared.delta_tangent[row + q]);
+    });
+  }
 }
 
 template <class C>
 Plan plan_double_backward(const AttentionProblem& problem) {
   const auto& p = static_cast<const DoubleBackwardProblem&>(problem);
   const BackwardShape<C> shape(p);
-  const RunShape<C> run = jvp_shape<C>(p);
-  Arena shared(nullptr), scratch(nullptr), jvp(nullptr);
-  DoubleBackwardShared<C>(shared, p, shape);
-  DoubleBackwardScratch<C>(scratch, p, shape);
-  JvpScratch<C>(jvp, p, p.tangent, run);
+  const GradientJobs jobs = double_backward_jobs(p);
+  Arena shared(nullptr), scratch(nullptr);
+  DoubleBackwardShared<C>(shared, p, shape, jobs.groups);
+  DoubleBackwardScratch<C>(scratch, p, DoubleBackwardTiles<C>::run_shape(p), shape);
   Plan plan;
-  plan.phases[plan.phase_count++] = {p.batch * p.heads, run_backward_rows<C>};
+  plan.phases[plan.phase_count++] = {p.batch * p.heads, run_double_backward_rows<C>};
   add_delta_phase(p, plan);
-  plan.phases[plan.phase_count++] = {run.jobs, JvpJob<C, DoubleBackwardProblem>::run};
-  plan.phases[plan.phase_count++] = {p.batch * p.heads, run_delta_tangent<C>};
-  plan.phases[plan.phase_count++] = {shape.jobs, DoubleBackwardBlocks<C>::run};
-  plan.phases[plan.phase_count++] = {p.batch * p.heads, run_double_backward_queries<C>};
+  plan.phases[plan.phase_count++] = {jobs.count, DoubleBackwardTiles<C>::run};
+  plan.phases[plan.phase_count++] = {p.batch * p.kv_heads, run_double_backward_keys<C>};
   plan.shared_bytes = shared.used();
-  plan.scratch_bytes = maximum(plan.scratch_bytes, maximum(scratch.used(), jvp.used()));
+  plan.scratch_bytes = maximum(plan.scratch_bytes, scratch.used());
   return plan;
 }
 

@@ -1,6 +1,6 @@
 // How out and logsumexp move along tangents of the inputs. With prob P, score tangent S' and m = rowsum(P S'):
 //   logsumexp' = m (a sink's own tangent included),   out' = (P S') value + P value' - m out
-// P is after dropout in out', before it in m.
+// P is after dropout in out', before it in m. Double backward begins with the same pass.
 #pragma once
 
 #include "cpu/kernels/query_runs.h"
@@ -10,9 +10,15 @@ namespace attention_ext {
 namespace {
 
 template <class C>
-RunShape<C> jvp_shape(const AttentionProblem& p) {
-  return {p, 2 * p.head_dim + p.head_dim_v};
+RunShape<C> jvp_shape(const AttentionProblem& p, int64_t most_tiles = kTilesPerJob) {
+  return {p, 2 * p.head_dim + p.head_dim_v, most_tiles};
 }
+
+// P and P S' of a block (key, query), before dropout.
+template <class T>
+struct Scores {
+  Matrix<T> weight, moved;
+};
 
 template <class C>
 struct JvpScratch {
@@ -20,7 +26,7 @@ struct JvpScratch {
   using Element = typename C::Element;
   Element *query_rows, *query_columns, *query_tangent_columns, *key_rows, *key_tangent_rows;
   Element *value_rows, *value_lanes, *value_tangent_rows, *value_tangent_lanes, *weight_rows;
-  T *sums, *weight, *moved, *slope, *bias, *bias_tangent, *mean, *logsumexp;
+  T *sums, *kept_weight, *kept_moved, *slope, *bias, *bias_tangent, *mean, *logsumexp;
   Tile* tiles;
 
   JvpScratch(Arena& arena, const AttentionProblem& p, const Tangents& tangent, const RunShape<C>& shape) {
@@ -38,8 +44,8 @@ struct JvpScratch {
     value_tangent_lanes = arena.take<Element>(tangent.value && paired ? values : 0);
     weight_rows = arena.take<Element>(paired ? block : 0);
     sums = arena.take<T>(shape.tiles_per_job * kQueries<T> * shape.columns);
-    weight = arena.take<T>(block);
-    moved = arena.take<T>(block);
+    kept_weight = arena.take<T>(block);
+    kept_moved = arena.take<T>(block);
     slope = arena.take<T>(p.softcap > 0 ? block : 0);
     bias = arena.take<T>(p.attn_mask ? block : 0);
     bias_tangent = arena.take<T>(tangent.attn_mask ? block : 0);
@@ -49,27 +55,19 @@ struct JvpScratch {
   }
 };
 
-// Problem: JvpProblem or DoubleBackwardProblem, whose gradients begin with the same pass.
-template <class C, class Problem>
-class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
-  using Run = QueryRun<C, JvpJob<C, Problem>>;
+// Job provides scores(k, lane), where the scores of the keys k go, and finish_tile(i), with out' and logsumexp'
+// written.
+template <class C, class Job, class Problem>
+class JvpRun : protected QueryRun<C, Job> {
+  using Run = QueryRun<C, Job>;
   using T = typename C::Scalar;
   using Element = typename C::Element;
   friend Run;
 
- public:
-  static void run(const AttentionProblem& problem, void*, void* memory, int64_t job) {
-    const auto& p = static_cast<const Problem&>(problem);
-    const RunShape<C> shape = jvp_shape<C>(p);
-    Arena arena(memory);
-    const JvpScratch<C> scratch(arena, p, p.tangent, shape);
-    JvpJob(p, shape, scratch).walk(job);
-  }
-
- private:
+ protected:
   using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_, Run::unseen_;
 
-  JvpJob(const Problem& p, const RunShape<C>& shape, const JvpScratch<C>& scratch)
+  JvpRun(const Problem& p, const RunShape<C>& shape, const JvpScratch<C>& scratch)
       : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
 
   void open_tile(int64_t i) {
@@ -80,6 +78,67 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
     for (int64_t at = 0; at < kQueries<T> * shape_.columns; at += kLanes<T>) store(sums(i).data + at, Vec<T>{});
   }
 
+  // What scores are made of.
+  void open_score_keys(Range k) {
+    key_ = open_rows(p_.key, k, p_.head_dim, scratch_.key_rows);
+    if (p_.tangent.key) key_tangent_ = open_rows(p_.tangent.key, k, p_.head_dim, scratch_.key_tangent_rows);
+  }
+
+  // Also adds the sums of P S' to `mean` (per lane). Where scores bend, `bend` receives the slope and, if it has room,
+  // what bends the gradient along the tangent: curve times the tangent of scale * dot.
+  void make_scores(int64_t i, const Tile& tile, int64_t first_lane, const Block<T>& block, const Scores<T>& scores,
+                   const Derivatives<T>& bend, T* mean) {
+    const Range k = block.k;
+    const int64_t skip = k.begin - opened_.begin;
+    const auto query = as_operand(columns_from(columns(scratch_.query_columns, i), first_lane));
+    const auto query_tangent = as_operand(columns_from(columns(scratch_.query_tangent_columns, i), first_lane));
+    dots(rows_from(key_, skip), query, k, tile, scores.weight, Start::kZero);
+    if (p_.tangent.query) dots(rows_from(key_, skip), query_tangent, k, tile, scores.moved, Start::kZero);
+    if (p_.tangent.key) {
+      dots(rows_from(key_tangent_, skip), query, k, tile, scores.moved, p_.tangent.query ? Start::kAdd : Start::kZero);
+    }
+    if (!p_.tangent.query && !p_.tangent.key) clear_block(scores.moved, k.size(), tile.vectors);
+    load_logsumexp(row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.logsumexp);
+    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
+      probability_block<C, vectors, rules>(block, scores.weight, scratch_.logsumexp, bend);
+    });
+    const auto score_tangent = score_tangent_of(p_, p_.tangent, tile, k, Matrix<T>{scratch_.bias_tangent, kQueries<T>});
+    const Vec<T> scale = splat<T>(static_cast<T>(p_.scale));
+    alignas(64) T by_block[kQueries<T>] = {};  // summed apart: long rows lose less that way
+    for (int64_t r = 0; r < k.size(); ++r) {
+      for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
+        T* m = scores.moved.row(r) + lane;
+        const Vec<T> prob = load(scores.weight.row(r) + lane), dot = load(m);
+        const Vec<T> by_score = prob * score_tangent(block, bend, dot, r, lane);
+        const Vec<T> product = prob == Vec<T>{} ? Vec<T>{} : by_score;
+        store(by_block + lane, load(by_block + lane) + product);
+        store(m, product);
+        if (bend.curve.data) store(bend.curve.row(r) + lane, load(bend.curve.row(r) + lane) * dot * scale);
+      }
+    }
+    for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
+      store(mean + lane, load(mean + lane) + load(by_block + lane));
+    }
+  }
+
+  Matrix<const Element> open_rows(const View& view, Range k, int64_t width, Element* buffer) const {
+    const Source source = source_of(view, sequence_.tensor_batch, kv_head_, sequence_.begin_k + k.begin);
+    return rows_of<C>(source, k.size(), round_up(k.size(), 2), width, buffer, unseen_);
+  }
+
+  // The scores of a block that need not outlive it.
+  Scores<T> passing_scores() const { return {{scratch_.kept_weight, kQueries<T>}, {scratch_.kept_moved, kQueries<T>}}; }
+  Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
+  T* mean(int64_t i) const { return scratch_.mean + i * kQueries<T>; }
+
+  const Problem& p_;
+  const JvpScratch<C>& scratch_;
+  Dropout dropout_;
+  Matrix<const Element> key_, key_tangent_;
+
+ private:
+  Job& self() { return static_cast<Job&>(*this); }
+
   void open_columns(const View& view, const Tile& tile, Matrix<Element> to) {
     const Source source = source_of(view, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
     const auto rows = rows_of<C>(source, tile.q.size(), tile.vectors * kLanes<T>, p_.head_dim, scratch_.query_rows);
@@ -87,17 +146,13 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
   }
 
   void open_keys(Range k) {
-    const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), 2);
-    const auto open = [&](const View& view, int64_t width, Element* buffer) {
-      return rows_of<C>(source_of(view, b, kv_head_, row), k.size(), padded, width, buffer, unseen_);
+    const auto open_values = [&](const View& view, Element* rows, Element* lanes) {
+      return lanes_of<C>(open_rows(view, k, p_.head_dim_v, rows), round_up(k.size(), 2), shape_.columns, lanes);
     };
-    key_ = open(p_.key, p_.head_dim, scratch_.key_rows);
-    if (p_.tangent.key) key_tangent_ = open(p_.tangent.key, p_.head_dim, scratch_.key_tangent_rows);
-    value_ =
-        lanes_of<C>(open(p_.value, p_.head_dim_v, scratch_.value_rows), padded, shape_.columns, scratch_.value_lanes);
+    open_score_keys(k);
+    value_ = open_values(p_.value, scratch_.value_rows, scratch_.value_lanes);
     if (p_.tangent.value) {
-      value_tangent_ = lanes_of<C>(open(p_.tangent.value, p_.head_dim_v, scratch_.value_tangent_rows), padded,
-                                   shape_.columns, scratch_.value_tangent_lanes);
+      value_tangent_ = open_values(p_.tangent.value, scratch_.value_tangent_rows, scratch_.value_tangent_lanes);
     }
   }
 
@@ -106,37 +161,21 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
     if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
     const Range k = block.k;
     const int64_t skip = k.begin - opened_.begin;
-    const Matrix<T> weight{scratch_.weight, kQueries<T>}, moved{scratch_.moved, kQueries<T>};
-    const auto query = as_operand(columns_from(columns(scratch_.query_columns, i), first_lane));
-    const auto query_tangent = as_operand(columns_from(columns(scratch_.query_tangent_columns, i), first_lane));
-    alignas(64) T by_block[kQueries<T>] = {};  // summed apart: long rows lose less that way
-    dots(rows_from(key_, skip), query, k, tile, weight, Start::kZero);
-    if (p_.tangent.query) dots(rows_from(key_, skip), query_tangent, k, tile, moved, Start::kZero);
-    if (p_.tangent.key) {
-      dots(rows_from(key_tangent_, skip), query, k, tile, moved, p_.tangent.query ? Start::kAdd : Start::kZero);
-    }
-    if (!p_.tangent.query && !p_.tangent.key) clear_block(moved, k.size(), tile.vectors);
-    load_logsumexp(row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.logsumexp);
-    const Derivatives<T> bend = bend_of<T>(block, scratch_.slope, nullptr);
-    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, bend);
-    });
-    const auto score_tangent = score_tangent_of(p_, p_.tangent, tile, k, Matrix<T>{scratch_.bias_tangent, kQueries<T>});
-    for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
-      T *w = weight.row(r) + lane, *m = moved.row(r) + lane;
-      const Vec<T> prob = load(w), by_score = prob * score_tangent(block, bend, load(m), r, lane);
-      const Vec<T> product = prob == Vec<T>{} ? Vec<T>{} : by_score;
-      store(by_block + lane, load(by_block + lane) + product);
-      store(m, kept ? product : Vec<T>{});
-      store(w, kept ? prob : Vec<T>{});
-    });
-    for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
-      T* total = mean(i) + first_lane + lane;
-      store(total, load(total) + load(by_block + lane));
-    }
+    Scores<T> scores = self().scores(k, first_lane);
+    make_scores(i, tile, first_lane, block, scores, bend_of<T>(block, scratch_.slope, nullptr), mean(i) + first_lane);
+    if (dropout_.present) scores = drop(scores, tile, k);
     const Matrix<T> sum = rows_from(sums(i), first_lane);
-    add_product(moved, rows_from(value_, skip / C::kPair), k, tile, sum);
-    if (p_.tangent.value) add_product(weight, rows_from(value_tangent_, skip / C::kPair), k, tile, sum);
+    add_product(scores.moved, rows_from(value_, skip / C::kPair), k, tile, sum);
+    if (p_.tangent.value) add_product(scores.weight, rows_from(value_tangent_, skip / C::kPair), k, tile, sum);
+  }
+
+  Scores<T> drop(const Scores<T>& whole, const Tile& tile, Range k) const {
+    const Scores<T> kept_scores = passing_scores();
+    for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
+      store(kept_scores.weight.row(r) + lane, kept ? load(whole.weight.row(r) + lane) : Vec<T>{});
+      store(kept_scores.moved.row(r) + lane, kept ? load(whole.moved.row(r) + lane) : Vec<T>{});
+    });
+    return kept_scores;
   }
 
   void dots(Matrix<const Element> key, Matrix<const Element> query, Range k, const Tile& tile, Matrix<T> to,
@@ -166,11 +205,10 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
       logsumexp_tangent[r] = m;
       add_mean_part(source_of(p_.out, b, tile.head, sequence_.begin_q + tile.q.begin + r), -m, sums(i).row(r));
     }
-    const T one[] = {1};
-    for (int64_t r = 0; r < tile.q.size(); ++r) {
-      write_rows(source_of(p_.out_tangent, b, tile.head, sequence_.begin_q + tile.q.begin + r), 1, p_.head_dim_v,
-                 as_operand(rows_from(sums(i), r)), one);
-    }
+    const T one = 1;
+    write_rows(source_of(p_.out_tangent, b, tile.head, sequence_.begin_q + tile.q.begin), tile.q.size(), p_.head_dim_v,
+               as_operand(sums(i)), &one, 0);
+    self().finish_tile(i);
   }
 
   // sums = kept_scale * sums + factor * out
@@ -188,13 +226,31 @@ class JvpJob : QueryRun<C, JvpJob<C, Problem>> {
   Matrix<Element> columns(Element* base, int64_t i) const {
     return {base + i * round_up(shape_.depth, kLanes<Element>) * kQueries<T>, kQueries<T>};
   }
-  Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
-  T* mean(int64_t i) const { return scratch_.mean + i * kQueries<T>; }
 
-  const Problem& p_;
-  const JvpScratch<C>& scratch_;
-  Dropout dropout_;
-  Matrix<const Element> key_, key_tangent_, value_, value_tangent_;
+  Matrix<const Element> value_, value_tangent_;
+};
+
+template <class C>
+class JvpJob : JvpRun<C, JvpJob<C>, JvpProblem> {
+  using Jvp = JvpRun<C, JvpJob<C>, JvpProblem>;
+  using T = typename C::Scalar;
+  friend Jvp;
+  friend QueryRun<C, JvpJob<C>>;
+
+ public:
+  static void run(const AttentionProblem& problem, void*, void* memory, int64_t job) {
+    const auto& p = static_cast<const JvpProblem&>(problem);
+    const RunShape<C> shape = jvp_shape<C>(p);
+    Arena arena(memory);
+    const JvpScratch<C> scratch(arena, p, p.tangent, shape);
+    JvpJob(p, shape, scratch).walk(job);
+  }
+
+ private:
+  using Jvp::Jvp;
+
+  Scores<T> scores(Range, int64_t) const { return this->passing_scores(); }
+  void finish_tile(int64_t) {}
 };
 
 template <class C>
@@ -204,7 +260,7 @@ Plan plan_jvp(const AttentionProblem& problem) {
   Arena measure(nullptr);
   JvpScratch<C>(measure, p, p.tangent, shape);
   Plan plan;
-  plan.phases[plan.phase_count++] = {shape.jobs, JvpJob<C, JvpProblem>::run};
+  plan.phases[plan.phase_count++] = {shape.jobs, JvpJob<C>::run};
   plan.scratch_bytes = measure.used();
   return plan;
 }

@@ -35,6 +35,11 @@ ATTENTION_INLINE Source source_of(const View& view, int64_t b, int64_t h, int64_
 }
 
 template <class T>
+ATTENTION_INLINE Source source_of(Matrix<T> m) {
+  return {reinterpret_cast<const char*>(m.data), sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, m.stride, 1};
+}
+
+template <class T>
 ATTENTION_INLINE bool stored_as(DType dtype) {
   return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
 }
@@ -154,15 +159,16 @@ void multiply_elements(Matrix<T> factor, Matrix<T> m, int64_t rows, int64_t vect
   }
 }
 
-// Rows of the accumulate type, each times its factor, into a tensor.
+// Rows of the accumulate type, each times its factor, into a tensor. With factor_step 0 they share one.
 template <class T>
-void write_rows(Source to, int64_t rows, int64_t columns, Matrix<const T> from, const T* factor) {
+void write_rows(Source to, int64_t rows, int64_t columns, Matrix<const T> from, const T* factor,
+                int64_t factor_step = 1) {
   with_storage<T>(to.dtype, [&](auto* storage) __attribute__((always_inline)) {
     auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(to.data));
     for (int64_t r = 0; r < rows; ++r) {
       auto* row = data + r * to.stride_row;
       for (int64_t c = 0; c < columns; c += kLanes<T>) {
-        const Vec<T> v = load(from.row(r) + c) * broadcast(factor + r);
+        const Vec<T> v = load(from.row(r) + c) * broadcast(factor + r * factor_step);
         store_strided<T>(row + c * to.stride_col, to.stride_col, v, columns - c);
       }
     }

@@ -20,14 +20,14 @@ struct RunShape {
   int64_t tiles_per_job, jobs_per_group, jobs;
 
   // numbers_per_query: what a job holds of each of its queries
-  RunShape(const AttentionProblem& p, int64_t numbers_per_query) {
+  RunShape(const AttentionProblem& p, int64_t numbers_per_query, int64_t most_tiles = kTilesPerJob) {
     depth = ceil_div(p.head_dim, C::kPair);
     columns = round_up(p.head_dim_v, kLanes<T>);
     keys = minimum(kKeys, round_up(p.max_seqlen_k, kTileRows));
     const int64_t tiles = ceil_div(p.max_seqlen_q, kQueries<T>) * p.group_size();
     const int64_t tile_bytes = kQueries<T> * numbers_per_query * static_cast<int64_t>(sizeof(T));
     const int64_t fair = ceil_div(tiles * p.batch * p.kv_heads, kEnoughJobs);
-    tiles_per_job = clamp(minimum(kRunBytes / tile_bytes, fair), 1, kTilesPerJob);
+    tiles_per_job = clamp(minimum(kRunBytes / tile_bytes, fair), 1, most_tiles);
     jobs_per_group = ceil_div(tiles, tiles_per_job);
     jobs = p.batch * p.kv_heads * jobs_per_group;
   }
@@ -48,49 +48,52 @@ class QueryRun {
     const int64_t run = shape_.jobs_per_group - 1 - job % shape_.jobs_per_group;  // the longest of a causal call first
     kv_head_ = group % problem_.kv_heads;
     sequence_ = sequence_of(problem_, group / problem_.kv_heads);
-    Range all = open_tiles(run);
-    unseen_ = all.begin % C::kPair;
-    all.begin -= unseen_;  // pairs of packed rows stay pairs
-    for (int64_t k = all.begin / kKeys * kKeys; k < all.end; k += kKeys) {
-      block(Range{maximum(k, all.begin), minimum(k + kKeys, all.end)});
-    }
+    open_tiles(run);
+    for_each_block(
+        [this](Range k) { self().open_keys(k); },
+        [this](int64_t i, const Tile& tile, int64_t lane, Range keys) { self().tile_block(i, tile, lane, keys); });
     for (int64_t i = 0; i < count_; ++i) self().close_tile(i);
+  }
+
+  // open(k) for every block of keys that a tile sees, and part(i, tile, lane, keys) for what each tile sees of it.
+  template <class Open, class Part>
+  void for_each_block(Open&& open, Part&& part) {
+    unseen_ = seen_.begin % C::kPair;
+    const int64_t first = seen_.begin - unseen_;  // pairs of packed rows stay pairs
+    for (int64_t k = first / kKeys * kKeys; k < seen_.end; k += kKeys) {
+      opened_ = {maximum(k, first), minimum(k + kKeys, seen_.end)};
+      open(opened_);
+      unseen_ = 0;
+      for (int64_t i = 0; i < count_; ++i) {
+        for_each_part<C>(problem_, tiles_[i], opened_,
+                         [&](const Tile& tile, int64_t lane, Range keys) { part(i, tile, lane, keys); });
+      }
+    }
   }
 
   RunShape<C> shape_;
   Sequence sequence_{};
   int64_t kv_head_ = 0;
   Tile* tiles_;
-  Range opened_{};      // the keys packed now
-  int64_t unseen_ = 0;  // of them, the first ones that no tile sees
+  Range seen_{};        // the keys that any tile sees
+  Range opened_{};      // of them, those packed now
+  int64_t unseen_ = 0;  // of those, the first ones that no tile sees
 
  private:
   Job& self() { return static_cast<Job&>(*this); }
 
-  // Heads of a group run innermost, so that the tiles of a job see nearly the same keys. Returns the keys that any
-  // sees.
-  Range open_tiles(int64_t run) {
+  // Heads of a group run innermost, so that the tiles of a job see nearly the same keys.
+  void open_tiles(int64_t run) {
     const int64_t tiles = ceil_div(sequence_.length_q, kQueries<T>) * problem_.group_size();
     const int64_t first = run * shape_.tiles_per_job;
     count_ = clamp(tiles - first, 0, shape_.tiles_per_job);
-    Range all{INT64_MAX, 0};
+    seen_ = {INT64_MAX, 0};
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t head = kv_head_ * problem_.group_size() + (first + i) % problem_.group_size();
       tiles_[i] = tile_of<T>(sequence_, head, (first + i) / problem_.group_size());
       const Range seen = visible_keys(problem_, sequence_, tiles_[i].q);
-      if (!seen.empty()) all = {minimum(all.begin, seen.begin), maximum(all.end, seen.end)};
+      if (!seen.empty()) seen_ = {minimum(seen_.begin, seen.begin), maximum(seen_.end, seen.end)};
       self().open_tile(i);
-    }
-    return all;
-  }
-
-  void block(Range k) {
-    opened_ = k;
-    self().open_keys(k);
-    unseen_ = 0;
-    for (int64_t i = 0; i < count_; ++i) {
-      for_each_part<C>(problem_, tiles_[i], k,
-                       [&](const Tile& tile, int64_t lane, Range keys) { self().tile_block(i, tile, lane, keys); });
     }
   }
 
