@@ -75,7 +75,9 @@ Staged stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range
       } else {
         unroll<kLanes<T>>(UNROLLED(i) {  // lanes past the end repeat the last query
           const int64_t row = minimum(q.begin + v * kLanes<T> + i, q.end - 1);
-          block[i] = load_mask<T>(mask + row * stride_q + k0 * stride_k, stride_k, count);
+          const Storage* from = mask + row * stride_q + k0 * stride_k;
+          __builtin_prefetch(from + kQueries<T> * stride_q, 0, 2);  // the next tile's
+          block[i] = load_mask<T>(from, stride_k, count);
         });
         transpose(block);
       }
