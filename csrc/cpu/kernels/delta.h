@@ -22,8 +22,11 @@ void dot_rows(Source a, Source b, int64_t rows, int64_t columns, T* sums) {
       for (int64_t r = 0; r < rows; ++r) {
         Vec<T> sum{};
         for (int64_t d = 0; d < columns; d += kLanes<T>) {
-          sum = fma(load_strided<T>(x + r * a.stride_row + d * a.stride_col, a.stride_col, columns - d),
-                    load_strided<T>(y + r * b.stride_row + d * b.stride_col, b.stride_col, columns - d), sum);
+          const auto *xs = x + r * a.stride_row + d * a.stride_col, *ys = y + r * b.stride_row + d * b.stride_col;
+          __builtin_prefetch(xs + kRowsAhead * a.stride_row);
+          __builtin_prefetch(ys + kRowsAhead * b.stride_row);
+          sum =
+              fma(load_strided<T>(xs, a.stride_col, columns - d), load_strided<T>(ys, b.stride_col, columns - d), sum);
         }
         sums[r] = sum_lanes<T>(sum);
       }

@@ -39,6 +39,10 @@ ATTENTION_INLINE Source source_of(Matrix<T> m) {
   return {reinterpret_cast<const char*>(m.data), sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, m.stride, 1};
 }
 
+// Rows of (batch, length, heads, head_dim) memory lie pages apart, where the hardware does not see them coming: loops
+// over rows fetch that many ahead.
+constexpr int64_t kRowsAhead = 8;
+
 template <class T>
 ATTENTION_INLINE bool stored_as(DType dtype) {
   return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
@@ -53,6 +57,7 @@ void copy_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns, 
     for (int64_t r = 0; r < rows; ++r) {
       const auto* row = data + r * from.stride_row;
       for (int64_t c = 0; c < columns; c += kLanes<T>) {
+        __builtin_prefetch(row + kRowsAhead * from.stride_row + c * from.stride_col);
         store(to.row(r) + c, load_strided<T>(row + c * from.stride_col, from.stride_col, columns - c));
       }
     }
@@ -168,6 +173,7 @@ void write_rows(Source to, int64_t rows, int64_t columns, Matrix<const T> from, 
     for (int64_t r = 0; r < rows; ++r) {
       auto* row = data + r * to.stride_row;
       for (int64_t c = 0; c < columns; c += kLanes<T>) {
+        __builtin_prefetch(row + kRowsAhead * to.stride_row + c * to.stride_col, 1);
         const Vec<T> v = load(from.row(r) + c) * broadcast(factor + r * factor_step);
         store_strided<T>(row + c * to.stride_col, to.stride_col, v, columns - c);
       }
