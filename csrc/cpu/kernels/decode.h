@@ -8,7 +8,7 @@
 namespace attention_ext {
 namespace {
 
-constexpr int64_t kValueRows = 48;            // a divisor of kKeys: that many widened rows stay in L1
+constexpr int64_t kValueRows = 48;            // a divisor of kKeys: that many rows stay in L1
 constexpr int64_t kKeysPerSplit = 8 * kKeys;  // fixed, or the last bits would depend on what else is in the batch
 
 template <class C>
@@ -38,22 +38,20 @@ struct DecodeShared {
   DecodeShared(Arena& arena, const DecodeShape<C>& shape) {
     maximum = arena.take<T>(shape.jobs * shape.rows);
     sum = arena.take<T>(shape.jobs * shape.rows);
-    sums = arena.take<T>(shape.jobs * round_up(shape.rows, 2) * shape.columns);
+    sums = arena.take<T>(shape.jobs * shape.rows * shape.columns);
   }
 };
 
 template <class C>
 struct DecodeScratch {
   using T = typename C::Scalar;
-  T *query, *key_rows, *value_rows, *score, *factor;
+  T *query, *key_rows, *value_rows, *score;
 
   DecodeScratch(Arena& arena, const DecodeShape<C>& shape) {
-    const int64_t padded_rows = round_up(shape.rows, 2);
-    query = arena.take<T>(padded_rows * shape.width);
+    query = arena.take<T>(shape.rows * shape.width);
     key_rows = arena.take<T>(kLanes<T> * shape.width);
     value_rows = arena.take<T>(minimum(kValueRows, shape.keys) * shape.columns);
-    score = arena.take<T>(padded_rows * shape.keys);
-    factor = arena.take<T>(padded_rows);
+    score = arena.take<T>(shape.rows * shape.keys);
   }
 };
 
@@ -86,18 +84,75 @@ class RowsAhead {
   int64_t row_bytes_, stride_bytes_, rows_, at_ = 0;
 };
 
-// query . key for a vector of keys
-template <class T>
-Vec<T> dot_products(const T* query, Matrix<const T> key, int64_t width) {
+// A vector of dot products of kRows queries and as many keys as fill it: lanes (query, key). Each number of a key is
+// read and widened once for all the queries.
+template <class T, int kRows, class Storage>
+ATTENTION_INLINE Vec<T> dot_products(Matrix<const T> query, const Storage* key, int64_t key_stride, int64_t width) {
+  constexpr int kSomeKeys = kLanes<T> / kRows;
   Vec<T> sum[kLanes<T>] = {};
   for (int64_t d = 0; d < width; d += kLanes<T>) {
-    const Vec<T> q = load(query + d);
-    unroll<kLanes<T>>(UNROLLED(i) { sum[i] = fma(load(key.row(i) + d), q, sum[i]); });
+    Vec<T> numbers[kSomeKeys];
+    unroll<kSomeKeys>(UNROLLED(i) { numbers[i] = load_as(key + i * key_stride + d); });
+    unroll<kRows>(UNROLLED(r) {
+      const Vec<T> q = load(query.row(r) + d);
+      unroll<kSomeKeys>(UNROLLED(i) { sum[r * kSomeKeys + i] = fma(numbers[i], q, sum[r * kSomeKeys + i]); });
+    });
   }
   transpose(sum);
-  Vec<T> total = sum[0];
-  unroll<kLanes<T> - 1>(UNROLLED(i) { total += sum[i + 1]; });
-  return total;
+  unroll<kLanes<T> - 1>(UNROLLED(i) { sum[0] += sum[i + 1]; });
+  return sum[0];
+}
+
+// Scores of kRows queries and a vector of keys.
+template <class T, int kRows, class Storage>
+ATTENTION_INLINE void score_keys(Matrix<const T> query, const Storage* key, int64_t key_stride, int64_t width,
+                                 Matrix<T> score) {
+  constexpr int kSomeKeys = kLanes<T> / kRows;
+  for (int64_t i = 0; i < kLanes<T>; i += kSomeKeys) {
+    alignas(64) T products[kLanes<T>];
+    store(products, dot_products<T, kRows>(query, key + i * key_stride, key_stride, width));
+    unroll<kRows>(UNROLLED(r) { __builtin_memcpy(score.row(r) + i, products + r * kSomeKeys, kSomeKeys * sizeof(T)); });
+  }
+}
+
+// sums (row, column) += score (row, key) value (key, column), for kRows queries.
+template <class T, int kRows, int kVectors, class Storage>
+ATTENTION_INLINE void add_values(Matrix<const T> score, const Storage* value, int64_t value_stride, int64_t keys,
+                                 Matrix<T> sums) {
+  Vec<T> sum[kRows][kVectors];
+  unroll<kRows>(UNROLLED(r) { unroll<kVectors>(UNROLLED(n) { sum[r][n] = load(sums.row(r) + n * kLanes<T>); }); });
+  for (int64_t k = 0; k < keys; ++k) {
+    Vec<T> row[kVectors];
+    unroll<kVectors>(UNROLLED(n) { row[n] = load_as(value + k * value_stride + n * kLanes<T>); });
+    unroll<kRows>(UNROLLED(r) {
+      const Vec<T> weight = broadcast(score.row(r) + k);
+      unroll<kVectors>(UNROLLED(n) { sum[r][n] = fma(weight, row[n], sum[r][n]); });
+    });
+  }
+  unroll<kRows>(UNROLLED(r) { unroll<kVectors>(UNROLLED(n) { store(sums.row(r) + n * kLanes<T>, sum[r][n]); }); });
+}
+
+// Calls f(row, count) for queries by fours, as far as lanes allow, then one by one; count is a constant.
+template <class T, class F>
+ATTENTION_INLINE void for_row_groups(int64_t rows, F&& f) {
+  constexpr int kTogether = kLanes<T> < 4 ? kLanes<T> : 4;
+  int64_t r = 0;
+  for (; r + kTogether <= rows; r += kTogether) f(r, std::integral_constant<int, kTogether>{});
+  for (; r < rows; ++r) f(r, std::integral_constant<int, 1>{});
+}
+
+// Calls f(data, stride) with rows as they lie in memory where whole vectors can be read from it, else with a copy.
+template <class T, class F>
+ATTENTION_INLINE void with_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns, T* buffer, F&& f) {
+  const int64_t width = round_up(columns, kLanes<T>);
+  if (from.stride_col == 1 && columns == width && rows == padded_rows) {
+    with_storage<T>(from.dtype, [&](auto* storage) __attribute__((always_inline)) {
+      f(reinterpret_cast<decltype(storage)>(const_cast<char*>(from.data)), from.stride_row);
+    });
+    return;
+  }
+  copy_rows(from, rows, padded_rows, columns, Matrix<T>{buffer, width});
+  f(buffer, width);
 }
 
 template <class C>
@@ -118,7 +173,7 @@ class DecodeJob {
     sequence_ = sequence_of(p, job / shape_.splits / p.kv_heads);
     maximum_ = shared_.maximum + job * shape_.rows;
     sum_ = shared_.sum + job * shape_.rows;
-    sums_ = {shared_.sums + job * round_up(shape_.rows, 2) * shape_.columns, shape_.columns};
+    sums_ = {shared_.sums + job * shape_.rows * shape_.columns, shape_.columns};
     split_ = job % shape_.splits;
   }
 
@@ -136,7 +191,7 @@ class DecodeJob {
       maximum_[r] = static_cast<T>(-__builtin_inf());
       sum_[r] = 0;
     }
-    for (int64_t i = 0; i < round_up(shape_.rows, 2) * shape_.columns; i += kLanes<T>) store(sums_.data + i, Vec<T>{});
+    for (int64_t i = 0; i < shape_.rows * shape_.columns; i += kLanes<T>) store(sums_.data + i, Vec<T>{});
     for (int64_t g = 0; g < p_.group_size(); ++g) {
       copy_rows(source_of(p_.query, sequence_.tensor_batch, kv_head_ * p_.group_size() + g, sequence_.begin_q),
                 sequence_.length_q, sequence_.length_q, p_.head_dim,
@@ -152,25 +207,37 @@ class DecodeJob {
     const int64_t value_lines = ceil_div(values.lines() * kLanes<T>, k.size());
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
       values.fetch(value_lines);
-      const auto key = rows_of<C>(source(p_.key, k.begin + i), minimum<int64_t>(kLanes<T>, k.size() - i), kLanes<T>,
-                                  p_.head_dim, scratch_.key_rows);
-      for (int64_t r = 0; r < rows; ++r) {
-        store(score(r) + i, dot_products(scratch_.query + r * shape_.width, key, shape_.width));
-      }
+      with_rows(source(p_.key, k.begin + i), minimum<int64_t>(kLanes<T>, k.size() - i), kLanes<T>, p_.head_dim,
+                scratch_.key_rows, [&](const auto* key, int64_t stride) __attribute__((always_inline)) {
+                  for_row_groups<T>(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
+                    score_keys<T, count>(query(r), key, stride, shape_.width, columns_from(score(r), i));
+                  });
+                });
     }
-    for (int64_t r = 0; r < rows; ++r) softmax_row(r, k, score(r));
-    if (rows % 2 != 0) {
-      for (int64_t i = 0; i < k.size(); i += kLanes<T>) store(score(rows) + i, Vec<T>{});
-      scratch_.factor[rows] = 0;
-    }
+    for (int64_t r = 0; r < rows; ++r) softmax_row(r, k, score(r).data);
     RowsAhead next_keys(source(p_.key, k.end), minimum(kKeys, end_ - k.end), p_.head_dim);
     const int64_t key_lines = ceil_div(next_keys.lines() * kValueRows, k.size());
     for (int64_t i = 0; i < k.size(); i += kValueRows) {
       next_keys.fetch(key_lines);
       const int64_t keys = minimum(kValueRows, k.size() - i);
-      const auto value = rows_of<C>(source(p_.value, k.begin + i), keys, keys, p_.head_dim_v, scratch_.value_rows);
-      multiply<C>(by_rows(Matrix<const T>{score(0) + i, shape_.keys}), value, keys, sums_, round_up(rows, 2),
-                  shape_.columns / kLanes<T>, i == 0 ? Start::kScaleAndAdd : Start::kAdd, scratch_.factor);
+      with_rows(source(p_.value, k.begin + i), keys, keys, p_.head_dim_v, scratch_.value_rows,
+                [&](const auto* value, int64_t stride) __attribute__((always_inline)) {
+                  for_row_groups<T>(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
+                    add_all_values<count>(columns_from(score(r), i), value, stride, keys, rows_from(sums_, r));
+                  });
+                });
+    }
+  }
+
+  template <int kRows, class Storage>
+  void add_all_values(Matrix<T> score, const Storage* value, int64_t stride, int64_t keys, Matrix<T> sums) const {
+    for (int64_t c = 0; c < shape_.columns; c += kTileVectors * kLanes<T>) {
+      const int64_t vectors = minimum<int64_t>(kTileVectors, (shape_.columns - c) / kLanes<T>);
+      unroll<kTileVectors>(UNROLLED(n) {
+        if (vectors == n + 1) {
+          add_values<T, kRows, n + 1>(as_operand(score), value + c, stride, keys, columns_from(sums, c));
+        }
+      });
     }
   }
 
@@ -178,7 +245,8 @@ class DecodeJob {
   Source source(const View& view, int64_t k) const {
     return source_of(view, sequence_.tensor_batch, kv_head_, sequence_.begin_k + k);
   }
-  T* score(int64_t r) const { return scratch_.score + r * shape_.keys; }
+  Matrix<T> score(int64_t r) const { return {scratch_.score + r * shape_.keys, shape_.keys}; }
+  Matrix<const T> query(int64_t r) const { return {scratch_.query + r * shape_.width, shape_.width}; }
 
   // One query, a key per lane.
   void softmax_row(int64_t r, Range k, T* scores) {
@@ -208,7 +276,10 @@ class DecodeJob {
     }
     maximum_[r] = now;
     sum_[r] = sum_[r] * worth + sum_lanes<T>(sum);
-    scratch_.factor[r] = worth;
+    for (int64_t c = 0; c < shape_.columns; c += kLanes<T>) {
+      T* sums = sums_.row(r) + c;
+      store(sums, load(sums) * splat<T>(worth));
+    }
   }
 
   Vec<T> mask_row(int64_t head, int64_t q, int64_t k, int64_t count) const {
@@ -247,14 +318,14 @@ void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, i
     const int64_t row = head % p.group_size() * s.length_q + q;
     T top = p.sinks ? static_cast<T>(p.sinks[s.batch * p.sinks_stride_b + head]) : static_cast<T>(-__builtin_inf());
     T sum = p.sinks ? T(1) : T(0);
-    const Matrix<T> total{shared.sums + (first * round_up(shape.rows, 2) + row) * shape.columns, shape.columns};
+    const Matrix<T> total{shared.sums + (first * shape.rows + row) * shape.columns, shape.columns};
     for (int64_t split = 0; split < shape.splits; ++split) {
       const int64_t at = (first + split) * shape.rows + row;
       const T now = maximum(top, shared.maximum[at]);
       const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
       const Vec<T> worth = exp2<T>((splat<T>(top) - base) * log2e);
       const Vec<T> added = exp2<T>((splat<T>(shared.maximum[at]) - base) * log2e);
-      const T* more = shared.sums + ((first + split) * round_up(shape.rows, 2) + row) * shape.columns;
+      const T* more = shared.sums + ((first + split) * shape.rows + row) * shape.columns;
       for (int64_t d = 0; d < shape.columns; d += kLanes<T>) {
         const Vec<T> before = split == 0 ? Vec<T>{} : load(total.data + d) * worth;
         store(total.data + d, fma(load(more + d), added, before));
