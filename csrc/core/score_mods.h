@@ -103,8 +103,6 @@ struct ScoreMods {
   Alibi alibi;
   Band band;
 
-  ATTENTION_INLINE bool bends_or_adds() const { return softcap || bias || alibi; }
-
   // dot: query . key, not scaled. Hidden keys come out as -inf.
   template <class Ops>
   ATTENTION_INLINE Modified<Ops> operator()(typename Ops::V dot, const Position<Ops>& at) const {

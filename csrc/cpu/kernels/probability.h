@@ -29,19 +29,20 @@ template <class C, int kVectors, Rules kRules>
 void probability_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,
                        const typename C::Scalar* logsumexp, const Derivatives<typename C::Scalar>& bend) {
   using T = typename C::Scalar;
-  const T unit = static_cast<T>(kRules == Rules::kAll ? kLog2E : block.mods.scale * kLog2E);
+  const T unit = static_cast<T>(kModifies<kRules> ? kLog2E : block.mods.scale * kLog2E);
   const Vec<T> log2e = splat<T>(static_cast<T>(kLog2E));
+  const ScoreMods mods = mods_of<kRules>(block.mods);
   Vec<T> base[kVectors];
   unroll<kVectors>(UNROLLED(n) { base[n] = load(logsumexp + n * kLanes<T>); });
-  const bool far = kRules == Rules::kAll && far_from_zero<T>(base);
+  const bool far = kModifies<kRules> && far_from_zero<T>(base);
   for (int64_t r = 0; r < block.k.size(); ++r) {
     unroll<kVectors>(UNROLLED(n) {
       T* lanes = score.row(r) + n * kLanes<T>;
       Vec<T> s = load(lanes);
-      if constexpr (kRules == Rules::kAll) {
+      if constexpr (kModifies<kRules>) {
         const auto at = block.at(r, n);
-        const auto modified = block.mods.template operator()<VectorOps<T>>(s, at);
-        s = block.mods.template hide<VectorOps<T>>(modified.score, at);
+        const auto modified = mods.template operator()<VectorOps<T>>(s, at);
+        s = mods.template hide<VectorOps<T>>(modified.score, at);
         if (bend.slope.data) store(bend.slope.row(r) + n * kLanes<T>, modified.slope);
         if (bend.curve.data) store(bend.curve.row(r) + n * kLanes<T>, modified.curve);
       }

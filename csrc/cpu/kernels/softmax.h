@@ -48,17 +48,17 @@ void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Sc
                    RowState<typename C::Scalar> state, typename C::Scalar* factor, Matrix<typename C::Element> pairs) {
   using T = typename C::Scalar;
   const int64_t rows = block.k.size();
-  // Scores that no mod changes stay dot products: the scale is part of the exponent.
-  T linear = static_cast<T>(kRules == Rules::kAll ? 1.0 : block.mods.scale);
+  const ScoreMods mods = mods_of<kRules>(block.mods);
+  T linear = static_cast<T>(kModifies<kRules> ? 1.0 : block.mods.scale);
   Vec<T> top[kVectors];
   unroll<kVectors>(UNROLLED(n) { top[n] = splat<T>(static_cast<T>(-__builtin_inf())); });
   for (int64_t r = 0; r < rows; ++r) {
     unroll<kVectors>(UNROLLED(n) {
       T* lanes = score.row(r) + n * kLanes<T>;
       Vec<T> s = load(lanes);
-      if constexpr (kRules == Rules::kAll) {
+      if constexpr (kModifies<kRules>) {
         const auto at = block.at(r, n);
-        s = block.mods.template hide<VectorOps<T>>(block.mods.template operator()<VectorOps<T>>(s, at).score, at);
+        s = mods.template hide<VectorOps<T>>(mods.template operator()<VectorOps<T>>(s, at).score, at);
         store(lanes, s);
       } else if constexpr (kRules == Rules::kBand) {
         const auto at = block.at(r, n);

@@ -50,7 +50,11 @@ void load_rows(const T* per_query, const Tile& tile, T* to) {
 }
 
 // Which mods a block of scores needs: each is an instance of its own, the fewer the faster.
-enum class Rules : uint8_t { kNone, kBand, kAll };
+enum class Rules : uint8_t { kNone, kBand, kSoftcap, kAll };
+
+// Whether scores are modified; else they stay dot products, and the scale becomes part of the exponent.
+template <Rules kRules>
+constexpr bool kModifies = kRules == Rules::kSoftcap || kRules == Rules::kAll;
 
 struct Staged {
   Cover cover;    // of the keys below
@@ -114,6 +118,13 @@ Staged stage_mask(const View& mask, const Tile& tile, Range k, Matrix<T> to) {
   return staged;
 }
 
+// The mods that these rules leave; the others are known to be absent.
+template <Rules kRules>
+ATTENTION_INLINE ScoreMods mods_of(const ScoreMods& all) {
+  if constexpr (kRules == Rules::kAll) return all;
+  return {.scale = all.scale, .softcap = all.softcap, .bias = {}, .alibi = {}, .band = {}};
+}
+
 // One block of scores of a tile, and what is to be done to it.
 template <class T>
 struct Block {
@@ -144,8 +155,9 @@ bool open_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> 
   const Cover band = block.k.empty() ? Cover::kSkip : block.mods.band.cover(tile.q, block.k, tile.sequence.diagonal);
   if (band == Cover::kSkip) return false;
   if (band == Cover::kFull) block.mods.band = Band{};
-  const bool plain = !block.mods.bends_or_adds() && block.mods.scale > 0;
-  block.rules = !plain ? Rules::kAll : band == Cover::kPartial ? Rules::kBand : Rules::kNone;
+  const bool adds = block.mods.bias || block.mods.alibi, full = band == Cover::kFull;
+  const bool plain = !block.mods.softcap && !adds && block.mods.scale > 0;
+  block.rules = plain ? (full ? Rules::kNone : Rules::kBand) : !adds && full ? Rules::kSoftcap : Rules::kAll;
   const auto distance = static_cast<T>(block.k.begin - tile.q.begin - tile.sequence.diagonal);
   for (int v = 0; v < kQueryVectors; ++v) {
     block.first_distance[v] = splat<T>(distance - static_cast<T>(v * kLanes<T>)) - iota<T>();
@@ -192,6 +204,9 @@ ATTENTION_INLINE void with_constants(int64_t vectors, Rules rules, F&& f) {
         break;
       case Rules::kBand:
         f(kCount, std::integral_constant<Rules, Rules::kBand>{});
+        break;
+      case Rules::kSoftcap:
+        f(kCount, std::integral_constant<Rules, Rules::kSoftcap>{});
         break;
       case Rules::kAll:
         f(kCount, std::integral_constant<Rules, Rules::kAll>{});

@@ -67,8 +67,14 @@ ATTENTION_INLINE Vec<T> log2(Vec<T> x) {
 }
 
 template <class T>
+ATTENTION_INLINE auto sign_bit(Vec<T> x) {
+  using Bits = Vec<std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>>;
+  return bit_cast<Bits>(x) & bit_cast<Bits>(splat<T>(static_cast<T>(-0.0)));
+}
+
+template <class T>
 ATTENTION_INLINE Vec<T> abs(Vec<T> x) {
-  return max(x, -x);
+  return bit_cast<Vec<T>>(bit_cast<decltype(sign_bit<T>(x))>(x) ^ sign_bit<T>(x));
 }
 
 // expm1(2|x|) / (expm1(2|x|) + 2) with x's sign: accurate for small x, where 1 - 2 / (exp(2x) + 1) cancels
@@ -82,7 +88,7 @@ ATTENTION_INLINE Vec<T> tanh(Vec<T> x) {
   const Vec<T> power = scale_by_power(splat<T>(1), exponent);
   const Vec<T> expm1 = fma(power * rest, exp2_fit<T, Exp2Fit<T>>(rest), power - splat<T>(1));
   const Vec<T> result = expm1 / (expm1 + splat<T>(2));
-  return x < Vec<T>{} ? -result : result;
+  return bit_cast<Vec<T>>(bit_cast<decltype(sign_bit<T>(x))>(result) | sign_bit<T>(x));
 }
 
 // The arithmetic of core/score_mods.h over a vector of queries.
