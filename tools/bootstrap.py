@@ -122,8 +122,9 @@ def build(python: Path) -> None:
     stamp = ROOT / "build" / "bootstrap"
     folders = [ROOT / "csrc", ROOT / "attention_ext" / "include"]
     inputs = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    inputs += [ROOT / "setup.py", ROOT / "pyproject.toml"]
-    switches = [os.environ.get(name, "") for name in ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR")]
+    inputs += [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "tools" / "nvcc.py"]
+    names = ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR", "ATTENTION_EXT_CUDA")
+    switches = [os.environ.get(name, "") for name in names]
     wanted = digest(known["prefix"], known["torch"], known["python"], *switches, files=inputs)
     if LIBRARY.exists() and stamp.exists() and stamp.read_text() == wanted:
         return

@@ -78,7 +78,7 @@ py::dict build_info() {
   info["cplusplus"] = __cplusplus;
   info["commit"] = build_facts::kCommit;
   info["dirty"] = build_facts::kDirty;
-  info["cuda"] = false;
+  info["cuda"] = build_facts::kCuda;
   return info;
 }
 
