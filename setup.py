@@ -33,7 +33,8 @@ def operator_sources() -> list[str]:
     if machine not in INSTRUCTION_SETS:
         sys.exit(f"attention_ext has kernels for {' and '.join(INSTRUCTION_SETS)}, got {machine}")
     isa = [f"csrc/cpu/isa/{name}.cpp" for name in INSTRUCTION_SETS[machine]]
-    return sources("csrc/core/*.cpp", "csrc/cpu/*.cpp", *isa, "csrc/torch/*.cpp")
+    emulator = ["csrc/gpu/emulation/*.cpp"] if os.environ.get("ATTENTION_EXT_EMULATOR") == "1" else []
+    return sources("csrc/core/*.cpp", "csrc/cpu/*.cpp", *isa, *emulator, "csrc/torch/*.cpp")
 
 
 def git(*arguments: str) -> str:

@@ -28,6 +28,7 @@ Problem plainest_problem(DType dtype) {
 }
 
 const char* why_not(const CpuKernel& kernel, DType dtype) {
+  if (kernel.on_request) return kOnRequest;
   switch (kernel.pass) {
     case Pass::kForward:
       return kernel.why_not(plainest_problem<ForwardProblem>(dtype));

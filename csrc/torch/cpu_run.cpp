@@ -78,7 +78,7 @@ std::string explain_cpu_kernels(Pass pass, const AttentionProblem& problem) {
   std::string text;
   for (const CpuKernel& kernel : cpu_kernels()) {
     if (kernel.pass != pass) continue;
-    const char* reason = kernel.why_not(problem);
+    const char* reason = kernel.on_request ? kOnRequest : kernel.why_not(problem);
     text += std::string(kernel.name) + ": " + (&kernel == chosen ? "chosen" : reason ? reason : "would serve") + "\n";
   }
   return text;
