@@ -39,6 +39,11 @@ ATTENTION_INLINE Sequence sequence_of(const AttentionProblem& p, int64_t b) {
   return s;
 }
 
+// One number per query: index of query 0 of the sequence in (b, h, q).
+ATTENTION_INLINE int64_t row_of(const AttentionProblem& p, const Sequence& s, int64_t head) {
+  return (s.tensor_batch * p.heads + head) * p.seqlen_q + s.begin_q;
+}
+
 // The keys that any query of `q` may see: outside it nothing is read.
 ATTENTION_INLINE Range visible_keys(const AttentionProblem& p, const Sequence& s, Range q) {
   const int64_t begin = maximum<int64_t>(0, q.begin + s.diagonal - p.window_left);

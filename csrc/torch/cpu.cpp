@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
+#include <cstring>
 #include <mutex>
 
 #include "torch/device.h"
@@ -68,9 +69,17 @@ void run(Pass pass, const AttentionProblem& problem) {
   }
 }
 
+const char* why_not(const CpuKernel& kernel, const AttentionProblem& problem) {
+  const char* forced = forced_kernel(kernel.pass);
+  const bool is_requested = forced && std::strcmp(forced, kernel.name) == 0;
+  return kernel.on_request && !is_requested ? kOnRequest : kernel.why_not(problem);
+}
+
 std::vector<KernelRow> kernels() {
   std::vector<KernelRow> rows;
-  for (const CpuKernel& kernel : cpu_kernels()) rows.push_back({kernel.name, kernel.pass, kernel.why_not});
+  for (const CpuKernel& kernel : cpu_kernels()) {
+    rows.push_back({kernel.name, kernel.pass, std::bind_front(why_not, std::cref(kernel))});
+  }
   return rows;
 }
 

@@ -1,0 +1,17 @@
+// GPU kernels as rows of the CPU's table, to be asked for by name: each runs on the emulated warp layer.
+#include "core/kernel_table.h"
+#include "gpu/reasons.h"
+#include "gpu/unit.h"
+
+namespace attention_ext {
+namespace {
+
+const CpuKernel kKernels[] = {
+    {"emulated_sm80/forward", Pass::kForward, not_in_buckets, plan_forward<Plan>, true},
+};
+
+}  // namespace
+
+std::span<const CpuKernel> emulated_kernels() { return kKernels; }
+
+}  // namespace attention_ext
