@@ -17,6 +17,7 @@ namespace {
 using at::Tensor;
 
 constexpr uint64_t kOffsetsPerCall = 4;  // the generator's unit
+constexpr int64_t kMostBlocks = INT32_MAX;
 
 at::PhiloxCudaState draw(c10::DeviceIndex device) {
   auto* generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
@@ -63,7 +64,8 @@ void run(Pass pass, const AttentionProblem& problem) {
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   for (int i = 0; i < plan.launch_count; ++i) {
     const Launch& launch = plan.launches[i];
-    if (launch.blocks == 0) continue;
+    TORCH_CHECK(launch.blocks <= kMostBlocks, "attention_ext: ", kernel->name, " would need ", launch.blocks,
+                " blocks, and a launch has ", kMostBlocks, " at most");
     C10_CUDA_CHECK(static_cast<cudaError_t>(launch.enqueue(launch, problem, workspace.mutable_data_ptr(), stream)));
   }
 }
