@@ -46,3 +46,11 @@ def test_forward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: A
     emulate()
     rng_state = sample.call(operator)[2]
     check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator, backward=False))
+
+
+@pytest.mark.parametrize("spec", [*SINGLE, *HARD, *SIZES], ids=lambda x: x.name)
+def test_backward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
+    sample = spec.build(dtype, "small")
+    emulate()
+    rng_state = sample.call(operator)[2]
+    check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator))

@@ -9,6 +9,8 @@ namespace attention_ext {
 
 template <class Plan, class Element>
 Plan plan_forward(const AttentionProblem& problem);
+template <class Plan, class Element>
+Plan plan_backward(const AttentionProblem& problem);
 
 // pass(element) for the dtype of the problem
 template <class Plan, class Pass>
@@ -28,6 +30,11 @@ Plan by_dtype(const AttentionProblem& problem, Pass&& pass) {
 template <class Plan>
 Plan plan_forward(const AttentionProblem& p) {
   return by_dtype<Plan>(p, [&]<class E>(E) { return plan_forward<Plan, E>(p); });
+}
+
+template <class Plan>
+Plan plan_backward(const AttentionProblem& p) {
+  return by_dtype<Plan>(p, [&]<class E>(E) { return plan_backward<Plan, E>(p); });
 }
 
 }  // namespace attention_ext

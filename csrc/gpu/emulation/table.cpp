@@ -8,6 +8,7 @@ namespace {
 
 const CpuKernel kKernels[] = {
     {"emulated_sm80/forward", Pass::kForward, not_in_buckets, plan_forward<Plan>, true},
+    {"emulated_sm80/backward", Pass::kBackward, not_in_buckets, plan_backward<Plan>, true},
 };
 
 }  // namespace

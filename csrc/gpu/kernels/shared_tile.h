@@ -64,15 +64,23 @@ ATTENTION_DEVICE void copy_scattered(E* to, const E* from, int64_t stride, int c
   for (int i = 0; i < kChunk; ++i) to[i] = i < count ? from[i * stride] : E{};
 }
 
+// Rows within a sequence, in fewer registers than a Range.
+struct Span {
+  int begin, end;
+  ATTENTION_DEVICE explicit Span(Range range)
+      : begin(static_cast<int>(range.begin)), end(static_cast<int>(range.end)) {}
+  ATTENTION_DEVICE bool has(int i) const { return begin <= i && i < end; }
+};
+
 // Starts to fill a tile with rows first, first + 1, ...; rows outside `valid` and columns past the end are 0. The
 // threads of the block share the work; the rows are there after wait_copies and a barrier.
 template <int kThreads, class Tile, class E>
-ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int64_t first, Range valid) {
+ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int first, Span valid) {
   const bool whole_chunks = from.has_whole_chunks();
   for (int i = thread_index(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
     const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;
-    const bool present = first + row >= valid.begin && first + row < valid.end;
-    const int count = present ? clamp(from.columns - column, 0, Tile::kChunk) : 0;
+    const int room = minimum(from.columns - column, Tile::kChunk);
+    const int count = valid.has(first + row) && room > 0 ? room : 0;
     const E* source = count > 0 ? from.row(first + row) + column * from.stride_col : from.data;
     if (whole_chunks) {
       copy_async(to.at(row, column), source, count * static_cast<int>(sizeof(E)));
