@@ -11,12 +11,13 @@ constexpr size_t kWorkspaceAlignment = 256;
 
 template <class T>
 struct BackwardMemory {
-  T* delta;            // (b, h, q)
-  double* slope_sums;  // one of each block of threads that owns queries
+  T *delta, *delta_tangent;  // (b, h, q)
+  double* slope_sums;        // one of each block of threads that owns queries
 
   ATTENTION_DEVICE BackwardMemory(const BackwardProblem& p, void* workspace)
       : delta(static_cast<T*>(workspace)),
-        slope_sums(reinterpret_cast<double*>(static_cast<char*>(workspace) + delta_bytes(p))) {}
+        delta_tangent(delta + delta_bytes(p) / static_cast<int64_t>(sizeof(T))),
+        slope_sums(reinterpret_cast<double*>(static_cast<char*>(workspace) + 2 * delta_bytes(p))) {}
 
   ATTENTION_INLINE static int64_t rows(const BackwardProblem& p) {
     return (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.seqlen_q;
@@ -25,7 +26,7 @@ struct BackwardMemory {
     return round_up(rows(p) * static_cast<int64_t>(sizeof(T)), kWorkspaceAlignment);
   }
   static size_t bytes(const BackwardProblem& p, int64_t query_blocks) {
-    return static_cast<size_t>(delta_bytes(p)) + static_cast<size_t>(query_blocks) * sizeof(double);
+    return 2 * static_cast<size_t>(delta_bytes(p)) + static_cast<size_t>(query_blocks) * sizeof(double);
   }
 
   // product: rowsum(grad_out * out)

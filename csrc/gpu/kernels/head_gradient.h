@@ -1,8 +1,7 @@
 // The small kernels around a backward call: delta before it, and after it what is summed for a whole head.
 #pragma once
 
-#include "gpu/kernels/backward_memory.h"
-#include "gpu/kernels/key_walk.h"
+#include "gpu/kernels/gradient.h"
 
 namespace attention_ext {
 namespace {
@@ -37,18 +36,18 @@ struct Delta {
 };
 
 // Gradients of one head's slope and sink. kQueries: of each block of threads that left a sum for the slopes.
-template <class C, int kQueries>
+template <class C, Order kOrder, int kQueries>
 struct HeadGradient {
   using T = typename C::Scalar;
-  using Problem = BackwardProblem;
+  using Problem = ProblemOf<kOrder>;
   static constexpr int kThreads = 128;
   static constexpr size_t kSharedBytes = kThreads / kWarpSize * sizeof(double);
 
   static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads; }
 
-  ATTENTION_DEVICE static void run(const BackwardProblem& p, void* workspace) {
+  ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     const BackwardMemory<T> memory(p, workspace);
-    const int64_t head = block_index() % p.heads, batch = block_index() / p.heads;
+    const Head head(p, block_index() / p.heads, block_index() % p.heads);
     if (p.grad_alibi_slopes) {
       double sum = 0;
       for (int64_t i = thread_index(); i < ceil_div(p.max_seqlen_q, kQueries); i += kThreads) {
@@ -56,21 +55,26 @@ struct HeadGradient {
       }
       sum_block<kThreads>(sum, p.grad_alibi_slopes + block_index());
     }
-    if (p.grad_sinks)
-      sum_block<kThreads>(sink_sum(p, memory, sequence_of(p, batch), head), p.grad_sinks + block_index());
+    if (p.grad_sinks) sum_block<kThreads>(sink_sum(p, head, memory), p.grad_sinks + block_index());
   }
 
  private:
-  ATTENTION_DEVICE static double sink_sum(const BackwardProblem& p, const BackwardMemory<T>& memory, const Sequence& s,
-                                          int64_t head) {
-    const int64_t first = row_of(p, s, head);
-    const double sink = p.sinks[s.batch * p.sinks_stride_b + head];
-    double sum = 0;
-    for (int64_t q = thread_index(); q < s.length_q; q += kThreads) {
-      const T logsumexp = static_cast<const T*>(p.logsumexp)[first + q];
-      if (logsumexp == -infinity<T>()) continue;
-      const double prob = exp2_of((sink - static_cast<double>(logsumexp)) * kLog2E);
-      sum -= prob * static_cast<double>(memory.delta[first + q]);
+  // Sum over queries of prob(sink) times how the row's delta moves with it.
+  ATTENTION_DEVICE static double sink_sum(const Problem& p, const Head& head, const BackwardMemory<T>& memory) {
+    const RowSource<T, kOrder> rows(p, head, memory);
+    const int64_t b = head.sequence.batch;
+    const double sink = p.sinks[b * p.sinks_stride_b + head.head];
+    double moved = 0, sum = 0;
+    if constexpr (kOrder == Order::kSecond) moved = p.tangent.sinks ? p.tangent.sinks[b * p.heads + head.head] : 0.0;
+    for (int q = thread_index(); q < rows.logsumexp.end; q += kThreads) {
+      const RowNumbers<T> row = rows.row(q);
+      const double prob = exp2_of((sink - static_cast<double>(row.logsumexp)) * kLog2E);
+      if constexpr (kOrder == Order::kSecond) {
+        sum += prob * ((static_cast<double>(row.logsumexp_tangent) - moved) * static_cast<double>(row.delta) -
+                       static_cast<double>(row.delta_tangent));
+      } else {
+        sum -= prob * static_cast<double>(row.delta);
+      }
     }
     return sum;
   }

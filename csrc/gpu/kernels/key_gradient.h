@@ -2,10 +2,7 @@
 // transposed, rows are keys: so they are operands of both products as they are.
 #pragma once
 
-#include "gpu/kernels/backward_memory.h"
 #include "gpu/kernels/gradient.h"
-#include "gpu/kernels/key_walk.h"
-#include "gpu/kernels/shape.h"
 
 namespace attention_ext {
 namespace {
@@ -13,36 +10,37 @@ namespace {
 // Where registers do not hold both gradients, each has a kernel of its own.
 enum class KeyResult : uint8_t { kBoth, kKey, kValue };
 
-template <class C, int kDim, Rules kRules, KeyResult kResult>
+template <class C, int kDim, Rules kRules, Order kOrder, KeyResult kResult>
 class KeyGradient {
   using T = typename C::Scalar;
   using E = typename C::Element;
-  using Shape = BackwardShape<C, kDim>;
+  using Shape = GradientShape<C, kDim, kOrder>;
   static constexpr bool kOfKey = kResult != KeyResult::kValue, kOfValue = kResult != KeyResult::kKey;
-  static constexpr int kKeys = Shape::kWarps * kFragmentRows, kQueryTiles = Shape::kColumns / kFragmentColumns;
-  using KeyTile = SharedTile<E, kKeys, kDim>;
+  static constexpr int kKeys = Shape::kWarps * kFragmentRows, kTiles = Shape::kColumns / kFragmentColumns;
+  using KeyTiles = TileSet<SharedTile<E, kKeys, kDim>, kKeySources<kOrder>>;
   using QueryTile = SharedTile<E, Shape::kRows, kDim>;
-  using Scores = Fragments<T, 1, kQueryTiles>;
+  using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
   using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
 
  public:
-  using Problem = BackwardProblem;
+  using Problem = ProblemOf<kOrder>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
-  static constexpr size_t kSharedBytes = 2 * KeyTile::kBytes + 2 * Shape::kStages * QueryTile::kBytes;
+  static constexpr size_t kSharedBytes = KeyTiles::kBytes + Shape::kStages * QueryTiles::kBytes;
 
   static int64_t blocks(const AttentionProblem& p) { return p.batch * p.kv_heads * ceil_div(p.max_seqlen_k, kKeys); }
 
-  ATTENTION_DEVICE static void run(const BackwardProblem& p, void* workspace) {
-    const int64_t group = block_index() % (p.batch * p.kv_heads), tile = block_index() / (p.batch * p.kv_heads);
-    const int64_t batch = group / p.kv_heads, kv_head = group % p.kv_heads;
-    const Sequence s = sequence_of(p, batch);
+  ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
+    const int64_t groups = p.batch * p.kv_heads, group = block_index() % groups, tile = block_index() / groups;
+    const Sequence s = sequence_of(p, group / p.kv_heads);
     const int64_t rows = p.cu_seqlens_k ? s.length_k : p.seqlen_k;
     const Range k{tile * kKeys, minimum((tile + 1) * kKeys, rows)};
-    if (!k.empty()) KeyGradient(p, BackwardMemory<T>(p, workspace), k).walk(batch, kv_head);
+    if (!k.empty()) {
+      KeyGradient(p, BackwardMemory<T>(p, workspace), k).walk(group / p.kv_heads, group % p.kv_heads);
+    }
   }
 
  private:
-  ATTENTION_DEVICE KeyGradient(const BackwardProblem& p, const BackwardMemory<T>& memory, Range k)
+  ATTENTION_DEVICE KeyGradient(const Problem& p, const BackwardMemory<T>& memory, Range k)
       : p_(p),
         memory_(memory),
         k_(k),
@@ -50,47 +48,37 @@ class KeyGradient {
         dropout_(dropout_by<kRules>(p)) {}
 
   ATTENTION_DEVICE void walk(int64_t batch, int64_t kv_head) {
-    SharedArena arena{shared_memory()};
-    const auto key = arena.take<KeyTile>(), value = arena.take<KeyTile>();
     key_sums_.clear();
     value_sums_.clear();
+    const KeyTiles keys(shared_memory());
     const Head first(p_, batch, kv_head * p_.group_size());
     const Range seen = visible_keys(p_, first.sequence, {0, first.sequence.length_q});
     const Span valid({maximum(k_.begin, seen.begin), minimum(k_.end, seen.end)});
-    const int row = static_cast<int>(k_.begin);
-    copy_rows<kThreads>(key, key_rows<E>(first, p_.key, p_.head_dim), row, valid);
-    if (kOfKey) copy_rows<kThreads>(value, key_rows<E>(first, p_.value, p_.head_dim_v), row, valid);
-    for (int64_t h = 0; h < p_.group_size(); ++h) walk_head(arena, key, value, Head(p_, batch, first.head + h));
-    wait_copies<0>();
+    copy_set<kThreads>(keys, key_sources<E>(p_, first), static_cast<int>(k_.begin), valid);
+    for (int64_t h = 0; h < p_.group_size(); ++h) {
+      const Head head(p_, batch, first.head + h);
+      const RowSource<T, kOrder> rows(p_, head, memory_);
+      walk_rows<kThreads, Shape::kStages, QueryTile>(shared_memory() + KeyTiles::kBytes, query_sources<E>(p_, head),
+                                                     visible_queries(p_, head.sequence, k_),
+                                                     [&](int q, const QueryTiles& queries) {
+                                                       for (int row = 0; row < Shape::kRows; row += Shape::kColumns) {
+                                                         add_block(head, rows, keys, q + row, queries, row);
+                                                       }
+                                                     });
+    }
     close_rows(first);
   }
 
-  ATTENTION_DEVICE void walk_head(SharedArena arena, const KeyTile& key, const KeyTile& value, const Head& head) {
-    const Rows<E> sources[] = {head_rows<E>(head, p_.query, p_.head_dim),
-                               head_rows<E>(head, p_.grad_out, p_.head_dim_v)};
-    const RowSource<T> rows(p_, head, memory_.delta);
-    walk_rows<kThreads, Shape::kStages, QueryTile>(
-        arena, sources, visible_queries(p_, head.sequence, k_), [&](int q, auto&& tile_of) {
-          for (int row = 0; row < Shape::kRows; row += Shape::kColumns) {
-            add_block(head, rows, key, value, q + row, tile_of(0), tile_of(1), row);
-          }
-        });
-  }
-
-  ATTENTION_DEVICE void add_block(const Head& head, const RowSource<T>& rows, const KeyTile& key, const KeyTile& value,
-                                  int q, const QueryTile& query, const QueryTile& grad_out, int row) {
+  ATTENTION_DEVICE void add_block(const Head& head, const RowSource<T, kOrder>& rows, const KeyTiles& keys, int q,
+                                  const QueryTiles& queries, int row) {
     const bool partial = is_partial(head, {q, q + Shape::kColumns}, k_);
     const ScoreBlock<T, kRules, true> block{p_, head, {q, static_cast<int>(k_.begin) + row_}, partial};
-    Scores weight, grad;
-    weight.clear();
-    grad.clear();
-    multiply_rows<C>(weight, key, row_, query, row);
-    if constexpr (kOfKey) multiply_rows<C>(grad, value, row_, grad_out, row);
-    differentiate(
-        block, dropout_, weight, grad, [&](int n, int i) { return rows.row(block.query(0, n, i)); },
-        [](int, int, T) {});
-    if constexpr (kOfValue) multiply_weights<C>(value_sums_, weight, grad_out, row);
-    if constexpr (kOfKey) multiply_weights<C>(key_sums_, grad, query, row);
+    GradientBlock<C, kRules, kOrder, true, kTiles> products;
+    products.multiply(p_, keys, row_, queries, row);
+    products.differentiate(
+        p_, block, dropout_, [&](int n, int i) { return rows.row(block.query(0, n, i)); }, [](int, int, T) {});
+    if constexpr (kOfValue) multiply_weights<C>(value_sums_, products.weight, queries.tile[1], row);
+    if constexpr (kOfKey) products.add_gradient(p_, key_sums_, queries, row);
   }
 
   ATTENTION_DEVICE void close_rows(const Head& head) {
@@ -103,7 +91,7 @@ class KeyGradient {
     store_rows(key_rows<E>(head, to, columns), k_.begin + row_, k_.end, sums.tile[0], both);
   }
 
-  const BackwardProblem& p_;
+  const Problem& p_;
   const BackwardMemory<T>& memory_;
   const Range k_;
   const int row_;  // of the tile, the warp's first

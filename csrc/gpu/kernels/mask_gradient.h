@@ -2,10 +2,7 @@
 // each number is summed in one place and stored once.
 #pragma once
 
-#include "gpu/kernels/backward_memory.h"
 #include "gpu/kernels/gradient.h"
-#include "gpu/kernels/key_walk.h"
-#include "gpu/kernels/shape.h"
 
 namespace attention_ext {
 namespace {
@@ -19,28 +16,28 @@ struct BroadcastAxis {
   ATTENTION_INLINE Range part(int64_t block) const { return broadcast ? Range{0, count} : Range{block, block + 1}; }
 };
 
-template <class C, int kDim, Rules kRules>
+template <class C, int kDim, Order kOrder>
 class MaskGradient {
   using T = typename C::Scalar;
   using E = typename C::Element;
-  using Shape = BackwardShape<C, kDim>;
+  using Shape = GradientShape<C, kDim, kOrder>;
+  static constexpr Rules kRules = Rules::kAll;
   static constexpr int kQueries = Shape::kWarps * kFragmentRows, kKeys = Shape::kColumns;
-  static constexpr int kKeyTiles = kKeys / kFragmentColumns;
-  using QueryTile = SharedTile<E, kQueries, kDim>;
-  using KeyTile = SharedTile<E, kKeys, kDim>;
-  using Scores = Fragments<T, 1, kKeyTiles>;
+  static constexpr int kTiles = kKeys / kFragmentColumns;
+  using QueryTiles = TileSet<SharedTile<E, kQueries, kDim>, kQuerySources<kOrder>>;
+  using KeyTiles = TileSet<SharedTile<E, kKeys, kDim>, kKeySources<kOrder>>;
 
  public:
-  using Problem = BackwardProblem;
+  using Problem = ProblemOf<kOrder>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes =
-      maximum(2 * QueryTile::kBytes + 2 * KeyTile::kBytes, kQueries*(kKeys + 1) * sizeof(T));
+      maximum(QueryTiles::kBytes + KeyTiles::kBytes, (kKeys + 1) * kQueries * sizeof(T));
 
   static int64_t blocks(const BackwardProblem& p) {
     return batches(p).blocks() * heads(p).blocks() * query_tiles(p).blocks() * key_tiles(p).blocks();
   }
 
-  ATTENTION_DEVICE static void run(const BackwardProblem& p, void* workspace) {
+  ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     int64_t index = block_index();
     const auto part_of = [&](const BroadcastAxis& axis) {
       const int64_t own = index % axis.blocks();
@@ -65,7 +62,7 @@ class MaskGradient {
     return {ceil_div(p.max_seqlen_k, kKeys), p.grad_attn_mask.stride_col == 0};
   }
 
-  ATTENTION_DEVICE MaskGradient(const BackwardProblem& p, const BackwardMemory<T>& memory)
+  ATTENTION_DEVICE MaskGradient(const Problem& p, const BackwardMemory<T>& memory)
       : p_(p), memory_(memory), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kRules>(p)) {}
 
   ATTENTION_DEVICE void walk(Range batches, Range heads, Range query_tiles, Range key_tiles) {
@@ -87,26 +84,20 @@ class MaskGradient {
     const Range seen = visible_keys(p_, head.sequence, q);
     const Range valid{maximum(k.begin, seen.begin), minimum(k.end, seen.end)};
     if (valid.empty()) return;
-    SharedArena arena{shared_memory()};
-    const auto query = arena.take<QueryTile>(), grad_out = arena.take<QueryTile>();
-    const auto key = arena.take<KeyTile>(), value = arena.take<KeyTile>();
+    const QueryTiles queries(shared_memory());
+    const KeyTiles keys(shared_memory() + QueryTiles::kBytes);
     const int first_q = static_cast<int>(q.begin), first_k = static_cast<int>(k.begin);
-    copy_rows<kThreads>(query, head_rows<E>(head, p_.query, p_.head_dim), first_q, Span(q));
-    copy_rows<kThreads>(grad_out, head_rows<E>(head, p_.grad_out, p_.head_dim_v), first_q, Span(q));
-    copy_rows<kThreads>(key, key_rows<E>(head, p_.key, p_.head_dim), first_k, Span(valid));
-    copy_rows<kThreads>(value, key_rows<E>(head, p_.value, p_.head_dim_v), first_k, Span(valid));
+    copy_set<kThreads>(queries, query_sources<E>(p_, head), first_q, Span(q));
+    copy_set<kThreads>(keys, key_sources<E>(p_, head), first_k, Span(valid));
     commit_copies();
     wait_copies<0>();
     synchronize_block();
-    Scores weight, grad;
-    weight.clear();
-    grad.clear();
-    multiply_rows<C>(weight, query, row_, key, 0);
-    multiply_rows<C>(grad, grad_out, row_, value, 0);
     const ScoreBlock<T, kRules> block{p_, head, {first_q + row_, first_k}, is_partial(head, q, k)};
-    const RowSource<T> rows(p_, head, memory_.delta);
-    differentiate(
-        block, dropout_, weight, grad, [&](int n, int i) { return rows.row(block.query(0, n, i)); },
+    const RowSource<T, kOrder> rows(p_, head, memory_);
+    GradientBlock<C, kRules, kOrder, false, kTiles> products;
+    products.multiply(p_, queries, row_, keys, 0);
+    products.differentiate(
+        p_, block, dropout_, [&](int n, int i) { return rows.row(block.query(0, n, i)); },
         [&](int n, int i, T gradient) { sums_.tile[0][n].number[i] += gradient; });
     synchronize_block();
   }
@@ -115,7 +106,7 @@ class MaskGradient {
   ATTENTION_DEVICE void store(int64_t b, int64_t h, int64_t first_q, int64_t first_k) {
     constexpr int kStride = kKeys + 1;
     auto* tile = reinterpret_cast<T*>(shared_memory());
-    for_each_number<kKeyTiles>([&](int n, int i) {
+    for_each_number<kTiles>([&](int n, int i) {
       const int row = row_ + i / 2 * 8 + lane_group(), column = n * kFragmentColumns + 2 * lane_member() + i % 2;
       tile[row * kStride + column] = sums_.tile[0][n].number[i];
     });
@@ -135,11 +126,11 @@ class MaskGradient {
     }
   }
 
-  const BackwardProblem& p_;
+  const Problem& p_;
   const BackwardMemory<T>& memory_;
   const int row_;  // of the tile, the warp's first
   const Dropout dropout_;
-  Scores sums_;
+  Fragments<T, 1, kTiles> sums_;
 };
 
 }  // namespace

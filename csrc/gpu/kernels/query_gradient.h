@@ -1,10 +1,7 @@
 // grad_query and what a head's slopes receive: a block of threads walks the keys for a tile of queries.
 #pragma once
 
-#include "gpu/kernels/backward_memory.h"
 #include "gpu/kernels/gradient.h"
-#include "gpu/kernels/key_walk.h"
-#include "gpu/kernels/shape.h"
 
 namespace attention_ext {
 namespace {
@@ -12,44 +9,44 @@ namespace {
 // What becomes of the rows: their gradients, or only their delta, from weights that were never rounded.
 enum class QueryResult : uint8_t { kGradient, kDelta };
 
-template <class C, int kDim, Rules kRules, QueryResult kResult>
+template <class C, int kDim, Rules kRules, Order kOrder, QueryResult kResult = QueryResult::kGradient>
 class QueryGradient {
-  using Shape = BackwardShape<C, kDim>;
-
- public:
-  static constexpr int kQueries = Shape::kWarps * kFragmentRows;
-
- private:
   using T = typename C::Scalar;
   using E = typename C::Element;
-  static constexpr int kKeyTiles = Shape::kColumns / kFragmentColumns;
-  using QueryTile = SharedTile<E, kQueries, kDim>;
+  using Shape = GradientShape<C, kDim, kOrder>;
+
+ public:
+  using Problem = ProblemOf<kOrder>;
+  static constexpr int kQueries = Shape::kWarps * kFragmentRows;
+  static constexpr int kThreads = Shape::kWarps * kWarpSize;
+
+ private:
+  static constexpr int kTiles = Shape::kColumns / kFragmentColumns;
+  using QueryTiles = TileSet<SharedTile<E, kQueries, kDim>, kQuerySources<kOrder>>;
   using KeyTile = SharedTile<E, Shape::kRows, kDim>;
-  using Scores = Fragments<T, 1, kKeyTiles>;
+  using KeyTiles = TileSet<KeyTile, kKeySources<kOrder>>;
   using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
 
  public:
-  using Problem = BackwardProblem;
-  static constexpr int kThreads = Shape::kWarps * kWarpSize;
-  static constexpr size_t kSharedBytes = 2 * QueryTile::kBytes + 2 * Shape::kStages * KeyTile::kBytes;
+  static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
 
   static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries); }
 
-  ATTENTION_DEVICE static void run(const BackwardProblem& p, void* workspace) {
+  ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     const QueryTileIndex at(p, kQueries);
     const Head head(p, at.batch, at.head);
     QueryGradient(p, BackwardMemory<T>(p, workspace), head, at.queries(head.sequence, kQueries)).walk();
   }
 
  private:
-  ATTENTION_DEVICE QueryGradient(const BackwardProblem& p, const BackwardMemory<T>& memory, const Head& head, Range q)
+  ATTENTION_DEVICE QueryGradient(const Problem& p, const BackwardMemory<T>& memory, const Head& head, Range q)
       : p_(p),
         memory_(memory),
         head_(head),
         q_(q),
         row_(thread_index() / kWarpSize * kFragmentRows),
         dropout_(dropout_by<kRules>(p)) {
-    const RowSource<T> source(p, head, memory.delta);
+    const RowSource<T, kOrder> source(p, head, memory);
     for (int r = 0; r < 2; ++r) {
       rows_[r] = source.row(static_cast<int>(q.begin) + row_ + r * 8 + lane_group());
       if (kResult == QueryResult::kDelta) rows_[r].delta = T(0);
@@ -57,36 +54,28 @@ class QueryGradient {
   }
 
   ATTENTION_DEVICE void walk() {
-    SharedArena arena{shared_memory()};
-    const auto query = arena.take<QueryTile>(), grad_out = arena.take<QueryTile>();
     sums_.clear();
     if (!q_.empty()) {
-      const int first = static_cast<int>(q_.begin);
-      copy_rows<kThreads>(query, head_rows<E>(head_, p_.query, p_.head_dim), first, Span(q_));
-      copy_rows<kThreads>(grad_out, head_rows<E>(head_, p_.grad_out, p_.head_dim_v), first, Span(q_));
-      const Rows<E> sources[] = {key_rows<E>(head_, p_.key, p_.head_dim), key_rows<E>(head_, p_.value, p_.head_dim_v)};
-      walk_rows<kThreads, Shape::kStages, KeyTile>(arena, sources, visible_keys(p_, head_.sequence, q_),
-                                                   [&](int k, auto&& tile_of) {
-                                                     for (int row = 0; row < Shape::kRows; row += Shape::kColumns) {
-                                                       add_block(query, grad_out, k + row, tile_of(0), tile_of(1), row);
-                                                     }
+      const QueryTiles queries(shared_memory());
+      copy_set<kThreads>(queries, query_sources<E>(p_, head_), static_cast<int>(q_.begin), Span(q_));
+      walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
+                                                   visible_keys(p_, head_.sequence, q_),
+                                                   [&](int k, const KeyTiles& keys) {
+                                                     for (int row = 0; row < Shape::kRows; row += Shape::kColumns)
+                                                       add_block(queries, k + row, keys, row);
                                                    });
     }
     close_rows();
   }
 
-  ATTENTION_DEVICE void add_block(const QueryTile& query, const QueryTile& grad_out, int k, const KeyTile& key,
-                                  const KeyTile& value, int row) {
+  ATTENTION_DEVICE void add_block(const QueryTiles& queries, int k, const KeyTiles& keys, int row) {
     const ScoreBlock<T, kRules> block{
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
-    Scores weight, grad;
-    weight.clear();
-    grad.clear();
-    multiply_rows<C>(weight, query, row_, key, row);
-    multiply_rows<C>(grad, grad_out, row_, value, row);
+    GradientBlock<C, kRules, kOrder, false, kTiles> products;
+    products.multiply(p_, queries, row_, keys, row);
     T slopes = 0, deltas[2] = {};
-    const bool any = differentiate(
-        block, dropout_, weight, grad, [&](int, int i) { return rows_[i / 2]; },
+    const bool any = products.differentiate(
+        p_, block, dropout_, [&](int, int i) { return rows_[i / 2]; },
         [&](int n, int i, T gradient) {
           if constexpr (kResult == QueryResult::kDelta) {
             deltas[i / 2] += gradient;
@@ -100,7 +89,7 @@ class QueryGradient {
     } else {
       slope_sum_ += static_cast<double>(slopes);
       // Keys that are hidden from all these rows may hold anything.
-      if (p_.grad_query && any_in_warp(any)) multiply_weights<C>(sums_, grad, key, row);
+      if (p_.grad_query && any_in_warp(any)) products.add_gradient(p_, sums_, keys, row);
     }
   }
 
@@ -121,7 +110,7 @@ class QueryGradient {
     }
   }
 
-  const BackwardProblem& p_;
+  const Problem& p_;
   const BackwardMemory<T>& memory_;
   const Head& head_;
   const Range q_;

@@ -43,9 +43,6 @@ struct GradientShape : Width<C, kDim> {
   static constexpr bool kBothGradients = kRowRegisters <= 64;  // of keys and values at once
 };
 
-template <class C, int kDim>
-using BackwardShape = GradientShape<C, kDim, Order::kFirst>;
-
 // Calls f with the bucket of head_dim and head_dim_v and with the rules as constants.
 template <int kMostDim = 256, class F>
 KernelPlan with_shape(const AttentionProblem& p, F&& f) {

@@ -25,18 +25,6 @@ struct SharedTile {
   }
 };
 
-// Takes tiles off shared memory one after another.
-struct SharedArena {
-  char* next;
-
-  template <class Tile>
-  ATTENTION_DEVICE Tile take() {
-    Tile tile{reinterpret_cast<typename Tile::Element*>(next)};
-    next += Tile::kBytes;
-    return tile;
-  }
-};
-
 // Rows of one head of a tensor, from row 0 of a sequence on.
 template <class E>
 struct Rows {
@@ -53,6 +41,7 @@ struct Rows {
 
 template <class E>
 ATTENTION_DEVICE Rows<E> rows_of(const View& view, int64_t batch, int64_t head, int64_t first, int64_t columns) {
+  if (!view) return {};
   E* data = static_cast<E*>(view.data) + batch * view.stride_b + head * view.stride_h + first * view.stride_row;
   return {data, view.stride_row, view.stride_col, static_cast<int>(columns)};
 }
