@@ -51,4 +51,11 @@ ATTENTION_INLINE Range visible_keys(const AttentionProblem& p, const Sequence& s
   return begin < end ? Range{begin, end} : Range{};
 }
 
+// The queries that may see any key of `k`.
+ATTENTION_INLINE Range visible_queries(const AttentionProblem& p, const Sequence& s, Range k) {
+  const int64_t begin = maximum<int64_t>(0, k.begin - s.diagonal - p.window_right);
+  const int64_t end = minimum(s.length_q, minimum(k.end, s.length_k) - s.diagonal + p.window_left);
+  return begin < end && k.begin < s.length_k ? Range{begin, end} : Range{};
+}
+
 }  // namespace attention_ext

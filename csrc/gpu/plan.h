@@ -10,6 +10,8 @@
 
 namespace attention_ext {
 
+constexpr size_t kMostSharedBytes = 163 << 10;  // of a block, on every GPU from sm_80 on but the smallest
+
 struct Launch;
 
 // `workspace`: GpuPlan::workspace_bytes for the whole call, 256-byte aligned, not cleared. `stream`: a cudaStream_t;
@@ -25,7 +27,7 @@ struct Launch {
 
 // Launches run one after another on one stream.
 struct GpuPlan {
-  Launch launches[6];
+  Launch launches[8];
   int launch_count = 0;
   size_t workspace_bytes = 0;
 };

@@ -9,6 +9,14 @@ namespace attention_ext {
 
 template <class Plan, class Element>
 Plan plan_forward(const AttentionProblem& problem);
+template <class Plan, class Element>
+Plan plan_backward(const AttentionProblem& problem);
+template <class Plan, class Element>
+Plan plan_weights(const AttentionProblem& problem);
+template <class Plan, class Element>
+Plan plan_jvp(const AttentionProblem& problem);
+template <class Plan, class Element>
+Plan plan_double_backward(const AttentionProblem& problem);
 
 // pass(element) for the dtype of the problem
 template <class Plan, class Pass>
@@ -28,6 +36,26 @@ Plan by_dtype(const AttentionProblem& problem, Pass&& pass) {
 template <class Plan>
 Plan plan_forward(const AttentionProblem& p) {
   return by_dtype<Plan>(p, [&]<class E>(E) { return plan_forward<Plan, E>(p); });
+}
+
+template <class Plan>
+Plan plan_backward(const AttentionProblem& p) {
+  return by_dtype<Plan>(p, [&]<class E>(E) { return plan_backward<Plan, E>(p); });
+}
+
+template <class Plan>
+Plan plan_weights(const AttentionProblem& p) {
+  return by_dtype<Plan>(p, [&]<class E>(E) { return plan_weights<Plan, E>(p); });
+}
+
+template <class Plan>
+Plan plan_jvp(const AttentionProblem& p) {
+  return by_dtype<Plan>(p, [&]<class E>(E) { return plan_jvp<Plan, E>(p); });
+}
+
+template <class Plan>
+Plan plan_double_backward(const AttentionProblem& p) {
+  return by_dtype<Plan>(p, [&]<class E>(E) { return plan_double_backward<Plan, E>(p); });
 }
 
 }  // namespace attention_ext

@@ -158,11 +158,14 @@ void Block::fail(const std::string& error) {
 }
 
 std::string Block::waiting() const {
+  const auto state = [&](int i) {
+    const Fiber& fiber = fibers_[i];
+    return fiber.done ? "has ended" : fiber.waits_at ? fiber.waits_at : "runs";
+  };
   std::string text;
   for (int i = 0; i < threads_; ++i) {
-    const char* state = fibers_[i].done ? "has ended" : fibers_[i].waits_at;
-    const char* before = i == 0 ? "" : fibers_[i - 1].done ? "has ended" : fibers_[i - 1].waits_at;
-    if (std::strcmp(state, before) != 0) text += " from thread " + std::to_string(i) + " on: " + state + ";";
+    if (i > 0 && std::strcmp(state(i), state(i - 1)) == 0) continue;
+    text += " from thread " + std::to_string(i) + " on: " + state(i) + ";";
   }
   return text;
 }

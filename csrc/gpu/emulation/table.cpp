@@ -8,6 +8,10 @@ namespace {
 
 const CpuKernel kKernels[] = {
     {"emulated_sm80/forward", Pass::kForward, not_in_buckets, plan_forward<Plan>, true},
+    {"emulated_sm80/backward", Pass::kBackward, not_in_buckets, plan_backward<Plan>, true},
+    {"emulated_sm80/weights", Pass::kWeights, not_in_buckets, plan_weights<Plan>, true},
+    {"emulated_sm80/jvp", Pass::kJvp, not_in_moving_buckets, plan_jvp<Plan>, true},
+    {"emulated_sm80/double_backward", Pass::kDoubleBackward, not_in_moving_buckets, plan_double_backward<Plan>, true},
 };
 
 }  // namespace

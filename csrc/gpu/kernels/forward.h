@@ -3,9 +3,8 @@
 #pragma once
 
 #include "gpu/kernels/dropout.h"
-#include "gpu/kernels/key_walk.h"
-#include "gpu/kernels/shape.h"
 #include "gpu/kernels/softmax.h"
+#include "gpu/kernels/sources.h"
 
 namespace attention_ext {
 namespace {
@@ -14,18 +13,19 @@ template <class C, int kDim, Rules kRules>
 class Forward {
   using T = typename C::Scalar;
   using E = typename C::Element;
-  using Shape = ForwardShape<C, kDim>;
-  static constexpr int kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kKeys / kFragmentColumns;
+  using Shape = ForwardShape<C, kDim, kRules>;
+  static constexpr int kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kColumns / kFragmentColumns;
   static constexpr int kQueries = Shape::kWarps * kRowTiles * kFragmentRows;
   using QueryTile = SharedTile<E, kQueries, kDim>;
-  using KeyTile = SharedTile<E, Shape::kKeys, kDim>;
+  using KeyTile = SharedTile<E, Shape::kRows, kDim>;
+  using KeyTiles = TileSet<KeyTile, 2>;
   using Scores = Fragments<T, kRowTiles, kKeyTiles>;
   using Sums = Fragments<T, kRowTiles, kDim / kFragmentColumns>;
 
  public:
   using Problem = ForwardProblem;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
-  static constexpr size_t kSharedBytes = QueryTile::kBytes + 2 * Shape::kStages * KeyTile::kBytes;
+  static constexpr size_t kSharedBytes = QueryTile::kBytes + Shape::kStages * KeyTiles::kBytes;
 
   static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries); }
 
@@ -41,14 +41,16 @@ class Forward {
       : p_(p), head_(head), q_(q), row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows) {}
 
   ATTENTION_DEVICE void walk() {
-    SharedArena arena{shared_memory()};
-    const auto query = arena.take<QueryTile>();
-    copy_rows<kThreads>(query, head_rows<E>(head_, p_.query, p_.head_dim), q_.begin, q_);
+    const TileSet<QueryTile, 1> query(shared_memory());
+    copy_set<kThreads>(query, Sources<E, 1>{{head_rows<E>(head_, p_.query, p_.head_dim)}}, static_cast<int>(q_.begin),
+                       Span(q_));
     open_rows();
-    const Rows<E> sources[] = {key_rows<E>(head_, p_.key, p_.head_dim), key_rows<E>(head_, p_.value, p_.head_dim_v)};
-    walk_rows<kThreads, Shape::kStages, KeyTile>(
-        arena, sources, visible_keys(p_, head_.sequence, q_),
-        [&](Range k, auto&& tile_of) { add_block(query, k, tile_of(0), tile_of(1)); });
+    walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_),
+                                                 visible_keys(p_, head_.sequence, q_),
+                                                 [&](int k, const KeyTiles& tiles) {
+                                                   for (int row = 0; row < Shape::kRows; row += Shape::kColumns)
+                                                     add_block(query.tile[0], k + row, tiles, row);
+                                                 });
     close_rows();
   }
 
@@ -62,28 +64,27 @@ class Forward {
     }
   }
 
-  ATTENTION_DEVICE void add_block(const QueryTile& query, Range k, const KeyTile& key, const KeyTile& value) {
-    const Corner corner{static_cast<int>(q_.begin) + row_, static_cast<int>(k.begin)};
-    const ScoreBlock<T, kRules> block{p_, head_, corner, is_partial(head_, q_, k)};
+  ATTENTION_DEVICE void add_block(const QueryTile& query, int k, const KeyTiles& tiles, int row) {
+    const ScoreBlock<T, kRules> block{
+        p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
     Scores score;
     score.clear();
-    multiply_rows<C>(score, query, row_, key);
-    const T linear = kRules == Rules::kAll ? T(1) : static_cast<T>(head_.mods.scale);
+    multiply_rows<C>(score, query, row_, tiles.tile[0], row);
     bool any = false;
     ATTENTION_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
       for_each_number<kKeyTiles>([&](int n, int i) {
         T& s = score.tile[m][n].number[i];
-        s = block.score(s, block.query(m, n, i), block.key(m, n, i));
+        s = block.score(s, block.query(m, n, i), block.key(m, n, i)).score;
       });
       T worth[2];
-      any |= softmax_rows<kRules>(score.tile[m], linear, rows_[m], worth);
+      any |= softmax_rows<kRules>(score.tile[m], block.linear(), rows_[m], worth);
       for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[m][n].number[i] *= worth[i / 2]; });
     }
     // Keys that are hidden from all these rows may hold anything.
     if (!any_in_warp(any)) return;
     if constexpr (kRules == Rules::kAll) drop(block, score);
-    multiply_weights<C>(sums_, score, value);
+    multiply_weights<C>(sums_, score, tiles.tile[1], row);
   }
 
   ATTENTION_DEVICE void drop(const ScoreBlock<T, kRules>& block, Scores& weight) {

@@ -1,6 +1,7 @@
 // Where the numbers of a lane's fragments lie among queries and keys, and what the mods do to them there.
 #pragma once
 
+#include "core/philox.h"
 #include "core/score_mods.h"
 #include "gpu/kernels/products.h"
 
@@ -92,18 +93,22 @@ struct ScoreBlock {
         view, s.batch * view.stride_b + head.head * view.stride_h + row * view.stride_row + column * view.stride_col);
   }
 
-  // dot becomes the score; -inf where the key is hidden. With Rules::kBand the scale is left to the exponential.
-  ATTENTION_DEVICE T score(T dot, int q, int k) const {
+  // dot becomes the score, -inf where the key is hidden. With Rules::kBand the scale is left to the exponential.
+  ATTENTION_DEVICE Modified<NumberOps<T>> score(T dot, int q, int k) const {
     using Ops = NumberOps<T>;
-    const auto position = at(q, k);
+    Modified<Ops> modified{dot, T(1), T(0)};
     if constexpr (kRules == Rules::kAll) {
-      dot = head.mods.hide<Ops>(head.mods.operator()<Ops>(dot, position).score, position);
-      return outside(k) ? -infinity<T>() : dot;
-    } else {
-      if (!partial) return dot;
-      return outside(k) || !head.mods.band.keep<Ops>(position) ? -infinity<T>() : dot;
+      const auto position = at(q, k);
+      modified = head.mods.operator()<Ops>(dot, position);
+      modified.score = outside(k) ? -infinity<T>() : head.mods.hide<Ops>(modified.score, position);
+    } else if (partial && (outside(k) || !head.mods.band.keep<Ops>(at(q, k)))) {
+      modified.score = -infinity<T>();
     }
+    return modified;
   }
+
+  // What scores are still to be multiplied by.
+  ATTENTION_DEVICE T linear() const { return kRules == Rules::kAll ? T(1) : static_cast<T>(head.mods.scale); }
 
  private:
   ATTENTION_DEVICE static int row(int m, int i) { return m * kFragmentRows + i / 2 * 8 + lane_group(); }

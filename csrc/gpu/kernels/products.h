@@ -34,10 +34,10 @@ ATTENTION_DEVICE void for_each_number(F&& f) {
   }
 }
 
-// c[m][n] += sum over columns of a[row + m][.] b[n][.]
+// c[m][n] += sum over columns of a[row + m][.] b[row_b + n][.]
 template <class C, int kRowTiles, int kTiles, class TileA, class TileB>
 ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const TileA& a, int row,
-                                    const TileB& b) {
+                                    const TileB& b, int row_b) {
   ATTENTION_UNROLL
   for (int depth = 0; depth < TileA::kColumns; depth += C::kDepth) {
     typename C::A rows[kRowTiles];
@@ -46,7 +46,7 @@ ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTi
     ATTENTION_UNROLL
     for (int n = 0; n < kTiles; n += 2) {
       typename C::B columns[2];
-      C::load_b(columns, b, n * kFragmentColumns, depth);
+      C::load_b(columns, b, row_b + n * kFragmentColumns, depth);
       ATTENTION_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
         C::multiply(c.tile[m][n], rows[m], columns[0]);
@@ -56,11 +56,11 @@ ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTi
   }
 }
 
-// c[m][n] += sum over rows of b of weight[m][.] b[.][n]
+// c[m][n] += sum over rows of weight[m][.] b[row_b + .][n]
 template <class C, int kRowTiles, int kTiles, int kWeights, class TileB>
 ATTENTION_DEVICE void multiply_weights(Fragments<typename C::Scalar, kRowTiles, kTiles>& c,
-                                       const Fragments<typename C::Scalar, kRowTiles, kWeights>& weight,
-                                       const TileB& b) {
+                                       const Fragments<typename C::Scalar, kRowTiles, kWeights>& weight, const TileB& b,
+                                       int row_b) {
   constexpr int kStep = C::kDepth / kFragmentColumns;
   ATTENTION_UNROLL
   for (int k = 0; k < kWeights; k += kStep) {
@@ -70,7 +70,7 @@ ATTENTION_DEVICE void multiply_weights(Fragments<typename C::Scalar, kRowTiles, 
     ATTENTION_UNROLL
     for (int n = 0; n < kTiles; n += 2) {
       typename C::B columns[2];
-      C::load_b_transposed(columns, b, k * kFragmentColumns, n * kFragmentColumns);
+      C::load_b_transposed(columns, b, row_b + k * kFragmentColumns, n * kFragmentColumns);
       ATTENTION_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
         C::multiply(c.tile[m][n], rows[m], columns[0]);

@@ -25,18 +25,6 @@ struct SharedTile {
   }
 };
 
-// Takes tiles off shared memory one after another.
-struct SharedArena {
-  char* next;
-
-  template <class Tile>
-  ATTENTION_DEVICE Tile take() {
-    Tile tile{reinterpret_cast<typename Tile::Element*>(next)};
-    next += Tile::kBytes;
-    return tile;
-  }
-};
-
 // Rows of one head of a tensor, from row 0 of a sequence on.
 template <class E>
 struct Rows {
@@ -53,6 +41,7 @@ struct Rows {
 
 template <class E>
 ATTENTION_DEVICE Rows<E> rows_of(const View& view, int64_t batch, int64_t head, int64_t first, int64_t columns) {
+  if (!view) return {};
   E* data = static_cast<E*>(view.data) + batch * view.stride_b + head * view.stride_h + first * view.stride_row;
   return {data, view.stride_row, view.stride_col, static_cast<int>(columns)};
 }
@@ -64,15 +53,23 @@ ATTENTION_DEVICE void copy_scattered(E* to, const E* from, int64_t stride, int c
   for (int i = 0; i < kChunk; ++i) to[i] = i < count ? from[i * stride] : E{};
 }
 
+// Rows within a sequence, in fewer registers than a Range.
+struct Span {
+  int begin, end;
+  ATTENTION_DEVICE explicit Span(Range range)
+      : begin(static_cast<int>(range.begin)), end(static_cast<int>(range.end)) {}
+  ATTENTION_DEVICE bool has(int i) const { return begin <= i && i < end; }
+};
+
 // Starts to fill a tile with rows first, first + 1, ...; rows outside `valid` and columns past the end are 0. The
 // threads of the block share the work; the rows are there after wait_copies and a barrier.
 template <int kThreads, class Tile, class E>
-ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int64_t first, Range valid) {
+ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int first, Span valid) {
   const bool whole_chunks = from.has_whole_chunks();
   for (int i = thread_index(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
     const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;
-    const bool present = first + row >= valid.begin && first + row < valid.end;
-    const int count = present ? clamp(from.columns - column, 0, Tile::kChunk) : 0;
+    const int room = minimum(from.columns - column, Tile::kChunk);
+    const int count = valid.has(first + row) && room > 0 ? room : 0;
     const E* source = count > 0 ? from.row(first + row) + column * from.stride_col : from.data;
     if (whole_chunks) {
       copy_async(to.at(row, column), source, count * static_cast<int>(sizeof(E)));

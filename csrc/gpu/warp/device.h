@@ -134,7 +134,7 @@ ATTENTION_DEVICE double multiply_add(double a, double b, double c) { return fma(
 // Launches
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads)
+__global__ void __launch_bounds__(Kernel::kThreads, 1)
     run_kernel(const __grid_constant__ typename Kernel::Problem problem, void* workspace) {
   Kernel::run(problem, workspace);
 }
@@ -158,6 +158,7 @@ using KernelPlan = GpuPlan;
 
 template <class Kernel>
 void add_launch(KernelPlan& plan, int64_t blocks) {
+  static_assert(Kernel::kSharedBytes <= kMostSharedBytes);
   plan.launches[plan.launch_count++] = {blocks, Kernel::kThreads, Kernel::kSharedBytes, enqueue<Kernel>};
 }
 

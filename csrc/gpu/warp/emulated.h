@@ -10,6 +10,7 @@
 #include "core/plan.h"
 #include "gpu/emulation/block.h"
 #include "gpu/emulation/fragments.h"
+#include "gpu/plan.h"
 
 #define ATTENTION_DEVICE inline
 #define ATTENTION_UNROLL
@@ -135,6 +136,7 @@ using KernelPlan = Plan;
 
 template <class Kernel>
 void add_launch(KernelPlan& plan, int64_t blocks) {
+  static_assert(Kernel::kSharedBytes <= kMostSharedBytes);
   plan.phases[plan.phase_count++] = {blocks, run_block<Kernel>};
 }
 

@@ -1,7 +1,7 @@
-// The 16-bit numbers as they lie in memory.
+// Numbers as they lie in memory.
 #pragma once
 
-#include <cstdint>
+#include "core/numeric.h"
 
 namespace attention_ext {
 
@@ -13,5 +13,8 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+
+ATTENTION_INLINE float widen(float x) { return x; }
+ATTENTION_INLINE double widen(double x) { return x; }
 
 }  // namespace attention_ext

@@ -1,5 +1,4 @@
-// The walk of a block of threads over the rows of some tensors, tile by tile through shared memory, the next tiles on
-// their way while these are worked on.
+// Which rows a block of threads owns, where they lie, and how results get there.
 #pragma once
 
 #include "gpu/kernels/positions.h"
@@ -32,34 +31,6 @@ template <class E>
 ATTENTION_DEVICE Rows<E> key_rows(const Head& head, const View& view, int64_t columns) {
   const Sequence& s = head.sequence;
   return rows_of<E>(view, s.tensor_batch, head.kv_head, s.begin_k, columns);
-}
-
-// Calls f(rows, tile_of) for every tile of rows that holds some of `valid`, tile_of(i) being those rows of source i.
-// Tiles begin at multiples of their height; rows outside `valid` are 0.
-template <int kThreads, int kStages, class Tile, int kSources, class E, class F>
-ATTENTION_DEVICE void walk_rows(SharedArena arena, const Rows<E> (&sources)[kSources], Range valid, F&& f) {
-  const int64_t first = valid.begin / Tile::kRows * Tile::kRows;
-  const auto tile_of = [&](int stage, int i) {
-    return Tile{reinterpret_cast<E*>(arena.next + (stage * kSources + i) * Tile::kBytes)};
-  };
-  const auto copy = [&](int64_t row, int stage) {
-    if (row < valid.end) {
-      ATTENTION_UNROLL
-      for (int i = 0; i < kSources; ++i) copy_rows<kThreads>(tile_of(stage, i), sources[i], row, valid);
-    }
-    commit_copies();
-  };
-  for (int s = 0; s < kStages - 1; ++s) copy(first + s * Tile::kRows, s);
-  int stage = 0;
-  for (int64_t row = first; row < valid.end; row += Tile::kRows) {
-    copy(row + (kStages - 1) * Tile::kRows, (stage + kStages - 1) % kStages);
-    wait_copies<kStages - 1>();
-    synchronize_block();
-    f(Range{row, row + Tile::kRows}, [&](int i) { return tile_of(stage, i); });
-    synchronize_block();
-    stage = (stage + 1) % kStages;
-  }
-  wait_copies<0>();
 }
 
 // Writes 16 rows of fragments, each times factor[row], rounded to the dtype of `to`.
