@@ -12,8 +12,12 @@ from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import nvcc  # noqa: E402
+
 GENERATED = ROOT / "build" / "generated"
-INPUTS = ["csrc", "attention_ext/include", "setup.py", "pyproject.toml"]
+INPUTS = ["csrc", "attention_ext/include", "setup.py", "pyproject.toml", "tools/nvcc.py"]
 OPERATORS = "attention_ext.libattention_ext"
 
 # Warnings are for our code: torch's and pybind11's headers come in as system headers. No -march: each file of
@@ -25,6 +29,18 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
 INSTRUCTION_SETS = {"x86_64": ["baseline", "avx2", "avx512", "avx512_bf16"], "aarch64": ["neon"]}
 
 
+def has_cuda() -> bool:
+    """ATTENTION_EXT_CUDA=0 leaves the CUDA kernels out, 1 insists on them; else they are built where they can be."""
+    switch = os.environ.get("ATTENTION_EXT_CUDA", "")
+    missing = "a torch with CUDA" if torch.version.cuda is None else "nvcc" if nvcc.find() is None else ""
+    if switch == "1" and missing:
+        sys.exit(f"attention_ext: ATTENTION_EXT_CUDA=1 needs {missing}")
+    return switch != "0" and not missing
+
+
+CUDA = has_cuda()
+
+
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
@@ -34,7 +50,11 @@ def operator_sources() -> list[str]:
     if machine not in INSTRUCTION_SETS:
         sys.exit(f"attention_ext has kernels for {' and '.join(INSTRUCTION_SETS)}, got {machine}")
     isa = [f"csrc/cpu/isa/{name}.cpp" for name in INSTRUCTION_SETS[machine]]
-    return sources("csrc/core/*.cpp", "csrc/cpu/*.cpp", *isa, "csrc/torch/*.cpp")
+    emulator = ["csrc/gpu/emulation/*.cpp"] if os.environ.get("ATTENTION_EXT_EMULATOR") == "1" else []
+    files = sources("csrc/core/*.cpp", "csrc/cpu/*.cpp", *isa, *emulator, "csrc/torch/*.cpp")
+    if CUDA:
+        return files + sources("csrc/gpu/*.cpp", "csrc/gpu/*.cu", "csrc/gpu/units/*.cu")
+    return [file for file in files if file not in sources("csrc/torch/cuda*.cpp")]
 
 
 def git(*arguments: str) -> str:
@@ -48,6 +68,7 @@ def write_build_facts() -> None:
     facts = {
         "kCompiler": compiler.stdout.partition("\n")[0],
         "kFlags": " ".join(FLAGS),
+        "kCuda": torch.version.cuda if CUDA else "",
         "kCommit": git("log", "-1", "--format=%H", "--", *INPUTS) or "unknown",
     }
     lines = [f"inline constexpr const char* {name} = {json.dumps(value)};" for name, value in facts.items()]
@@ -82,7 +103,8 @@ class Build(cpp_extension.BuildExtension):
 
 
 def extension(name: str, files: list[str], libraries: list[str], link_args: list[str]) -> Extension:
-    headers = cpp_extension.include_paths()
+    device = "cuda" if CUDA else "cpu"
+    headers = cpp_extension.include_paths(device)
     flags = [*FLAGS, *(f"-I{folder}" for folder in (ROOT / "csrc", ROOT / "attention_ext" / "include", GENERATED))]
     flags += [word for path in headers for word in ("-isystem", path)]
     if os.environ.get("ATTENTION_EXT_WERROR") == "1":
@@ -91,14 +113,14 @@ def extension(name: str, files: list[str], libraries: list[str], link_args: list
         name,
         files,
         language="c++",
-        library_dirs=cpp_extension.library_paths(),
+        library_dirs=cpp_extension.library_paths(device),
         libraries=libraries,
-        extra_compile_args={"cxx": flags},
+        extra_compile_args={"cxx": flags, "nvcc": [*nvcc.FLAGS, *nvcc.EVERY_ARCHITECTURE]},
         extra_link_args=["-fopenmp", *link_args],
     )
 
 
-torch_libraries = ["c10", "torch_cpu", "torch"]
+torch_libraries = ["c10", "torch_cpu", "torch", *(["c10_cuda", "torch_cuda", "cudart"] if CUDA else [])]
 setup(
     ext_modules=[
         extension(OPERATORS, operator_sources(), torch_libraries, ["-Wl,-soname,libattention_ext.so", "-Wl,-z,defs"]),

@@ -73,7 +73,8 @@ def attention(
         softcap: c > 0 bends a score to ``c * tanh(score / c)``; 0 leaves it.
         alibi_slopes: ``(Hq,)`` or ``(B, Hq)``: adds ``-slope * |diagonal - k|`` to the score; differentiable.
         sinks: ``(Hq,)``: one more logit per head in the normaliser, without a value; differentiable.
-        key_lengths: ``(B,)``, int32 or int64: keys from this position on are hidden, and are not read.
+        key_lengths: ``(B,)``, int32 or int64: keys from this position on are hidden, and are not read. From 0 to S,
+            which is verified on the CPU only: on a GPU that would wait for the device.
         return_logsumexp: also return the logarithm of the normaliser.
 
     Returns:
@@ -134,7 +135,7 @@ def attention_varlen(
         query: ``(total_q, Hq, D)``.
         key: ``(total_k, Hkv, D)``.
         value: ``(total_k, Hkv, Dv)``.
-        cu_seqlens_q: ``(n + 1,)``, int32 or int64, from 0 to total_q, never falling.
+        cu_seqlens_q: ``(n + 1,)``, int32 or int64, from 0 to total_q, never falling, which is verified on the CPU only.
         cu_seqlens_k: ``(n + 1,)``, likewise, to total_k.
         attn_mask: broadcastable to ``(n, Hq, longest query sequence, longest key sequence)``.
         alibi_slopes: ``(Hq,)`` or ``(n, Hq)``.

@@ -1,9 +1,10 @@
-"""`python -m attention_ext.info`: versions, CPU, kernels and a self-check; with --json one object for bug reports."""
+"""`python -m attention_ext.info`: versions, devices, kernels, a self-check; with --json one object for bug reports."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import platform
 import sys
@@ -27,8 +28,18 @@ def cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def cuda_device() -> str:
+    """The GPU that CUDA kernels run on, or why none does."""
+    if not _C.build_info()["cuda"]:
+        return "not built"
+    if not torch.cuda.is_available():
+        return "built, but torch finds no device"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
 def versions() -> dict[str, Any]:
-    """Versions, how the binaries were built, and the CPU with the instruction set that is in use."""
+    """Versions, how the binaries were built, the CPU with the instruction set that is in use, and the GPU."""
     return {
         "attention_ext": importlib.metadata.version("attention_ext"),
         "torch": torch.__version__,
@@ -37,6 +48,7 @@ def versions() -> dict[str, Any]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "instruction_set": _C.instruction_set(),
+        "cuda": cuda_device(),
         "library": attention_ext.library_path(),
         "build": _C.build_info(),
     }
@@ -46,12 +58,14 @@ def self_check() -> list[dict[str, Any]]:
     """Holds the operator to the project's tolerance rule, forward and backward, on a few calls in every dtype.
 
     Returns:
-        One dict per dtype: dtype, calls, worst (the largest error as a share of what is allowed), passed, reports.
+        One dict per device and dtype: device, dtype, calls, worst (the largest error as a share of what is allowed),
+        passed, reports.
     """
     specs = [spec for spec in testing.SINGLE if spec.name in _CHECKED]
+    devices = dict.fromkeys(kernel["device"] for kernel in _C.kernels() if kernel["available"])
     results = []
-    for dtype in _DTYPES:
-        samples = [spec.build(dtype, "large") for spec in specs]
+    for device, dtype in itertools.product(devices, _DTYPES):
+        samples = [spec.build(dtype, "large", device) for spec in specs]
         comparisons = [
             comparison
             for sample in samples
@@ -61,6 +75,7 @@ def self_check() -> list[dict[str, Any]]:
         worst = max(comparison.ratio for comparison in comparisons)
         results.append(
             {
+                "device": device,
                 "dtype": str(dtype).removeprefix("torch."),
                 "calls": len(samples),
                 "worst": round(worst, 3),
@@ -72,7 +87,7 @@ def self_check() -> list[dict[str, Any]]:
 
 
 def served_dtypes(kernel: dict[str, Any]) -> list[str]:
-    """The dtypes of a row of the kernel table that this CPU can run."""
+    """The dtypes of a row of the kernel table that this machine can run."""
     return [dtype for dtype, reason in kernel["why_not"].items() if reason is None]
 
 
@@ -86,7 +101,8 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append(f"  {kernel['name']:24} {kernel['pass']:10} {serves}")
     lines += ["", "self-check, forward and backward (largest error as a share of what is allowed):"]
     for check in facts["self_check"]:
-        lines.append(f"  {check['dtype']:10} {check['worst']:.2f}  {'passed' if check['passed'] else 'FAILED'}")
+        verdict = "passed" if check["passed"] else "FAILED"
+        lines.append(f"  {check['device']:5} {check['dtype']:10} {check['worst']:.2f}  {verdict}")
         lines += check["reports"]
     return "\n".join(lines)
 

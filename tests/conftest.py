@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from attention_ext import _C
 from attention_ext.testing import Sample, assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -17,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attention_ext")
-    group.addoption("--device", default="cpu", help="where the operators run")
+    group.addoption("--device", default="cpu", help="where the operators run; cuda: only the tests that run anywhere")
     group.addoption("--poison", action="store_true", help="deterministic mode: torch.empty is filled with NaN")
     group.addoption("--every", type=int, default=1, help="run only every n-th of the tests chosen otherwise")
     group.addoption("--fuzz-examples", type=int, default=0, help="examples per property test, 0 for the short default")
@@ -31,8 +32,23 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def why_not(device: str) -> str | None:
+    """The reason why nothing runs on a device, or None."""
+    if torch.device(device).type != "cuda":
+        return None
+    if not _C.build_info()["cuda"]:
+        return "attention_ext was built without CUDA"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    device = config.getoption("--device")
+    if device != "cpu":
+        items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+    if reason := why_not(device):
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=reason))
     items[:] = items[:: config.getoption("--every")]
 
 

@@ -140,7 +140,7 @@ def or_refused(function: Callable[[], Any]) -> Any:
 
 def random_like(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     random = torch.Generator().manual_seed(7)
-    return [torch.randn(x.shape, generator=random, dtype=x.dtype) for x in tensors]
+    return [torch.randn(x.shape, generator=random, dtype=x.dtype).to(x.device) for x in tensors]
 
 
 def is_refused(link: str, sample: str, argument: str, forward: bool) -> bool:

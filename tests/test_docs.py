@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import attention_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMED_FILE = re.compile(r"`((?:csrc|attention_ext|tests|tools|benchmarks|examples|docs)/[\w./]+\.\w+)`")
@@ -52,6 +56,19 @@ def test_readme_shows_the_kernel_table() -> None:
     command = [sys.executable, str(ROOT / "tools" / "support_table.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(bool(attention_ext._C.build_info()["cuda"]), reason="this build has CUDA kernels of its own")
+def test_kernel_table_says_what_cuda_kernels_were_tested_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    support_table = importlib.import_module("support_table")
+    listed = tmp_path / "kernels.json"
+    listed.write_text(json.dumps({"sm80/forward": {"dtypes": "all", "tested_on": "emulated"}}))
+    monkeypatch.setattr(support_table, "CUDA_KERNELS", listed)
+    text = support_table.updated((ROOT / "README.md").read_text())
+    header, row = (next(x for x in text.splitlines() if x.startswith(y)) for y in ("| Kernel |", "| `forward` |"))
+    assert header.endswith("| `sm80` |")
+    assert row.endswith("| all; emulated |")
 
 
 def test_three_lines_are_three() -> None:

@@ -147,8 +147,8 @@ def test_a_row_without_keys_gives_nothing(device: str) -> None:
 
 def test_what_is_hidden_is_not_read(device: str) -> None:
     sample = NAMED["key_lengths"].build(device=device)
-    past = torch.arange(sample.key.shape[2]) >= sample.options["key_lengths"][:, None]
-    past = past[:, None, :, None].to(device)
+    past = torch.arange(sample.key.shape[2], device=device) >= sample.options["key_lengths"][:, None]
+    past = past[:, None, :, None]
     tangents = tangents_of(sample)
     expected = double_backward(sample, tangents, operator)
     sample = sample.replace(**{x: sample.inputs()[x].masked_fill(past, math.nan) for x in ("key", "value")})

@@ -198,15 +198,20 @@ def test_hidden_blocks_of_a_mask_are_not_read(device: str) -> None:
 # Memory
 
 
+def untouched(count: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Virtual memory, which costs nothing on the CPU, but a GPU must have it."""
+    if torch.are_deterministic_algorithms_enabled():
+        pytest.skip("deterministic mode would fill the memory")
+    if device != "cpu" and torch.cuda.mem_get_info(device)[0] < 2 * count * dtype.itemsize:
+        pytest.skip("the GPU has too little memory left")
+    return torch.empty(count, dtype=dtype, device=device)
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_strides_beyond_two_to_the_31(dim: int, device: str) -> None:
     """Two entries of a dimension, more than 2^31 elements apart in memory that is never touched in between."""
-    if device != "cpu":
-        pytest.skip("virtual memory costs nothing on the CPU alone")
     far = 2**31 + 64
-    buffer = torch.empty(far + 4096, dtype=torch.bfloat16) if not torch.are_deterministic_algorithms_enabled() else None
-    if buffer is None:
-        pytest.skip("deterministic mode would fill the memory")
+    buffer = untouched(far + 4096, torch.bfloat16, device)
     shape = [1, 1, 1, 16]
     shape[dim] = 2
     strides = [16, 16, 16, 1]
@@ -225,11 +230,9 @@ def run_all(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_large_mask_strides(device: str) -> None:
-    if device != "cpu" or torch.are_deterministic_algorithms_enabled():
-        pytest.skip("virtual memory costs nothing on the CPU alone, unless filled")
     far = 2**31 + 64
     query = torch.randn(2, 1, 3, 8, device=device)
-    bias = torch.empty(far + 64).as_strided((2, 1, 3, 3), (far, 16, 4, 1))
+    bias = untouched(far + 64, torch.float32, device).as_strided((2, 1, 3, 3), (far, 16, 4, 1))
     bias.copy_(torch.randn(2, 1, 3, 3))
     actual, expected = (operator(query, query, query, attn_mask=x)[0] for x in (bias, bias.contiguous()))
     assert torch.equal(actual, expected)

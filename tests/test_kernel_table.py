@@ -20,7 +20,7 @@ from attention_ext import _C, explain, reference
 from attention_ext.testing import SINGLE, Sample, Spec, evaluate, operator, operator_options, with_keep
 
 ROWS: list[dict[str, Any]] = _C.kernels()
-SETS = list(dict.fromkeys(row["isa"] for row in ROWS if row["available"]))
+SETS = list(dict.fromkeys(row["isa"] for row in ROWS if row["available"] and row["device"] == "cpu"))
 NAMED = {x.name: x for x in SINGLE}
 PASSES = {"forward": "attention", "backward": "attention_backward", "weights": "attention_weights"}
 HEADLINE = ("plain", "grouped", "causal", "bias", "everything", "dropout", "varlen_causal", "decode", "wider_value")
@@ -37,15 +37,17 @@ def test_rows_are_described() -> None:
     assert len({row["name"] for row in ROWS}) == len(ROWS)
     for row in ROWS:
         assert row["name"].startswith(row["isa"] + "/")
-        assert row["device"] == "cpu"
+        assert row["device"] in ("cpu", "cuda")
         assert row["available"] == any(reason is None for reason in row["why_not"].values())
         assert all(reason is None or len(reason) > 5 for reason in row["why_not"].values())
 
 
 def test_every_pass_has_a_kernel_for_every_dtype() -> None:
-    for name in {row["pass"] for row in ROWS}:
+    available = [row for row in ROWS if row["available"]]
+    for kind in {(row["device"], row["pass"]) for row in available}:
         for dtype in ("float32", "bfloat16", "float16", "float64"):
-            assert any(row["why_not"][dtype] is None for row in ROWS if row["pass"] == name), (name, dtype)
+            rows = (row for row in available if (row["device"], row["pass"]) == kind)
+            assert any(row["why_not"][dtype] is None for row in rows), (kind, dtype)
 
 
 def test_instruction_set_is_the_best_available() -> None:
@@ -57,7 +59,7 @@ def test_explain_names_every_row(which: str, dtype: torch.dtype, device: str) ->
     query = torch.randn(1, 2, 70, 64, dtype=dtype, device=device)
     lines = explain(query, query, query, window=(5, None), which=which).strip().split("\n")
     names = [line.split(":")[0] for line in lines]
-    assert names == [row["name"] for row in ROWS if row["pass"] == which]
+    assert names == [row["name"] for row in ROWS if (row["device"], row["pass"]) == (device, which)]
     assert sum(line.endswith(": chosen") for line in lines) == 1
 
 
@@ -71,6 +73,8 @@ def serving() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("row", "dtype"), serving())
 def test_forced_row(row: dict[str, Any], dtype: torch.dtype, device: str, force: Any, check_accuracy: Any) -> None:
+    if row["device"] != device:
+        pytest.skip(f"a kernel for {row['device']}")
     which = row["pass"]
     force(which, row["name"])
     served = 0
@@ -102,7 +106,8 @@ def check_weights(sample: Sample) -> None:
 
 
 def test_forced_row_that_cannot_serve_raises(device: str, force: Any) -> None:
-    row = next((x for x in ROWS if x["pass"] == "forward" and x["why_not"]["float64"] is not None), None)
+    rows = (x for x in ROWS if (x["device"], x["pass"]) == (device, "forward"))
+    row = next((x for x in rows if x["why_not"]["float64"] is not None), None)
     if row is None:
         pytest.skip("every kernel serves float64 here")
     force("forward", row["name"])

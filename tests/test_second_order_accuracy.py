@@ -105,7 +105,9 @@ def test_long(spec: Spec, dtype: torch.dtype, check: Check) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda x: x["isa"])
-def test_every_instruction_set(kernel: dict[str, Any], check: Check, forced: Callable[[str], None]) -> None:
+def test_every_kernel(kernel: dict[str, Any], device: str, check: Check, forced: Callable[[str], None]) -> None:
+    if kernel["device"] != device:
+        pytest.skip(f"a kernel for {kernel['device']}")
     forced(kernel["isa"])
     for dtype in DTYPES:
         if kernel["why_not"][str(dtype).removeprefix("torch.")] is None:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
 OLDEST_TORCH = (2, 11)
 LIBRARY = ROOT / "attention_ext" / "libattention_ext.so"
+SWITCHES = ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR", "ATTENTION_EXT_CUDA", "ATTENTION_EXT_EMULATOR")
 
 FACTS = """
 import importlib.metadata as metadata, json, sys
@@ -122,8 +123,8 @@ def build(python: Path) -> None:
     stamp = ROOT / "build" / "bootstrap"
     folders = [ROOT / "csrc", ROOT / "attention_ext" / "include"]
     inputs = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    inputs += [ROOT / "setup.py", ROOT / "pyproject.toml"]
-    switches = [os.environ.get(name, "") for name in ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR")]
+    inputs += [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "tools" / "nvcc.py"]
+    switches = [os.environ.get(name, "") for name in SWITCHES]
     wanted = digest(known["prefix"], known["torch"], known["python"], *switches, files=inputs)
     if LIBRARY.exists() and stamp.exists() and stamp.read_text() == wanted:
         return

@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CPP_RULES = {
     "csrc/core": ["core/"],
     "csrc/cpu": ["core/", "cpu/"],
-    "csrc/cuda": ["core/", "cuda/"],
-    "csrc/cuda/sm80": ["core/", "cuda/common/", "cuda/sm80/"],
-    "csrc/torch": ["core/", "cpu/", "cuda/", "torch/", "attention_ext/"],
-    "csrc/python": ["core/", "cpu/", "cuda/", "torch/", "attention_ext/", "build_facts.h"],
+    "csrc/gpu": ["core/", "gpu/"],
+    "csrc/torch": ["core/", "cpu/", "gpu/", "torch/", "attention_ext/"],
+    "csrc/python": ["core/", "cpu/", "torch/", "attention_ext/", "build_facts.h"],
     "attention_ext/include": ["attention_ext/"],
     "tests/cpp": ["core/", "cpu/"],
+    "tests/emulator": ["core/", "gpu/"],
 }
 MAY_USE_TORCH = ("csrc/torch", "csrc/python", "attention_ext/include")
 TORCH_HEADER = re.compile(r"(torch|ATen|c10|caffe2|pybind11)/|Python\.h")

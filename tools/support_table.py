@@ -1,12 +1,14 @@
 """Writes the README's table of kernels from the kernel table of this machine, or with --check says where they differ.
 
 A machine knows the kernels of its own architecture, and the dtypes of those that its CPU can run. What the README says
-of others stays as it is.
+of others stays as it is. CUDA kernels, which few machines can run, are listed in tools/cuda_kernels.json with what each
+was tested on: "emulated" or the name of a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import attention_ext
 from attention_ext import info
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+CUDA_KERNELS = Path(__file__).with_name("cuda_kernels.json")
 BEGIN, END = "<!-- kernel table: tools/support_table.py -->\n", "<!-- end of the kernel table -->"
 
 Cells = dict[tuple[str, str], str]  # by kernel and instruction set
@@ -21,7 +24,7 @@ Cells = dict[tuple[str, str], str]  # by kernel and instruction set
 
 def cells_here() -> tuple[Cells, list[tuple[str, str]]]:
     """The kernels that run here, and all rows of the table."""
-    rows = attention_ext.kernels()
+    rows = [row for row in attention_ext.kernels() if row["device"] == "cpu"]
     every = len(rows[0]["why_not"])
     cells, known = {}, []
     for row in rows:
@@ -30,6 +33,18 @@ def cells_here() -> tuple[Cells, list[tuple[str, str]]]:
         if dtypes := info.served_dtypes(row):
             cells[key] = "all" if len(dtypes) == every else ", ".join(dtypes)
     return cells, known
+
+
+def cuda_cells() -> Cells:
+    listed = json.loads(CUDA_KERNELS.read_text())
+    built = {row["name"] for row in attention_ext.kernels() if row["device"] == "cuda"}
+    if built and built != set(listed):
+        sys.exit(f"{CUDA_KERNELS.name} and the kernel table differ in {', '.join(sorted(built ^ set(listed)))}")
+    cells = {}
+    for name, row in listed.items():
+        architecture, kernel = name.split("/")
+        cells[kernel, architecture] = f"{row['dtypes']}; {row['tested_on']}"
+    return cells
 
 
 def split(line: str) -> list[str]:
@@ -58,9 +73,11 @@ def updated(text: str) -> str:
     table, _, after = rest.partition(END)
     old = parse(table)
     cells, known = cells_here()
-    own_sets = {isa for _, isa in known}
+    cuda = cuda_cells()
+    own_sets = {isa for _, isa in [*known, *cuda]}
     merged = {key: cells.get(key, old.get(key, "")) for key in known}
     merged |= {key: cell for key, cell in old.items() if key[1] not in own_sets}
+    merged |= cuda
     return before + BEGIN + render({key: cell for key, cell in merged.items() if cell}) + END + after
 
 

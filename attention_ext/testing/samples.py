@@ -135,7 +135,7 @@ class Spec:
         random = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random, dtype=torch.float64)
+            return torch.randn(shape, generator=random, dtype=torch.float64).to(device)
 
         options: dict[str, Any] = {}
         batch = self.batch
@@ -185,7 +185,7 @@ class Spec:
         if self.key_lengths:
             default = (2 * seqlen_k // 3, 1) * batch
             lengths = self.key_lengths if isinstance(self.key_lengths, tuple) else default[:batch]
-            options["key_lengths"] = torch.tensor(lengths)
+            options["key_lengths"] = torch.tensor(lengths, device=device)
         if heads != kv_heads:
             options["enable_gqa"] = True
         if self.dropout_p:
@@ -193,13 +193,12 @@ class Spec:
 
         grad_out = normal(batch, heads, seqlen_q, head_dim_v).to(dtype)
         if self.grad == "ones":
-            grad_out = torch.ones((), dtype=dtype).expand(grad_out.shape)
+            grad_out = grad_out.new_ones(()).expand(grad_out.shape)
         grad_out = laid_out(grad_out, self.grad)
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
         grad_logsumexp = normal(batch, heads, seqlen_q).to(accumulate) if self.grad_logsumexp else None
         query, key, value = (laid_out(x.to(dtype), self.layout) for x in (query, key, value))
-        sample = Sample(self.name, query, key, value, options, grad_out, grad_logsumexp, seed)
-        return sample if torch.device(device).type == "cpu" else _moved(sample, device)
+        return Sample(self.name, query, key, value, options, grad_out, grad_logsumexp, seed)
 
     def supports_gradcheck(self) -> bool:
         """Numerical gradients move one element at a time: no two elements may share memory."""
@@ -263,9 +262,9 @@ def distribute(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Te
         aim = key.repeat_interleave(group, 1)[:, :, torch.arange(query.shape[2]) * 7 % max(1, key.shape[2])]
         return query * 0.1 + 8 * aim, key, value
     if name == "outlier":
-        channel = torch.zeros(query.shape[-1], dtype=query.dtype)
+        channel = query.new_zeros(query.shape[-1])
         channel[0] = 1
-        loud = torch.ones(value.shape[-1], dtype=value.dtype)
+        loud = value.new_ones(value.shape[-1])
         loud[:1] = 50
         return query + 3 * channel, key + 20 * channel, value * loud
     return query, key, value
@@ -284,9 +283,3 @@ def _hide_first_row(mask: Tensor, hidden: float) -> Tensor:
     if mask.numel() and (mask.dim() < 2 or mask.shape[-2] > 1):
         mask.view(-1, mask.shape[-1])[0] = hidden
     return mask
-
-
-def _moved(sample: Sample, device: str | torch.device) -> Sample:
-    options = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in sample.options.items()}
-    moved = dataclasses.replace(sample, options=options)
-    return moved.map(lambda x: x.to(device))

@@ -95,7 +95,7 @@ def second_order_term_sizes(sample: Sample, tangents: Tangents, by_score: bool =
     def of_kv_heads(x: Tensor) -> Tensor:
         return x.unflatten(1, (kv_heads, group)).sum(2)
 
-    zero = torch.zeros((), dtype=sample.query.dtype)
+    zero = sample.query.new_zeros(())
     query, key, value = sample.query, repeated(sample.key), repeated(sample.value)
     query_moved, key_moved, value_moved = (
         tangents.get(name, zero.expand(x.shape))
@@ -113,7 +113,7 @@ def second_order_term_sizes(sample: Sample, tangents: Tangents, by_score: bool =
         weights, prob = weights * factor, prob * factor
 
     diagonal = {x: sample.options[x] for x in ("causal_alignment", "key_lengths") if x in sample.options}
-    distance = reference.visible_keys(*prob.shape[2:], **diagonal)[1].double()
+    distance = reference.visible_keys(prob.shape[2], prob.shape[3], **diagonal, device=prob.device)[1].double()
     slope, curve = _softcap_derivatives(query @ key.mT * scale, sample.options.get("softcap", 0.0))
     dot_moved = scale**2 * (query_moved.square() @ key.square().mT + query.square() @ key_moved.square().mT)
     shift = slope.square() * dot_moved + mean.square()  # of the score's tangent minus its mean

@@ -261,7 +261,7 @@ def _squared_terms(sample: Sample, by_score: bool) -> Outputs:
         row_sum = prob.sum(-1, keepdim=True).square() / max(1, seqlen_k) if shared_keys else prob.square()
         squares["grad_attn_mask"] = (alone + row_sum * delta).expand(full)
     diagonal = {name: options[name] for name in ("causal_alignment", "key_lengths") if name in options}
-    distance = reference.visible_keys(seqlen_q, seqlen_k, **diagonal)[1].double()
+    distance = reference.visible_keys(seqlen_q, seqlen_k, **diagonal, device=query.device)[1].double()
     along = (alone * distance.square()).sum(-1) + (prob * distance.abs()).sum(-1).square() * delta.squeeze(-1)
     squares["grad_alibi_slopes"] = along.sum(-1)
     if "sinks" in options:

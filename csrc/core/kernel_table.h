@@ -17,9 +17,14 @@ struct CpuKernel {
   // Null when the kernel serves the problem, else the reason as a phrase: "needs AVX-512, which this CPU lacks".
   const char* (*why_not)(const AttentionProblem& problem);
   Plan (*plan)(const AttentionProblem& problem);
+  bool on_request = false;  // never chosen but by name
 };
 
+constexpr const char* kOnRequest = "an emulation for tests: only when asked for by name";
+
+// All rows: the CPU's, then those of GPU kernels that are emulated, in a build that has the emulator.
 std::span<const CpuKernel> cpu_kernels();
+std::span<const CpuKernel> emulated_kernels();
 
 // The first row of the pass that serves the problem (named `forced` if given), or null.
 const CpuKernel* select_cpu_kernel(Pass pass, const AttentionProblem& problem, const char* forced = nullptr);

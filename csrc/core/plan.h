@@ -18,7 +18,7 @@ struct Phase {
 };
 
 struct Plan {
-  Phase phases[6];
+  Phase phases[8];
   int phase_count = 0;
   size_t shared_bytes = 0, scratch_bytes = 0;
 };

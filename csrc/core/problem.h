@@ -39,7 +39,7 @@ struct AttentionProblem {
   const int64_t* key_lengths = nullptr;        // (batch,)
   const int64_t* cu_seqlens_q = nullptr;       // (batch + 1,)
   const int64_t* cu_seqlens_k = nullptr;       // (batch + 1,)
-  int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // of one sequence
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // of one sequence, or a bound of it
 
   double scale = 1.0;
   double softcap = 0.0;                                         // 0: none

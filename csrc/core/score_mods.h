@@ -23,7 +23,7 @@ struct Position {
 // c * tanh(score / c), Gemma 2 (arXiv 2408.00118)
 struct Softcap {
   double cap = 0.0;
-  explicit operator bool() const { return cap > 0.0; }
+  ATTENTION_INLINE explicit operator bool() const { return cap > 0.0; }
 
   template <class Ops>
   ATTENTION_INLINE typename Ops::V modify(typename Ops::V score) const {
@@ -42,7 +42,7 @@ struct Softcap {
 
 struct Bias {
   bool present = false;
-  explicit operator bool() const { return present; }
+  ATTENTION_INLINE explicit operator bool() const { return present; }
 
   template <class Ops>
   ATTENTION_INLINE typename Ops::V modify(typename Ops::V score, const Position<Ops>& at) const {
@@ -58,7 +58,7 @@ struct Bias {
 struct Alibi {
   double slope = 0.0;
   bool present = false;
-  explicit operator bool() const { return present; }
+  ATTENTION_INLINE explicit operator bool() const { return present; }
 
   template <class Ops>
   ATTENTION_INLINE typename Ops::V modify(typename Ops::V score, const Position<Ops>& at) const {
@@ -74,7 +74,7 @@ struct Alibi {
 // Causal and sliding window: diagonal - left <= k <= diagonal + right.
 struct Band {
   int64_t left = kUnlimited, right = kUnlimited;
-  explicit operator bool() const { return left < kUnlimited || right < kUnlimited; }
+  ATTENTION_INLINE explicit operator bool() const { return left < kUnlimited || right < kUnlimited; }
 
   template <class Ops>
   ATTENTION_INLINE typename Ops::Mask keep(const Position<Ops>& at) const {

@@ -21,18 +21,27 @@ struct Sequence {
   int64_t diagonal;            // diagonal(q) = q + diagonal
 };
 
+// Lengths on a GPU are never checked: whatever they hold, rows stay within the tensors and max_seqlen.
+ATTENTION_INLINE Range packed_rows(const int64_t* cu_seqlens, int64_t b, int64_t total, int64_t max_seqlen) {
+  const int64_t begin = clamp(cu_seqlens[b], 0, total);
+  return {begin, clamp(cu_seqlens[b + 1], begin, minimum(total, begin + max_seqlen))};
+}
+
 ATTENTION_INLINE Sequence sequence_of(const AttentionProblem& p, int64_t b) {
   Sequence s{b, b, 0, 0, p.seqlen_q, p.seqlen_k, 0};
   if (p.cu_seqlens_q) {
-    s.tensor_batch = 0;
-    s.begin_q = p.cu_seqlens_q[b];
-    s.begin_k = p.cu_seqlens_k[b];
-    s.length_q = p.cu_seqlens_q[b + 1] - s.begin_q;
-    s.length_k = p.cu_seqlens_k[b + 1] - s.begin_k;
+    const Range q = packed_rows(p.cu_seqlens_q, b, p.seqlen_q, p.max_seqlen_q);
+    const Range k = packed_rows(p.cu_seqlens_k, b, p.seqlen_k, p.max_seqlen_k);
+    s = {b, 0, q.begin, k.begin, q.size(), k.size(), 0};
   }
-  if (p.key_lengths) s.length_k = p.key_lengths[b];
+  if (p.key_lengths) s.length_k = clamp(p.key_lengths[b], 0, p.seqlen_k);
   s.diagonal = p.bottom_right ? s.length_k - s.length_q : 0;
   return s;
+}
+
+// One number per query: index of query 0 of the sequence in (b, h, q).
+ATTENTION_INLINE int64_t row_of(const AttentionProblem& p, const Sequence& s, int64_t head) {
+  return (s.tensor_batch * p.heads + head) * p.seqlen_q + s.begin_q;
 }
 
 // The keys that any query of `q` may see: outside it nothing is read.
@@ -40,6 +49,13 @@ ATTENTION_INLINE Range visible_keys(const AttentionProblem& p, const Sequence& s
   const int64_t begin = maximum<int64_t>(0, q.begin + s.diagonal - p.window_left);
   const int64_t end = minimum(s.length_k, q.end + s.diagonal + p.window_right);
   return begin < end ? Range{begin, end} : Range{};
+}
+
+// The queries that may see any key of `k`.
+ATTENTION_INLINE Range visible_queries(const AttentionProblem& p, const Sequence& s, Range k) {
+  const int64_t begin = maximum<int64_t>(0, k.begin - s.diagonal - p.window_right);
+  const int64_t end = minimum(s.length_q, minimum(k.end, s.length_k) - s.diagonal + p.window_left);
+  return begin < end && k.begin < s.length_k ? Range{begin, end} : Range{};
 }
 
 }  // namespace attention_ext

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <vector>
 
 #include "core/kernel_table.h"
 #include "cpu/unit.h"
@@ -110,11 +111,23 @@ const CpuKernel kKernels[] = {
 
 }  // namespace
 
-std::span<const CpuKernel> cpu_kernels() { return kKernels; }
+// Overridden by csrc/gpu/emulation/table.cpp where that is built.
+[[gnu::weak]] std::span<const CpuKernel> emulated_kernels() { return {}; }
+
+std::span<const CpuKernel> cpu_kernels() {
+  static const std::vector<CpuKernel> all = [] {
+    std::vector<CpuKernel> rows(std::begin(kKernels), std::end(kKernels));
+    const auto emulated = emulated_kernels();
+    rows.insert(rows.end(), emulated.begin(), emulated.end());
+    return rows;
+  }();
+  return all;
+}
 
 const CpuKernel* select_cpu_kernel(Pass pass, const AttentionProblem& problem, const char* forced) {
-  for (const CpuKernel& kernel : kKernels) {
-    if (kernel.pass != pass || (forced != nullptr && std::strcmp(forced, kernel.name) != 0)) continue;
+  for (const CpuKernel& kernel : cpu_kernels()) {
+    const bool wanted = forced != nullptr ? std::strcmp(forced, kernel.name) == 0 : !kernel.on_request;
+    if (kernel.pass != pass || !wanted) continue;
     if (kernel.why_not(problem) == nullptr) return &kernel;
   }
   return nullptr;

@@ -4,7 +4,7 @@
 #include <torch/version.h>
 
 #include "build_facts.h"
-#include "torch/cpu_run.h"
+#include "torch/device.h"
 
 namespace py = pybind11;
 
@@ -27,41 +27,45 @@ Problem plainest_problem(DType dtype) {
   return problem;
 }
 
-const char* why_not(const CpuKernel& kernel, DType dtype) {
-  switch (kernel.pass) {
+const char* why_not(const KernelRow& row, DType dtype) {
+  switch (row.pass) {
     case Pass::kForward:
-      return kernel.why_not(plainest_problem<ForwardProblem>(dtype));
+      return row.why_not(plainest_problem<ForwardProblem>(dtype));
     case Pass::kBackward:
-      return kernel.why_not(plainest_problem<BackwardProblem>(dtype));
+      return row.why_not(plainest_problem<BackwardProblem>(dtype));
     case Pass::kWeights:
-      return kernel.why_not(plainest_problem<WeightsProblem>(dtype));
+      return row.why_not(plainest_problem<WeightsProblem>(dtype));
     case Pass::kJvp:
-      return kernel.why_not(plainest_problem<JvpProblem>(dtype));
+      return row.why_not(plainest_problem<JvpProblem>(dtype));
     case Pass::kDoubleBackward:
-      return kernel.why_not(plainest_problem<DoubleBackwardProblem>(dtype));
+      return row.why_not(plainest_problem<DoubleBackwardProblem>(dtype));
   }
   return nullptr;
 }
 
+py::dict described(const Device& device, const KernelRow& kernel) {
+  py::dict reasons;
+  bool available = false;
+  for (const auto& [name, dtype] : kDTypes) {
+    const char* reason = why_not(kernel, dtype);
+    available |= reason == nullptr;
+    reasons[name] = reason;
+  }
+  const std::string name = kernel.name;
+  py::dict row;
+  row["name"] = name;
+  row["pass"] = kPassNames[static_cast<int>(kernel.pass)];
+  row["isa"] = name.substr(0, name.find('/'));
+  row["device"] = c10::DeviceTypeName(device.type, /*lower_case=*/true);
+  row["available"] = available;
+  row["why_not"] = reasons;
+  return row;
+}
+
 py::list kernels() {
   py::list rows;
-  for (const CpuKernel& kernel : cpu_kernels()) {
-    py::dict reasons;
-    bool available = false;
-    for (const auto& [name, dtype] : kDTypes) {
-      const char* reason = why_not(kernel, dtype);
-      available |= reason == nullptr;
-      reasons[name] = reason;
-    }
-    const std::string name = kernel.name;
-    py::dict row;
-    row["name"] = name;
-    row["pass"] = kPassNames[static_cast<int>(kernel.pass)];
-    row["isa"] = name.substr(0, name.find('/'));
-    row["device"] = "cpu";
-    row["available"] = available;
-    row["why_not"] = reasons;
-    rows.append(row);
+  for (const Device& device : devices()) {
+    for (const KernelRow& kernel : device.kernels()) rows.append(described(device, kernel));
   }
   return rows;
 }
@@ -74,7 +78,7 @@ py::dict build_info() {
   info["cplusplus"] = __cplusplus;
   info["commit"] = build_facts::kCommit;
   info["dirty"] = build_facts::kDirty;
-  info["cuda"] = false;
+  info["cuda"] = build_facts::kCuda;
   return info;
 }
 
@@ -97,7 +101,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info, "The compiler, flags, commit and torch version this was built with.");
   m.def("call_count", calls_of, py::arg("op"), "How often an operator has computed in this process.");
   m.def(
-      "force_kernel", [](const std::string& pass, const std::string& name) { force_cpu_kernel(pass_of(pass), name); },
+      "force_kernel", [](const std::string& pass, const std::string& name) { force_kernel(pass_of(pass), name); },
       py::arg("pass"), py::arg("name"),
       "Uses only the kernel of this name for a pass, in the whole process; an empty name lifts that. For tests.");
 }

@@ -14,9 +14,6 @@ class GradientBuffers {
 
   void zero() const;
 
-  // (sequences, heads), double; undefined where not wanted
-  const at::Tensor& sinks() const { return sinks_; }
-
   // Sums what was broadcast, in the shapes and dtypes of the inputs.
   ops::Gradients results() const;
 

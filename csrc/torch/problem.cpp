@@ -69,6 +69,11 @@ int64_t verify_cu_seqlens(const char* op, const char* name, const int64_t* cu, i
   return longest;
 }
 
+// Where lengths cannot be read without waiting for the device: shapes bound them.
+int64_t longest_by_shape(int64_t total, const std::optional<Tensor>& mask, int64_t dim) {
+  return mask && mask->size(dim) != 1 ? std::min(total, mask->size(dim)) : total;
+}
+
 void verify_packed_mask(const char* op, const char* name, const AttentionProblem& problem, const Tensor& mask) {
   const int64_t longest[2] = {problem.max_seqlen_q, problem.max_seqlen_k};
   for (int64_t i = 0; i < 2; ++i) {
@@ -100,9 +105,13 @@ void fill_structure(AttentionProblem& problem, Converted& converted, const char*
   if (!options.cu_seqlens_q) return;
   problem.cu_seqlens_q = keep_as(at::kLong, *options.cu_seqlens_q, converted).const_data_ptr<int64_t>();
   problem.cu_seqlens_k = keep_as(at::kLong, *options.cu_seqlens_k, converted).const_data_ptr<int64_t>();
-  if (!options.cu_seqlens_q->is_cpu()) return;
-  problem.max_seqlen_q = verify_cu_seqlens(op, "cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.seqlen_q);
-  problem.max_seqlen_k = verify_cu_seqlens(op, "cu_seqlens_k", problem.cu_seqlens_k, problem.batch, problem.seqlen_k);
+  if (options.cu_seqlens_q->is_cpu()) {
+    problem.max_seqlen_q = verify_cu_seqlens(op, "cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.seqlen_q);
+    problem.max_seqlen_k = verify_cu_seqlens(op, "cu_seqlens_k", problem.cu_seqlens_k, problem.batch, problem.seqlen_k);
+  } else {
+    problem.max_seqlen_q = longest_by_shape(problem.seqlen_q, options.attn_mask, -2);
+    problem.max_seqlen_k = longest_by_shape(problem.seqlen_k, options.attn_mask, -1);
+  }
   if (options.attn_mask) verify_packed_mask(op, "attn_mask", problem, *options.attn_mask);
 }
 
@@ -172,7 +181,7 @@ void fill_tangents(Tangents& filled, Converted& converted, const char* op, const
   if (tangents.value) filled.value = view_of(*tangents.value);
   if (tangents.attn_mask) {
     const Tensor& mask = converted.emplace_back(readable_mask(*tangents.attn_mask, scalar_type_of(problem.dtype)));
-    if (problem.cu_seqlens_q && mask.is_cpu()) verify_packed_mask(op, "attn_mask_tangent", problem, mask);
+    if (problem.cu_seqlens_q) verify_packed_mask(op, "attn_mask_tangent", problem, mask);
     filled.attn_mask = broadcast_view_of(mask);
   }
   const auto per_sequence = [&](const Tensor& tensor) {

@@ -28,6 +28,27 @@ bool sees(const AttentionProblem& p, int64_t q, int64_t k, int64_t length_q, int
   return k < length_k && k >= diagonal - p.window_left && k <= diagonal + p.window_right;
 }
 
+// Lengths that nobody checked, as on a GPU.
+void test_wild_lengths() {
+  const int64_t wild[] = {INT64_MIN, -1, 0, 3, 7, 8, INT64_MAX};
+  for (const int64_t first : wild) {
+    for (const int64_t second : wild) {
+      const int64_t starts[] = {first, second};
+      AttentionProblem p;
+      p.seqlen_q = p.seqlen_k = 7;
+      p.max_seqlen_q = p.max_seqlen_k = 4;
+      p.key_lengths = &second;
+      const Sequence dense = sequence_of(p, 0);
+      check(dense.length_k >= 0 && dense.length_k <= 7, "a key length stays within the keys");
+      p.key_lengths = nullptr;
+      p.cu_seqlens_q = p.cu_seqlens_k = starts;
+      const Sequence s = sequence_of(p, 0);
+      check(s.begin_q >= 0 && s.length_q >= 0 && s.begin_q + s.length_q <= 7, "a sequence stays within the rows");
+      check(s.length_q <= 4 && s.length_k <= 4, "a sequence is no longer than the longest");
+    }
+  }
+}
+
 // Every block of every tiling of a small problem: cover and visible_keys say what a look at each pair says.
 void check_blocks(const AttentionProblem& p) {
   const Sequence s = sequence_of(p, 0);
@@ -84,6 +105,8 @@ void test_packed_sequences() {
   const int64_t starts_q[] = {0, 3, 3, 8}, starts_k[] = {0, 0, 4, 6};
   AttentionProblem p;
   p.batch = 3;
+  p.seqlen_q = p.max_seqlen_q = 8;
+  p.seqlen_k = p.max_seqlen_k = 6;
   p.cu_seqlens_q = starts_q;
   p.cu_seqlens_k = starts_k;
   p.bottom_right = true;
@@ -97,6 +120,7 @@ void test_packed_sequences() {
 
 void test_headers() {
   test_philox();
+  test_wild_lengths();
   test_blocks();
   test_packed_sequences();
 }

@@ -1,11 +1,7 @@
-// delta = rowsum(grad_out * out) - grad_logsumexp, where the sum over rows that it enters must not drift.
-//
-// A 16-bit out is off by up to half a bit in its last place, and rows that repeat are all off by the same. For
-// grad_query, grad_key and grad_value that is the rounding any 16-bit gradient has. But what gathers score gradients
-// over many rows, the gradients of slopes, sinks and masks broadcast over queries or keys, would gather the error with
-// them: there out is computed once more, in float, and never rounded.
+// delta from an out that is computed once more, in float, and never rounded (core/delta.h).
 #pragma once
 
+#include "core/delta.h"
 #include "cpu/kernels/backward_memory.h"
 #include "cpu/kernels/forward.h"
 
@@ -39,13 +35,6 @@ class DeltaJob : SoftmaxRun<FloatCompute, DeltaJob> {
   friend QueryRun<FloatCompute, DeltaJob>;
 
  public:
-  static bool needed(const BackwardProblem& p) {
-    const bool coarse = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
-    const View& mask = p.grad_attn_mask;
-    const bool gathers = mask && (mask.stride_row == 0 || mask.stride_col == 0);
-    return coarse && p.head_dim_v > 0 && (p.grad_alibi_slopes || p.grad_sinks || gathers);
-  }
-
   static void run(const AttentionProblem& problem, void* shared_memory, void* scratch_memory, int64_t job) {
     const auto& p = static_cast<const BackwardProblem&>(problem);
     const auto shape = forward_shape<FloatCompute>(p);
@@ -87,7 +76,7 @@ void write_delta(const BackwardProblem& p, const Sequence& s, int64_t head, T* d
 }
 
 inline void add_delta_phase(const BackwardProblem& p, Plan& plan) {
-  if (!DeltaJob::needed(p)) return;
+  if (!needs_exact_delta(p)) return;
   const auto shape = forward_shape<FloatCompute>(p);
   Arena measure(nullptr);
   ForwardScratch<FloatCompute>(measure, p, shape);

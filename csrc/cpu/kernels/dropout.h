@@ -3,27 +3,11 @@
 
 #include <type_traits>
 
+#include "core/dropout.h"
 #include "cpu/kernels/tile.h"
 
 namespace attention_ext {
 namespace {
-
-struct Dropout {
-  bool present = false;
-  PhiloxKey key{};
-  uint32_t offset = 0, threshold = 0;
-  double kept_scale = 1.0;  // 1 / (1 - p), 0 when nothing is kept
-};
-
-ATTENTION_INLINE Dropout dropout_of(const AttentionProblem& p) {
-  if (p.dropout_p <= 0.0) return {};
-  const auto seed = static_cast<uint64_t>(p.rng_state[0]);
-  return {true,
-          {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
-          static_cast<uint32_t>(p.rng_state[1]),
-          dropout_threshold(p.dropout_p),
-          p.dropout_p < 1.0 ? 1.0 / (1.0 - p.dropout_p) : 0.0};
-}
 
 // Lanes of T from as many 16-bit numbers held in 32-bit words: true where the weight is kept.
 template <class T>

@@ -31,11 +31,6 @@ ATTENTION_INLINE Tile tile_of(const Sequence& s, int64_t head, int64_t index) {
   return {s, head, q, ceil_div(q.size(), kLanes<T>)};
 }
 
-// One number per query: index of query 0 of the sequence in (b, h, q).
-ATTENTION_INLINE int64_t row_of(const AttentionProblem& p, const Sequence& s, int64_t head) {
-  return (s.tensor_batch * p.heads + head) * p.seqlen_q + s.begin_q;
-}
-
 template <class T>
 ATTENTION_INLINE const T* row_pointer(const void* per_query, const AttentionProblem& p, const Sequence& s,
                                       int64_t head) {

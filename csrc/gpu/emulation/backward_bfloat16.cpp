@@ -1,0 +1,1 @@
+#include "gpu/units/backward_bfloat16.cu"

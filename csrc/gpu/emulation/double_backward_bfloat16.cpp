@@ -1,0 +1,1 @@
+#include "gpu/units/double_backward_bfloat16.cu"

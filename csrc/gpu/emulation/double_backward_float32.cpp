@@ -1,0 +1,1 @@
+#include "gpu/units/double_backward_float32.cu"

@@ -1,0 +1,1 @@
+#include "gpu/units/forward_bfloat16.cu"

@@ -1,0 +1,1 @@
+#include "gpu/units/forward_float32.cu"

@@ -1,0 +1,1 @@
+#include "gpu/units/forward_float64.cu"

@@ -1,0 +1,1 @@
+#include "gpu/units/jvp_bfloat16.cu"

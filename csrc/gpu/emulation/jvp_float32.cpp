@@ -1,0 +1,1 @@
+#include "gpu/units/jvp_float32.cu"

@@ -1,0 +1,21 @@
+// GPU kernels as rows of the CPU's table, to be asked for by name: each runs on the emulated warp layer.
+#include "core/kernel_table.h"
+#include "gpu/reasons.h"
+#include "gpu/unit.h"
+
+namespace attention_ext {
+namespace {
+
+const CpuKernel kKernels[] = {
+    {"emulated_sm80/forward", Pass::kForward, not_in_buckets, plan_forward<Plan>, true},
+    {"emulated_sm80/backward", Pass::kBackward, not_in_buckets, plan_backward<Plan>, true},
+    {"emulated_sm80/weights", Pass::kWeights, not_in_buckets, plan_weights<Plan>, true},
+    {"emulated_sm80/jvp", Pass::kJvp, not_in_moving_buckets, plan_jvp<Plan>, true},
+    {"emulated_sm80/double_backward", Pass::kDoubleBackward, not_in_moving_buckets, plan_double_backward<Plan>, true},
+};
+
+}  // namespace
+
+std::span<const CpuKernel> emulated_kernels() { return kKernels; }
+
+}  // namespace attention_ext

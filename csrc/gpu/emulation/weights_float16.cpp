@@ -1,0 +1,1 @@
+#include "gpu/units/weights_float16.cu"

@@ -1,0 +1,1 @@
+#include "gpu/units/weights_float32.cu"

@@ -1,0 +1,60 @@
+// Gradients of every input from grad_out and grad_logsumexp, each in one place and in a fixed order:
+//   delta    rowsum(grad_out * out) - grad_logsumexp
+//   queries  grad_query, walking keys      keys   grad_key and grad_value, walking queries
+//   mask     grad_attn_mask                heads  gradients of slopes and sinks
+// Of second order the same, after the jvp has moved the rows.
+#pragma once
+
+#include "core/delta.h"
+#include "gpu/kernels/head_gradient.h"
+#include "gpu/kernels/key_gradient.h"
+#include "gpu/kernels/mask_gradient.h"
+#include "gpu/kernels/query_gradient.h"
+
+namespace attention_ext {
+namespace {
+
+template <class Kernel>
+void add_kernel(KernelPlan& plan, const typename Kernel::Problem& p) {
+  add_launch<Kernel>(plan, Kernel::blocks(p));
+}
+
+template <class C, int kDim, Rules kRules>
+void add_delta(KernelPlan& plan, const BackwardProblem& p) {
+  if (needs_exact_delta(p)) {
+    add_kernel<QueryGradient<C, kDim, kRules, Order::kFirst, QueryResult::kDelta>>(plan, p);
+  } else {
+    add_kernel<Delta<C>>(plan, p);
+  }
+}
+
+template <class C, int kDim, Rules kRules, Order kOrder>
+void add_gradients(KernelPlan& plan, const ProblemOf<kOrder>& p) {
+  using Queries = QueryGradient<C, kDim, kRules, kOrder>;
+  set_workspace(plan, BackwardMemory<typename C::Scalar>::bytes(p, Queries::blocks(p)));
+  if (p.grad_query || p.grad_alibi_slopes) add_kernel<Queries>(plan, p);
+  if constexpr (GradientShape<C, kDim, kOrder>::kBothGradients) {
+    if (p.grad_key || p.grad_value) add_kernel<KeyGradient<C, kDim, kRules, kOrder, KeyResult::kBoth>>(plan, p);
+  } else {
+    if (p.grad_key) add_kernel<KeyGradient<C, kDim, kRules, kOrder, KeyResult::kKey>>(plan, p);
+    if (p.grad_value) add_kernel<KeyGradient<C, kDim, kRules, kOrder, KeyResult::kValue>>(plan, p);
+  }
+  if constexpr (kRules == Rules::kAll) {
+    if (p.grad_attn_mask) add_kernel<MaskGradient<C, kDim, kOrder>>(plan, p);
+  }
+  if (p.grad_alibi_slopes || p.grad_sinks) add_kernel<HeadGradient<C, kOrder, Queries::kQueries>>(plan, p);
+}
+
+template <class C>
+KernelPlan plan_backward_by_shape(const AttentionProblem& problem) {
+  const auto& p = static_cast<const BackwardProblem&>(problem);
+  return with_shape(p, [&](auto dim, auto rules) {
+    KernelPlan plan;
+    add_delta<C, dim, rules>(plan, p);
+    add_gradients<C, dim, rules, Order::kFirst>(plan, p);
+    return plan;
+  });
+}
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,60 @@
+// What the kernels of a backward call leave for each other, and sums over the threads of a block.
+#pragma once
+
+#include "core/varlen.h"
+#include "gpu/warp/warp.h"
+
+namespace attention_ext {
+namespace {
+
+constexpr size_t kWorkspaceAlignment = 256;
+
+template <class T>
+struct BackwardMemory {
+  T *delta, *delta_tangent;  // (b, h, q)
+  double* slope_sums;        // one of each block of threads that owns queries
+
+  ATTENTION_DEVICE BackwardMemory(const BackwardProblem& p, void* workspace)
+      : delta(static_cast<T*>(workspace)),
+        delta_tangent(delta + delta_bytes(p) / static_cast<int64_t>(sizeof(T))),
+        slope_sums(reinterpret_cast<double*>(static_cast<char*>(workspace) + 2 * delta_bytes(p))) {}
+
+  ATTENTION_INLINE static int64_t rows(const BackwardProblem& p) {
+    return (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.seqlen_q;
+  }
+  ATTENTION_INLINE static int64_t delta_bytes(const BackwardProblem& p) {
+    return round_up(rows(p) * static_cast<int64_t>(sizeof(T)), kWorkspaceAlignment);
+  }
+  static size_t bytes(const BackwardProblem& p, int64_t query_blocks) {
+    return 2 * static_cast<size_t>(delta_bytes(p)) + static_cast<size_t>(query_blocks) * sizeof(double);
+  }
+
+  // product: rowsum(grad_out * out)
+  ATTENTION_DEVICE void store_delta(const BackwardProblem& p, int64_t row, T product) const {
+    delta[row] = product - (p.grad_logsumexp ? static_cast<const T*>(p.grad_logsumexp)[row] : T(0));
+  }
+};
+
+template <class T>
+ATTENTION_DEVICE T sum_of_warp(T x) {
+  ATTENTION_UNROLL
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+// The sum over all threads, added in a fixed order, to *to. Shared memory must be free.
+template <int kThreads>
+ATTENTION_DEVICE void sum_block(double x, double* to) {
+  auto* sums = reinterpret_cast<double*>(shared_memory());
+  x = sum_of_warp(x);
+  synchronize_block();
+  if (thread_index() % kWarpSize == 0) sums[thread_index() / kWarpSize] = x;
+  synchronize_block();
+  if (thread_index() != 0) return;
+  double total = 0;
+  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) total += sums[warp];
+  *to = total;
+}
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,175 @@
+// How a dtype is multiplied: C (16 x 8) += A (16 x depth) B (depth x 8) by one warp.
+//
+// A lane = 4 * group + member holds of C rows group and group + 8, columns 2 * member and 2 * member + 1; and of A and
+// B the same neighbours along depth. Where an instruction wants other places along depth, A and B are permuted alike:
+// so a fragment of C, narrowed, is a fragment of A for the next product.
+#pragma once
+
+#include "gpu/kernels/shared_tile.h"
+
+namespace attention_ext {
+namespace {
+
+ATTENTION_DEVICE int lane_index() { return thread_index() % kWarpSize; }
+ATTENTION_DEVICE int lane_group() { return lane_index() / 4; }
+ATTENTION_DEVICE int lane_member() { return lane_index() % 4; }
+
+constexpr int kFragmentRows = 16, kFragmentColumns = 8;
+
+template <class T>
+struct Fragment {
+  T number[4];  // (row group: two columns), (row group + 8: two columns)
+};
+
+template <class E, class T>
+ATTENTION_DEVICE void round_pair(E (&to)[2], T first, T second) {
+  if constexpr (sizeof(E) == sizeof(T)) {
+    to[0] = first;
+    to[1] = second;
+  } else {
+    const uint32_t pair = narrow_pair(E{}, first, second);
+    to[0] = {static_cast<uint16_t>(pair)};
+    to[1] = {static_cast<uint16_t>(pair >> 16)};
+  }
+}
+
+// Operand A has 16 rows, operand B comes for two fragments of C at once.
+template <class E>
+struct Compute16 {
+  using Element = E;
+  using Scalar = float;
+  static constexpr int kDepth = 16;
+  struct A {
+    uint32_t pair[4];
+  };
+  struct B {
+    uint32_t pair[2];
+  };
+
+  template <class Tile>
+  ATTENTION_DEVICE static A load_a(const Tile& tile, int row, int column) {
+    A a;
+    const int lane = lane_index();
+    load_matrices(a.pair, tile.at(row + lane % 16, column + lane / 16 * 8));
+    return a;
+  }
+  // B[depth][n] = tile[row + n][column + depth]
+  template <class Tile>
+  ATTENTION_DEVICE static void load_b(B (&b)[2], const Tile& tile, int row, int column) {
+    uint32_t pair[4];
+    const int lane = lane_index();
+    load_matrices(pair, tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+    b[0] = {pair[0], pair[1]};
+    b[1] = {pair[2], pair[3]};
+  }
+  // B[depth][n] = tile[row + depth][column + n]
+  template <class Tile>
+  ATTENTION_DEVICE static void load_b_transposed(B (&b)[2], const Tile& tile, int row, int column) {
+    uint32_t pair[4];
+    const int lane = lane_index();
+    load_matrices_transposed(pair, tile.at(row + lane % 16, column + lane / 16 * 8));
+    b[0] = {pair[0], pair[1]};
+    b[1] = {pair[2], pair[3]};
+  }
+  ATTENTION_DEVICE static A narrow(const Fragment<float>* c) {
+    A a;
+    for (int i = 0; i < 4; ++i) {
+      const float* pair = c[i / 2].number + i % 2 * 2;
+      a.pair[i] = narrow_pair(E{}, pair[0], pair[1]);
+    }
+    return a;
+  }
+  ATTENTION_DEVICE static void multiply(Fragment<float>& c, const A& a, const B& b) {
+    multiply_16x8x16(E{}, c.number, a.pair, b.pair);
+  }
+};
+
+// Of float and double, operands are read a pair at a time from rows or a number at a time from columns.
+template <class T, class OperandA, class OperandB>
+struct ComputeWide {
+  using Element = T;
+  using Scalar = T;
+  static constexpr int kDepth = 8;
+  struct A {
+    OperandA number[4];  // as in Fragment
+  };
+  struct B {
+    OperandB number[2];
+  };
+
+  template <class Tile>
+  ATTENTION_DEVICE static A load_a(const Tile& tile, int row, int column) {
+    A a;
+    for (int i = 0; i < 2; ++i) {
+      const T* pair = tile.at(row + i * 8 + lane_group(), column + 2 * lane_member());
+      a.number[2 * i] = OperandA(pair[0]);
+      a.number[2 * i + 1] = OperandA(pair[1]);
+    }
+    return a;
+  }
+  template <class Tile>
+  ATTENTION_DEVICE static void load_b(B (&b)[2], const Tile& tile, int row, int column) {
+    for (int i = 0; i < 2; ++i) {
+      const T* pair = tile.at(row + i * 8 + lane_group(), column + 2 * lane_member());
+      b[i] = {OperandB(pair[0]), OperandB(pair[1])};
+    }
+  }
+  template <class Tile>
+  ATTENTION_DEVICE static void load_b_transposed(B (&b)[2], const Tile& tile, int row, int column) {
+    for (int i = 0; i < 2; ++i) {
+      const int depth = row + 2 * lane_member(), n = column + i * 8 + lane_group();
+      b[i] = {OperandB(*tile.at(depth, n)), OperandB(*tile.at(depth + 1, n))};
+    }
+  }
+  ATTENTION_DEVICE static A narrow(const Fragment<T>* c) {
+    A a;
+    for (int i = 0; i < 4; ++i) a.number[i] = OperandA(c->number[i]);
+    return a;
+  }
+};
+
+// A float as the sum of two tf32 numbers; an infinity or a NaN has no rest.
+struct NearestSplit {
+  uint32_t big, small;
+  NearestSplit() = default;
+  ATTENTION_DEVICE explicit NearestSplit(float x) : big(round_to_tf32(x)) {
+    const float rest = x - float_of(big);
+    small = round_to_tf32(rest == rest ? rest : 0.0f);
+  }
+};
+
+// Both parts have the sign of x and are 0 only where x is: so an infinity on the other side stays one.
+struct OneSignSplit {
+  uint32_t big, small;
+  OneSignSplit() = default;
+  ATTENTION_DEVICE explicit OneSignSplit(float x) : big(bits_of(x) & ~0x1FFFu) {
+    const float rest = x - float_of(big);
+    small = round_to_tf32(rest == rest && rest != 0.0f ? rest : float_of(big) * 0x1p-30f);
+  }
+};
+
+// 3xTF32: all products but that of the two rests.
+struct ComputeFloat : ComputeWide<float, OneSignSplit, NearestSplit> {
+  ATTENTION_DEVICE static void multiply(Fragment<float>& c, const A& a, const B& b) {
+    const uint32_t big_a[4] = {a.number[0].big, a.number[2].big, a.number[1].big, a.number[3].big};
+    const uint32_t small_a[4] = {a.number[0].small, a.number[2].small, a.number[1].small, a.number[3].small};
+    const uint32_t big_b[2] = {b.number[0].big, b.number[1].big};
+    const uint32_t small_b[2] = {b.number[0].small, b.number[1].small};
+    multiply_16x8x8(c.number, small_a, big_b);
+    multiply_16x8x8(c.number, big_a, small_b);
+    multiply_16x8x8(c.number, big_a, big_b);
+  }
+};
+
+struct ComputeDouble : ComputeWide<double, double, double> {
+  ATTENTION_DEVICE static void multiply(Fragment<double>& c, const A& a, const B& b) {
+    for (int i = 0; i < 2; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        multiply_8x8x4(c.number[2 * half], c.number[2 * half + 1], a.number[2 * half + i], b.number[i]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,137 @@
+// softmax(scores) value by online softmax: a block of threads walks the keys for a tile of queries, a warp for some of
+// its rows.
+#pragma once
+
+#include "gpu/kernels/dropout.h"
+#include "gpu/kernels/softmax.h"
+#include "gpu/kernels/sources.h"
+
+namespace attention_ext {
+namespace {
+
+template <class C, int kDim, Rules kRules>
+class Forward {
+  using T = typename C::Scalar;
+  using E = typename C::Element;
+  using Shape = ForwardShape<C, kDim, kRules>;
+  static constexpr int kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kColumns / kFragmentColumns;
+  static constexpr int kQueries = Shape::kWarps * kRowTiles * kFragmentRows;
+  using QueryTile = SharedTile<E, kQueries, kDim>;
+  using KeyTile = SharedTile<E, Shape::kRows, kDim>;
+  using KeyTiles = TileSet<KeyTile, 2>;
+  using Scores = Fragments<T, kRowTiles, kKeyTiles>;
+  using Sums = Fragments<T, kRowTiles, kDim / kFragmentColumns>;
+
+ public:
+  using Problem = ForwardProblem;
+  static constexpr int kThreads = Shape::kWarps * kWarpSize;
+  static constexpr size_t kSharedBytes = QueryTile::kBytes + Shape::kStages * KeyTiles::kBytes;
+
+  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries); }
+
+  ATTENTION_DEVICE static void run(const ForwardProblem& p, void*) {
+    const QueryTileIndex at(p, kQueries);
+    const Head head(p, at.batch, at.head);
+    const Range q = at.queries(head.sequence, kQueries);
+    if (!q.empty()) Forward(p, head, q).walk();
+  }
+
+ private:
+  ATTENTION_DEVICE Forward(const ForwardProblem& p, const Head& head, Range q)
+      : p_(p), head_(head), q_(q), row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows) {}
+
+  ATTENTION_DEVICE void walk() {
+    const TileSet<QueryTile, 1> query(shared_memory());
+    copy_set<kThreads>(query, Sources<E, 1>{{head_rows<E>(head_, p_.query, p_.head_dim)}}, static_cast<int>(q_.begin),
+                       Span(q_));
+    open_rows();
+    walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_),
+                                                 visible_keys(p_, head_.sequence, q_),
+                                                 [&](int k, const KeyTiles& tiles) {
+                                                   for (int row = 0; row < Shape::kRows; row += Shape::kColumns)
+                                                     add_block(query.tile[0], k + row, tiles, row);
+                                                 });
+    close_rows();
+  }
+
+  ATTENTION_DEVICE void open_rows() {
+    const double sink = p_.sinks ? p_.sinks[head_.sequence.batch * p_.sinks_stride_b + head_.head] : -__builtin_inf();
+    const T sink_weight = p_.sinks && lane_member() == 0 ? T(1) : T(0);
+    sums_.clear();
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      rows_[m] = {{static_cast<T>(sink), static_cast<T>(sink)}, {sink_weight, sink_weight}};
+    }
+  }
+
+  ATTENTION_DEVICE void add_block(const QueryTile& query, int k, const KeyTiles& tiles, int row) {
+    const ScoreBlock<T, kRules> block{
+        p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
+    Scores score;
+    score.clear();
+    multiply_rows<C>(score, query, row_, tiles.tile[0], row);
+    bool any = false;
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      for_each_number<kKeyTiles>([&](int n, int i) {
+        T& s = score.tile[m][n].number[i];
+        s = block.score(s, block.query(m, n, i), block.key(m, n, i)).score;
+      });
+      T worth[2];
+      any |= softmax_rows<kRules>(score.tile[m], block.linear(), rows_[m], worth);
+      for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[m][n].number[i] *= worth[i / 2]; });
+    }
+    // Keys that are hidden from all these rows may hold anything.
+    if (!any_in_warp(any)) return;
+    if constexpr (kRules == Rules::kAll) drop(block, score);
+    multiply_weights<C>(sums_, score, tiles.tile[1], row);
+  }
+
+  ATTENTION_DEVICE void drop(const ScoreBlock<T, kRules>& block, Scores& weight) {
+    const Dropout dropout = dropout_of(p_);
+    if (!dropout.present) return;
+    for_each_kept<kRowTiles, kKeyTiles>(block, dropout, [&](int m, int n, int i, bool kept) {
+      if (!kept) weight.tile[m][n].number[i] = T(0);
+    });
+  }
+
+  ATTENTION_DEVICE void close_rows() {
+    const Rows<E> out = head_rows<E>(head_, p_.out, p_.head_dim_v);
+    T* logsumexp = static_cast<T*>(p_.logsumexp) + row_of(p_, head_.sequence, head_.head);
+    const T kept_scale = kRules == Rules::kAll ? static_cast<T>(dropout_of(p_).kept_scale) : T(1);
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      T factor[2];
+      ATTENTION_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const T sum = sum_of_group(rows_[m].sum[r]);
+        const int64_t q = q_.begin + row_ + m * kFragmentRows + r * 8 + lane_group();
+        factor[r] = sum == T(0) ? T(0) : kept_scale / sum;
+        if (lane_member() == 0 && q < q_.end) {
+          logsumexp[q] = multiply_add(log2_of(sum), static_cast<T>(kLn2), rows_[m].maximum[r]);
+        }
+      }
+      store_rows(out, q_.begin + row_ + m * kFragmentRows, q_.end, sums_.tile[m], factor);
+    }
+  }
+
+  const ForwardProblem& p_;
+  const Head& head_;
+  const Range q_;
+  const int row_;  // of the tile, the warp's first
+  Sums sums_;
+  RowState<T> rows_[kRowTiles];
+};
+
+template <class C>
+KernelPlan plan_forward_by_shape(const AttentionProblem& p) {
+  return with_shape(p, [&](auto dim, auto rules) {
+    using Kernel = Forward<C, dim, rules>;
+    KernelPlan plan;
+    add_launch<Kernel>(plan, Kernel::blocks(p));
+    return plan;
+  });
+}
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,164 @@
+// How out and logsumexp move along tangents of the inputs. With prob P, score tangent S' and m = rowsum(P S'):
+//   logsumexp' = m (a sink's own tangent included),   out' = (P S') value + P value' - m out
+// P is after dropout in out', before it in m.
+#pragma once
+
+#include <type_traits>
+
+#include "gpu/kernels/backward_memory.h"
+#include "gpu/kernels/gradient.h"
+
+namespace attention_ext {
+namespace {
+
+// ProblemType: JvpProblem or DoubleBackwardProblem, whose gradients begin with the same pass.
+template <class C, int kDim, Rules kRules, class ProblemType>
+class Jvp {
+  using T = typename C::Scalar;
+  using E = typename C::Element;
+  using Shape = GradientShape<C, kDim, Order::kSecond>;
+  static constexpr bool kForGradients = std::is_same_v<ProblemType, DoubleBackwardProblem>;
+  static constexpr int kQueries = Shape::kWarps * kFragmentRows, kTiles = Shape::kColumns / kFragmentColumns;
+  using QueryTiles = TileSet<SharedTile<E, kQueries, kDim>, 2>;
+  using KeyTile = SharedTile<E, Shape::kRows, kDim>;
+  using KeyTiles = TileSet<KeyTile, 4>;
+  using Scores = Fragments<T, 1, kTiles>;
+  using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
+
+ public:
+  using Problem = ProblemType;
+  static constexpr int kThreads = Shape::kWarps * kWarpSize;
+  static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
+
+  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries); }
+
+  ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
+    const QueryTileIndex at(p, kQueries);
+    const Head head(p, at.batch, at.head);
+    const Range q = at.queries(head.sequence, kQueries);
+    if (!q.empty()) Jvp(p, head, q).walk(workspace);
+  }
+
+ private:
+  ATTENTION_DEVICE Jvp(const Problem& p, const Head& head, Range q)
+      : p_(p), head_(head), q_(q), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kRules>(p)) {
+    const LogsumexpRows<T> source(p, head, p.logsumexp);
+    for (int r = 0; r < 2; ++r) logsumexp_[r] = source.row(static_cast<int>(query(r)));
+  }
+
+  ATTENTION_DEVICE int64_t query(int r) const { return q_.begin + row_ + r * 8 + lane_group(); }
+
+  ATTENTION_DEVICE void walk(void* workspace) {
+    sums_.clear();
+    const QueryTiles queries(shared_memory());
+    const Sources<E, 2> sources{
+        {head_rows<E>(head_, p_.query, p_.head_dim), head_rows<E>(head_, p_.tangent.query, p_.head_dim)}};
+    copy_set<kThreads>(queries, sources, static_cast<int>(q_.begin), Span(q_));
+    walk_rows<kThreads, Shape::kStages, KeyTile>(
+        shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, p_.tangent, head_),
+        visible_keys(p_, head_.sequence, q_), [&](int k, const KeyTiles& keys) {
+          for (int row = 0; row < Shape::kRows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
+        });
+    close_rows(workspace);
+  }
+
+  ATTENTION_DEVICE void add_block(const QueryTiles& queries, int k, const KeyTiles& keys, int row) {
+    const ScoreBlock<T, kRules> block{
+        p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
+    Scores weight, moved;
+    weight.clear();
+    moved.clear();
+    multiply_rows<C>(weight, queries.tile[0], row_, keys.tile[0], row);
+    if (p_.tangent.query) multiply_rows<C>(moved, queries.tile[1], row_, keys.tile[0], row);
+    if (p_.tangent.key) multiply_rows<C>(moved, queries.tile[0], row_, keys.tile[2], row);
+    // Keys that are hidden from all these rows may hold anything.
+    if (!any_in_warp(differentiate(block, weight, moved))) return;
+    multiply_weights<C>(sums_, moved, keys.tile[1], row);
+    if (p_.tangent.value) multiply_weights<C>(sums_, weight, keys.tile[3], row);
+  }
+
+  // weight, moved: query . key and its tangent, before the scale, become P and P S', 0 where dropped.
+  ATTENTION_DEVICE bool differentiate(const ScoreBlock<T, kRules>& block, Scores& weight, Scores& moved) {
+    bool any = false;
+    T means[2] = {};
+    for_each_kept<1, kTiles>(block, dropout_, [&](int, int n, int i, bool kept) {
+      T &w = weight.tile[0][n].number[i], &m = moved.tile[0][n].number[i];
+      const int q = block.query(0, n, i), k = block.key(0, n, i);
+      const auto score = block.score(w, q, k);
+      const T prob = weight_of<kRules>(score.score, block.linear(), logsumexp_[i / 2]);
+      const T product = prob == T(0) ? T(0) : prob * score_tangent(p_, p_.tangent, block, score, m, q, k).score;
+      means[i / 2] += product;
+      w = kept ? prob : T(0);
+      m = kept ? product : T(0);
+      any |= prob != T(0);
+    });
+    for (int r = 0; r < 2; ++r) means_[r] += means[r];
+    return any;
+  }
+
+  ATTENTION_DEVICE void close_rows(void* workspace) {
+    T deltas[2] = {};
+    for (int r = 0; r < 2; ++r) {
+      means_[r] = sum_of_group(means_[r]) + sink_mean(logsumexp_[r]);
+      if (query(r) < q_.end) deltas[r] = finish_row(r);
+      deltas[r] = sum_of_group(deltas[r]);
+      if (query(r) >= q_.end || lane_member() != 0) continue;
+      const int64_t row = row_of(p_, head_.sequence, head_.head) + query(r);
+      static_cast<T*>(p_.logsumexp_tangent)[row] = means_[r];
+      if constexpr (kForGradients) BackwardMemory<T>(p_, workspace).delta_tangent[row] = deltas[r];
+    }
+    const T factor[2] = {T(1), T(1)};
+    store_rows(head_rows<E>(head_, p_.out_tangent, p_.head_dim_v), q_.begin + row_, q_.end, sums_.tile[0], factor);
+  }
+
+  ATTENTION_DEVICE T sink_mean(T logsumexp) const {
+    if (!p_.tangent.sinks) return T(0);
+    const int64_t b = head_.sequence.batch;
+    const double sink = p_.sinks[b * p_.sinks_stride_b + head_.head];
+    const double prob = exp2_of((sink - static_cast<double>(logsumexp)) * kLog2E);
+    return static_cast<T>(prob * p_.tangent.sinks[b * p_.heads + head_.head]);
+  }
+
+  // Sums become out'. Returns this lane's part of rowsum(grad_out * out'), where gradients need it.
+  ATTENTION_DEVICE T finish_row(int r) {
+    const auto kept_scale = static_cast<T>(dropout_.kept_scale);
+    const Rows<E> out = head_rows<E>(head_, p_.out, p_.head_dim_v);
+    T delta = 0;
+    for_each_number<Sums::kTileCount>([&](int n, int i) {
+      const int column = n * kFragmentColumns + 2 * lane_member() + i % 2;
+      if (i / 2 != r || column >= out.columns) return;
+      T& sum = sums_.tile[0][n].number[i];
+      sum = sum * kept_scale - means_[r] * widen(out.row(query(r))[column * out.stride_col]);
+      if constexpr (kForGradients) {
+        const Rows<E> grad_out = head_rows<E>(head_, p_.grad_out, p_.head_dim_v);
+        delta = multiply_add(sum, widen(grad_out.row(query(r))[column * grad_out.stride_col]), delta);
+      }
+    });
+    return delta;
+  }
+
+  const Problem& p_;
+  const Head& head_;
+  const Range q_;
+  const int row_;  // of the tile, the warp's first
+  const Dropout dropout_;
+  T logsumexp_[2], means_[2] = {};
+  Sums sums_;
+};
+
+// Second order takes seven tiles at once: with 2 KB a row they fill more than there is.
+template <class C>
+constexpr int kMostMovingDim = sizeof(typename C::Element) == 8 ? 128 : 256;
+
+template <class C>
+KernelPlan plan_jvp_by_shape(const AttentionProblem& p) {
+  return with_shape<kMostMovingDim<C>>(p, [&](auto dim, auto rules) {
+    using Kernel = Jvp<C, dim, rules, JvpProblem>;
+    KernelPlan plan;
+    add_launch<Kernel>(plan, Kernel::blocks(p));
+    return plan;
+  });
+}
+
+}  // namespace
+}  // namespace attention_ext

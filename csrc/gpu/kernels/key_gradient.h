@@ -1,0 +1,103 @@
+// grad_key and grad_value: a block of threads walks the queries of all heads of a group for a tile of keys. Scores come
+// transposed, rows are keys: so they are operands of both products as they are.
+#pragma once
+
+#include "gpu/kernels/gradient.h"
+
+namespace attention_ext {
+namespace {
+
+// Where registers do not hold both gradients, each has a kernel of its own.
+enum class KeyResult : uint8_t { kBoth, kKey, kValue };
+
+template <class C, int kDim, Rules kRules, Order kOrder, KeyResult kResult>
+class KeyGradient {
+  using T = typename C::Scalar;
+  using E = typename C::Element;
+  using Shape = GradientShape<C, kDim, kOrder>;
+  static constexpr bool kOfKey = kResult != KeyResult::kValue, kOfValue = kResult != KeyResult::kKey;
+  static constexpr int kKeys = Shape::kWarps * kFragmentRows, kTiles = Shape::kColumns / kFragmentColumns;
+  using KeyTiles = TileSet<SharedTile<E, kKeys, kDim>, kKeySources<kOrder>>;
+  using QueryTile = SharedTile<E, Shape::kRows, kDim>;
+  using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
+  using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
+
+ public:
+  using Problem = ProblemOf<kOrder>;
+  static constexpr int kThreads = Shape::kWarps * kWarpSize;
+  static constexpr size_t kSharedBytes = KeyTiles::kBytes + Shape::kStages * QueryTiles::kBytes;
+
+  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.kv_heads * ceil_div(p.max_seqlen_k, kKeys); }
+
+  ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
+    const int64_t groups = p.batch * p.kv_heads, group = block_index() % groups, tile = block_index() / groups;
+    const Sequence s = sequence_of(p, group / p.kv_heads);
+    const int64_t rows = p.cu_seqlens_k ? s.length_k : p.seqlen_k;
+    const Range k{tile * kKeys, minimum((tile + 1) * kKeys, rows)};
+    if (!k.empty()) {
+      KeyGradient(p, BackwardMemory<T>(p, workspace), k).walk(group / p.kv_heads, group % p.kv_heads);
+    }
+  }
+
+ private:
+  ATTENTION_DEVICE KeyGradient(const Problem& p, const BackwardMemory<T>& memory, Range k)
+      : p_(p),
+        memory_(memory),
+        k_(k),
+        row_(thread_index() / kWarpSize * kFragmentRows),
+        dropout_(dropout_by<kRules>(p)) {}
+
+  ATTENTION_DEVICE void walk(int64_t batch, int64_t kv_head) {
+    key_sums_.clear();
+    value_sums_.clear();
+    const KeyTiles keys(shared_memory());
+    const Head first(p_, batch, kv_head * p_.group_size());
+    const Range seen = visible_keys(p_, first.sequence, {0, first.sequence.length_q});
+    const Span valid({maximum(k_.begin, seen.begin), minimum(k_.end, seen.end)});
+    copy_set<kThreads>(keys, key_sources<E>(p_, first), static_cast<int>(k_.begin), valid);
+    for (int64_t h = 0; h < p_.group_size(); ++h) {
+      const Head head(p_, batch, first.head + h);
+      const RowSource<T, kOrder> rows(p_, head, memory_);
+      walk_rows<kThreads, Shape::kStages, QueryTile>(shared_memory() + KeyTiles::kBytes, query_sources<E>(p_, head),
+                                                     visible_queries(p_, head.sequence, k_),
+                                                     [&](int q, const QueryTiles& queries) {
+                                                       for (int row = 0; row < Shape::kRows; row += Shape::kColumns) {
+                                                         add_block(head, rows, keys, q + row, queries, row);
+                                                       }
+                                                     });
+    }
+    close_rows(first);
+  }
+
+  ATTENTION_DEVICE void add_block(const Head& head, const RowSource<T, kOrder>& rows, const KeyTiles& keys, int q,
+                                  const QueryTiles& queries, int row) {
+    const bool partial = is_partial(head, {q, q + Shape::kColumns}, k_);
+    const ScoreBlock<T, kRules, true> block{p_, head, {q, static_cast<int>(k_.begin) + row_}, partial};
+    GradientBlock<C, kRules, kOrder, true, kTiles> products;
+    products.multiply(p_, keys, row_, queries, row);
+    products.differentiate(
+        p_, block, dropout_, [&](int n, int i) { return rows.row(block.query(0, n, i)); }, [](int, int, T) {});
+    if constexpr (kOfValue) multiply_weights<C>(value_sums_, products.weight, queries.tile[1], row);
+    if constexpr (kOfKey) products.add_gradient(p_, key_sums_, queries, row);
+  }
+
+  ATTENTION_DEVICE void close_rows(const Head& head) {
+    if (kOfKey && p_.grad_key) store(head, p_.grad_key, p_.head_dim, key_sums_, p_.scale);
+    if (kOfValue && p_.grad_value) store(head, p_.grad_value, p_.head_dim_v, value_sums_, dropout_.kept_scale);
+  }
+
+  ATTENTION_DEVICE void store(const Head& head, const View& to, int64_t columns, const Sums& sums, double factor) {
+    const T both[2] = {static_cast<T>(factor), static_cast<T>(factor)};
+    store_rows(key_rows<E>(head, to, columns), k_.begin + row_, k_.end, sums.tile[0], both);
+  }
+
+  const Problem& p_;
+  const BackwardMemory<T>& memory_;
+  const Range k_;
+  const int row_;  // of the tile, the warp's first
+  const Dropout dropout_;
+  Sums key_sums_, value_sums_;
+};
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,124 @@
+// Where the numbers of a lane's fragments lie among queries and keys, and what the mods do to them there.
+#pragma once
+
+#include "core/philox.h"
+#include "core/score_mods.h"
+#include "gpu/kernels/products.h"
+
+namespace attention_ext {
+namespace {
+
+// The arithmetic of core/score_mods.h over single numbers.
+template <class T>
+struct NumberOps {
+  using V = T;
+  using Mask = bool;
+
+  ATTENTION_DEVICE static T splat(double x) { return static_cast<T>(x); }
+  ATTENTION_DEVICE static T abs(T x) { return larger(x, -x); }
+  ATTENTION_DEVICE static T tanh(T x) { return tanh_of(x); }
+  ATTENTION_DEVICE static T select(bool mask, T a, T b) { return mask ? a : b; }
+};
+
+template <class T>
+ATTENTION_DEVICE constexpr T infinity() {
+  return static_cast<T>(__builtin_inf());
+}
+
+// What is known when a kernel is compiled: whether scores can be bent, shifted or dropped, or at most hidden by causal,
+// window and lengths.
+enum class Rules : uint8_t { kBand, kAll };
+
+inline Rules rules_of(const AttentionProblem& p) {
+  const bool plain = p.softcap == 0 && !p.attn_mask && !p.alibi_slopes && p.dropout_p == 0 && p.scale > 0;
+  return plain ? Rules::kBand : Rules::kAll;
+}
+
+// One head of one sequence.
+struct Head {
+  Sequence sequence;
+  int64_t head, kv_head;
+  ScoreMods mods;
+
+  ATTENTION_DEVICE Head(const AttentionProblem& p, int64_t batch, int64_t h)
+      : sequence(sequence_of(p, batch)), head(h), kv_head(h / p.group_size()), mods(score_mods_of(p, sequence, h)) {}
+};
+
+// The first query and key of a warp's block of scores, within the sequence.
+struct Corner {
+  int q, k;
+};
+
+// A mask of the problem's own precision or narrower, as what is added to a score.
+template <class T>
+ATTENTION_DEVICE T read_mask(const View& view, int64_t at) {
+  if (view.dtype == DType::kBool) return static_cast<const bool*>(view.data)[at] ? T(0) : -infinity<T>();
+  if constexpr (sizeof(T) == 8) {
+    return static_cast<const double*>(view.data)[at];
+  } else {
+    if (view.dtype == DType::kBFloat16) return widen(static_cast<const BFloat16*>(view.data)[at]);
+    if (view.dtype == DType::kFloat16) return widen(static_cast<const Half*>(view.data)[at]);
+    return static_cast<const float*>(view.data)[at];
+  }
+}
+
+// A block of scores, 16 kRowTiles rows by 8 kTiles columns. Rows are queries, or keys where kTransposed.
+template <class T, Rules kRules, bool kTransposed = false>
+struct ScoreBlock {
+  const AttentionProblem& p;
+  const Head& head;
+  Corner corner;
+  bool partial;  // whether causal, window or the end of the keys cuts through
+
+  ATTENTION_DEVICE int query(int m, int n, int i) const { return corner.q + (kTransposed ? column(n, i) : row(m, i)); }
+  ATTENTION_DEVICE int key(int m, int n, int i) const { return corner.k + (kTransposed ? row(m, i) : column(n, i)); }
+
+  // Corners lie at whole octets of keys.
+  ATTENTION_DEVICE int octet(int m, int n, int i) const {
+    return corner.k / kKeysPerPhilox + (kTransposed ? m * kFragmentRows / kKeysPerPhilox + i / 2 : n);
+  }
+
+  ATTENTION_DEVICE Position<NumberOps<T>> at(int q, int k) const {
+    const auto distance = static_cast<T>(k - q - static_cast<int>(head.sequence.diagonal));
+    return {distance, kRules == Rules::kAll && head.mods.bias ? number_of(p.attn_mask, q, k) : T(0)};
+  }
+
+  ATTENTION_DEVICE bool outside(int k) const { return k >= head.sequence.length_k; }
+
+  // From a view that is broadcast like attn_mask; lanes past the end repeat the last row and column.
+  ATTENTION_DEVICE T number_of(const View& view, int q, int k) const {
+    const Sequence& s = head.sequence;
+    const int64_t row = minimum<int64_t>(q, s.length_q - 1), column = minimum<int64_t>(k, s.length_k - 1);
+    return read_mask<T>(
+        view, s.batch * view.stride_b + head.head * view.stride_h + row * view.stride_row + column * view.stride_col);
+  }
+
+  // dot becomes the score, -inf where the key is hidden. With Rules::kBand the scale is left to the exponential.
+  ATTENTION_DEVICE Modified<NumberOps<T>> score(T dot, int q, int k) const {
+    using Ops = NumberOps<T>;
+    Modified<Ops> modified{dot, T(1), T(0)};
+    if constexpr (kRules == Rules::kAll) {
+      const auto position = at(q, k);
+      modified = head.mods.operator()<Ops>(dot, position);
+      modified.score = outside(k) ? -infinity<T>() : head.mods.hide<Ops>(modified.score, position);
+    } else if (partial && (outside(k) || !head.mods.band.keep<Ops>(at(q, k)))) {
+      modified.score = -infinity<T>();
+    }
+    return modified;
+  }
+
+  // What scores are still to be multiplied by.
+  ATTENTION_DEVICE T linear() const { return kRules == Rules::kAll ? T(1) : static_cast<T>(head.mods.scale); }
+
+ private:
+  ATTENTION_DEVICE static int row(int m, int i) { return m * kFragmentRows + i / 2 * 8 + lane_group(); }
+  ATTENTION_DEVICE static int column(int n, int i) { return n * kFragmentColumns + i % 2 + 2 * lane_member(); }
+};
+
+// Whether a block of keys needs to be looked at number by number.
+ATTENTION_DEVICE bool is_partial(const Head& head, Range q, Range k) {
+  return k.end > head.sequence.length_k || head.mods.band.cover(q, k, head.sequence.diagonal) != Cover::kFull;
+}
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,84 @@
+// The two products of every pass, by one warp for its rows.
+#pragma once
+
+#include "gpu/kernels/compute.h"
+
+namespace attention_ext {
+namespace {
+
+// kRowTiles x kTiles fragments: 16 rows each, 8 columns each.
+template <class T, int kRowTiles, int kTiles>
+struct Fragments {
+  static constexpr int kRowTileCount = kRowTiles, kTileCount = kTiles;
+  Fragment<T> tile[kRowTiles][kTiles];
+
+  ATTENTION_DEVICE void clear() {
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      ATTENTION_UNROLL
+      for (int n = 0; n < kTiles; ++n) {
+        ATTENTION_UNROLL
+        for (int i = 0; i < 4; ++i) tile[m][n].number[i] = T(0);
+      }
+    }
+  }
+};
+
+// Calls f(n, i) for the numbers of a row of fragments; i / 2 is the row, i % 2 the column.
+template <int kTiles, class F>
+ATTENTION_DEVICE void for_each_number(F&& f) {
+  ATTENTION_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    ATTENTION_UNROLL
+    for (int i = 0; i < 4; ++i) f(n, i);
+  }
+}
+
+// c[m][n] += sum over columns of a[row + m][.] b[row_b + n][.]
+template <class C, int kRowTiles, int kTiles, class TileA, class TileB>
+ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const TileA& a, int row,
+                                    const TileB& b, int row_b) {
+  ATTENTION_UNROLL
+  for (int depth = 0; depth < TileA::kColumns; depth += C::kDepth) {
+    typename C::A rows[kRowTiles];
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) rows[m] = C::load_a(a, row + m * kFragmentRows, depth);
+    ATTENTION_UNROLL
+    for (int n = 0; n < kTiles; n += 2) {
+      typename C::B columns[2];
+      C::load_b(columns, b, row_b + n * kFragmentColumns, depth);
+      ATTENTION_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        C::multiply(c.tile[m][n], rows[m], columns[0]);
+        C::multiply(c.tile[m][n + 1], rows[m], columns[1]);
+      }
+    }
+  }
+}
+
+// c[m][n] += sum over rows of weight[m][.] b[row_b + .][n]
+template <class C, int kRowTiles, int kTiles, int kWeights, class TileB>
+ATTENTION_DEVICE void multiply_weights(Fragments<typename C::Scalar, kRowTiles, kTiles>& c,
+                                       const Fragments<typename C::Scalar, kRowTiles, kWeights>& weight, const TileB& b,
+                                       int row_b) {
+  constexpr int kStep = C::kDepth / kFragmentColumns;
+  ATTENTION_UNROLL
+  for (int k = 0; k < kWeights; k += kStep) {
+    typename C::A rows[kRowTiles];
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) rows[m] = C::narrow(weight.tile[m] + k);
+    ATTENTION_UNROLL
+    for (int n = 0; n < kTiles; n += 2) {
+      typename C::B columns[2];
+      C::load_b_transposed(columns, b, row_b + k * kFragmentColumns, n * kFragmentColumns);
+      ATTENTION_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        C::multiply(c.tile[m][n], rows[m], columns[0]);
+        C::multiply(c.tile[m][n + 1], rows[m], columns[1]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,61 @@
+// How much a block of threads takes on, by dtype and head_dim: tiles that fit shared memory (163 KB from sm_80 on) and
+// registers.
+#pragma once
+
+#include <type_traits>
+
+#include "gpu/kernels/positions.h"
+
+namespace attention_ext {
+namespace {
+
+// kDim: the bucket that head_dim and head_dim_v are padded to.
+template <class C, int kDim>
+struct Width {
+  static constexpr bool kNarrow = sizeof(typename C::Element) == 2;
+  static constexpr int kRowBytes = kDim * sizeof(typename C::Element);
+  static constexpr int kRowRegisters = kDim * sizeof(typename C::Scalar) / 8;  // of a lane, for 16 rows of fragments
+};
+
+// A block of threads walks tiles of kRows keys; a warp makes scores of kColumns of them at a time.
+template <class C, int kDim, Rules kRules>
+struct ForwardShape : Width<C, kDim> {
+  using Width<C, kDim>::kNarrow, Width<C, kDim>::kRowBytes;
+  static constexpr int kWarps = kRowBytes <= 1024 ? 4 : 2;
+  static constexpr int kRowTiles = kNarrow && kDim <= 128 ? 2 : 1;  // of 16 queries, a warp
+  static constexpr int kRows = kNarrow ? 64 : kDim <= 64 ? 32 : 16;
+  static constexpr int kColumns = kRows < 32 || (kDim == 128 && kRules == Rules::kAll) ? 16 : 32;
+  static constexpr int kStages = kRowBytes <= 1024 ? 2 : 1;
+};
+
+// Of derivatives: gradients, or how gradients move along tangents of the inputs.
+enum class Order : uint8_t { kFirst, kSecond };
+
+// A warp owns 16 queries or keys and walks the others.
+template <class C, int kDim, Order kOrder>
+struct GradientShape : Width<C, kDim> {
+  using Width<C, kDim>::kNarrow, Width<C, kDim>::kRowBytes, Width<C, kDim>::kRowRegisters;
+  static constexpr bool kFirst = kOrder == Order::kFirst;
+  static constexpr int kWarps = kRowBytes <= (kFirst ? 1024 : 256) ? 4 : !kFirst && kRowBytes <= 512 ? 2 : 1;
+  static constexpr int kRows = kNarrow ? (kDim <= 128 ? 64 : 32) : kDim <= 64 ? 32 : 16;
+  static constexpr int kColumns = kRows < 32 || kDim >= 128 || !kFirst ? 16 : 32;
+  static constexpr int kStages = kFirst && kRowBytes <= 512 ? 2 : 1;
+  static constexpr bool kBothGradients = kRowRegisters <= 64;  // of keys and values at once
+};
+
+// Calls f with the bucket of head_dim and head_dim_v and with the rules as constants.
+template <int kMostDim = 256, class F>
+KernelPlan with_shape(const AttentionProblem& p, F&& f) {
+  const int64_t widest = maximum(p.head_dim, p.head_dim_v);
+  const auto with_rules = [&](auto dim) {
+    if (rules_of(p) == Rules::kBand) return f(dim, std::integral_constant<Rules, Rules::kBand>{});
+    return f(dim, std::integral_constant<Rules, Rules::kAll>{});
+  };
+  if (widest <= 32) return with_rules(std::integral_constant<int, 32>{});
+  if (widest <= 64) return with_rules(std::integral_constant<int, 64>{});
+  if (widest <= 128 || kMostDim == 128) return with_rules(std::integral_constant<int, 128>{});
+  return with_rules(std::integral_constant<int, kMostDim>{});
+}
+
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,72 @@
+// Online softmax over blocks of keys (Milakov & Gimelshein, arXiv 1805.02867), in base 2. The four lanes of a group
+// share its rows.
+#pragma once
+
+#include "gpu/kernels/positions.h"
+
+namespace attention_ext {
+namespace {
+
+// Of rows group and group + 8.
+template <class T>
+struct RowState {
+  T maximum[2];  // of the scores so far, -inf before the first visible key
+  T sum[2];      // of exp(score - maximum), this lane's columns alone
+};
+
+template <class T>
+ATTENTION_DEVICE T largest_of_group(T x) {
+  x = larger(x, shuffle_xor(x, 1));
+  return larger(x, shuffle_xor(x, 2));
+}
+
+template <class T>
+ATTENTION_DEVICE T sum_of_group(T x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+template <class T>
+ATTENTION_DEVICE T finite_or_zero(T maximum) {
+  return maximum == -infinity<T>() ? T(0) : maximum;
+}
+
+// exp(linear * score - base). Where mods add to scores, a bias of -1e10 or -1e30 as many models mask would leave no
+// digit of log2(e) * base: there differences come first.
+template <Rules kRules, class T>
+ATTENTION_DEVICE T weight_of(T score, T linear, T base) {
+  constexpr T kUnit = static_cast<T>(kLog2E);
+  if constexpr (kRules == Rules::kAll) return exp2_of((score - base) * kUnit);
+  return exp2_of(multiply_add(score, linear * kUnit, -base * kUnit));
+}
+
+// Scores of 16 rows become unnormalised weights; `worth` is what earlier sums of the rows are worth now. True where the
+// block holds any weight for this lane.
+template <Rules kRules, class T, int kTiles>
+ATTENTION_DEVICE bool softmax_rows(Fragment<T> (&score)[kTiles], T linear, RowState<T>& state, T (&worth)[2]) {
+  bool any = false;
+  ATTENTION_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    T top = -infinity<T>();
+    ATTENTION_UNROLL
+    for (int n = 0; n < kTiles; ++n) top = larger(larger(score[n].number[2 * r], score[n].number[2 * r + 1]), top);
+    const T now = larger(largest_of_group(top) * linear, state.maximum[r]), base = finite_or_zero(now);
+    worth[r] = exp2_of((state.maximum[r] - base) * static_cast<T>(kLog2E));
+    state.maximum[r] = now;
+    T sum = 0;
+    ATTENTION_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      ATTENTION_UNROLL
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        score[n].number[i] = weight_of<kRules>(score[n].number[i], linear, base);
+        sum += score[n].number[i];
+      }
+    }
+    any |= sum != T(0);
+    state.sum[r] = multiply_add(state.sum[r], worth[r], sum);
+  }
+  return any;
+}
+
+}  // namespace
+}  // namespace attention_ext

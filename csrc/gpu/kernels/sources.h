@@ -1,0 +1,95 @@
+// The rows of one head that a pass reads, in the order in which its products take them:
+//   queries  query, grad_out, tangent of query          keys  key, value, tangents of key and value
+// What stands still has no rows; its tile is 0 and its product is left out.
+#pragma once
+
+#include "gpu/kernels/rows.h"
+#include "gpu/kernels/shape.h"
+
+namespace attention_ext {
+namespace {
+
+template <class E, int kCount>
+struct Sources {
+  Rows<E> rows[kCount];
+};
+
+template <Order kOrder>
+using ProblemOf = std::conditional_t<kOrder == Order::kFirst, BackwardProblem, DoubleBackwardProblem>;
+
+template <class E>
+ATTENTION_DEVICE Sources<E, 2> query_sources(const BackwardProblem& p, const Head& head) {
+  return {{head_rows<E>(head, p.query, p.head_dim), head_rows<E>(head, p.grad_out, p.head_dim_v)}};
+}
+template <class E>
+ATTENTION_DEVICE Sources<E, 3> query_sources(const DoubleBackwardProblem& p, const Head& head) {
+  return {{head_rows<E>(head, p.query, p.head_dim), head_rows<E>(head, p.grad_out, p.head_dim_v),
+           head_rows<E>(head, p.tangent.query, p.head_dim)}};
+}
+
+template <class E>
+ATTENTION_DEVICE Sources<E, 2> key_sources(const AttentionProblem& p, const Head& head) {
+  return {{key_rows<E>(head, p.key, p.head_dim), key_rows<E>(head, p.value, p.head_dim_v)}};
+}
+template <class E>
+ATTENTION_DEVICE Sources<E, 4> key_sources(const AttentionProblem& p, const Tangents& tangent, const Head& head) {
+  return {{key_rows<E>(head, p.key, p.head_dim), key_rows<E>(head, p.value, p.head_dim_v),
+           key_rows<E>(head, tangent.key, p.head_dim), key_rows<E>(head, tangent.value, p.head_dim_v)}};
+}
+template <class E>
+ATTENTION_DEVICE Sources<E, 4> key_sources(const DoubleBackwardProblem& p, const Head& head) {
+  return key_sources<E>(p, p.tangent, head);
+}
+
+template <Order kOrder>
+constexpr int kQuerySources = kOrder == Order::kFirst ? 2 : 3;
+template <Order kOrder>
+constexpr int kKeySources = kOrder == Order::kFirst ? 2 : 4;
+
+// The same rows of each source, in shared memory.
+template <class Tile, int kCount>
+struct TileSet {
+  Tile tile[kCount];
+
+  ATTENTION_DEVICE explicit TileSet(char* memory) {
+    ATTENTION_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      tile[i] = {reinterpret_cast<typename Tile::Element*>(memory + i * Tile::kBytes)};
+    }
+  }
+  static constexpr size_t kBytes = kCount * Tile::kBytes;
+};
+
+template <int kThreads, class Tile, int kCount, class E>
+ATTENTION_DEVICE void copy_set(const TileSet<Tile, kCount>& to, const Sources<E, kCount>& from, int first, Span valid) {
+  ATTENTION_UNROLL
+  for (int i = 0; i < kCount; ++i) copy_rows<kThreads>(to.tile[i], from.rows[i], first, valid);
+}
+
+// The walk of a block of threads over rows, tile by tile through shared memory, the next tiles on their way while these
+// are worked on. Calls f(first row, tiles) for all tiles that hold some of `valid`; they begin at multiples of their
+// height, and rows outside `valid` are 0.
+template <int kThreads, int kStages, class Tile, int kCount, class E, class F>
+ATTENTION_DEVICE void walk_rows(char* memory, const Sources<E, kCount>& sources, Range valid, F&& f) {
+  using Set = TileSet<Tile, kCount>;
+  const Span span(valid);
+  const auto copy = [&](int row, int stage) {
+    if (row < span.end) copy_set<kThreads>(Set(memory + stage * Set::kBytes), sources, row, span);
+    commit_copies();
+  };
+  const int first = span.begin / Tile::kRows * Tile::kRows;
+  for (int s = 0; s < kStages - 1; ++s) copy(first + s * Tile::kRows, s);
+  int stage = 0;
+  for (int row = first; row < span.end; row += Tile::kRows) {
+    copy(row + (kStages - 1) * Tile::kRows, (stage + kStages - 1) % kStages);
+    wait_copies<kStages - 1>();
+    synchronize_block();
+    f(row, Set(memory + stage * Set::kBytes));
+    synchronize_block();
+    stage = (stage + 1) % kStages;
+  }
+  wait_copies<0>();
+}
+
+}  // namespace
+}  // namespace attention_ext

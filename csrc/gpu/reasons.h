@@ -1,0 +1,22 @@
+// Why a kernel does not serve a problem, for the rows of both tables.
+#pragma once
+
+#include "core/problem.h"
+
+namespace attention_ext {
+
+constexpr int64_t kMostHeadDim = 256;
+
+inline const char* not_in_buckets(const AttentionProblem& p) {
+  return maximum(p.head_dim, p.head_dim_v) > kMostHeadDim ? "serves head_dim and head_dim_v up to 256" : nullptr;
+}
+
+// The second derivatives hold more of each row at a time.
+inline const char* not_in_moving_buckets(const AttentionProblem& p) {
+  if (p.dtype == DType::kFloat64 && maximum(p.head_dim, p.head_dim_v) > kMostHeadDim / 2) {
+    return "serves head_dim and head_dim_v up to 128 in float64";
+  }
+  return not_in_buckets(p);
+}
+
+}  // namespace attention_ext

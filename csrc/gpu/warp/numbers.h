@@ -1,0 +1,20 @@
+// Numbers as they lie in memory.
+#pragma once
+
+#include "core/numeric.h"
+
+namespace attention_ext {
+
+constexpr int kWarpSize = 32;
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+ATTENTION_INLINE float widen(float x) { return x; }
+ATTENTION_INLINE double widen(double x) { return x; }
+
+}  // namespace attention_ext

@@ -1,0 +1,97 @@
+// CUDA devices: kernels run on the current stream in memory of torch's allocator, and nothing waits for them.
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <mutex>
+
+#include "gpu/plan.h"
+#include "torch/device.h"
+#include "torch/operators.h"
+
+namespace attention_ext {
+
+namespace {
+
+using at::Tensor;
+
+constexpr uint64_t kOffsetsPerCall = 4;  // the generator's unit
+constexpr int64_t kMostBlocks = INT32_MAX;
+
+at::PhiloxCudaState draw(c10::DeviceIndex device) {
+  auto* generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      std::nullopt, at::cuda::detail::getDefaultCUDAGenerator(device));
+  const std::lock_guard<std::mutex> lock(generator->mutex_);
+  return generator->philox_cuda_state(kOffsetsPerCall);
+}
+
+// A graph that is being captured is to drop other weights at each replay: it then finds new words behind the pointers.
+void draw_rng_state(const Tensor& rng_state) {
+  const at::PhiloxCudaState state = draw(rng_state.get_device());
+  Tensor seed = rng_state.select(0, 0), offset = rng_state.select(0, 1);
+  if (!state.captured_) {
+    seed.fill_(static_cast<int64_t>(state.seed_.val));
+    offset.fill_(static_cast<int64_t>(state.offset_.val));
+    return;
+  }
+  const auto word = [&](int64_t* pointer) {
+    return at::for_blob(pointer, {}).options(rng_state.options()).target_device(rng_state.device()).make_tensor();
+  };
+  seed.copy_(word(state.seed_.ptr));
+  at::add_out(offset, word(state.offset_.ptr), static_cast<int64_t>(state.offset_intragraph_));
+}
+
+int attribute(cudaDeviceAttr name) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, c10::cuda::current_device()));
+  return value;
+}
+
+// Of the current device, 90 for 9.0; 0 without a device.
+int compute_capability() {
+  if (c10::cuda::device_count() == 0) return 0;
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+void run(Pass pass, const AttentionProblem& problem) {
+  const GpuKernel* kernel = select_gpu_kernel(pass, problem, compute_capability(), forced_kernel(pass));
+  TORCH_CHECK_NOT_IMPLEMENTED(kernel, "attention_ext: no CUDA kernel serves this call:\n",
+                              explain_kernels(at::kCUDA, pass, problem));
+  const GpuPlan plan = kernel->plan(problem);
+  const Tensor workspace =
+      at::empty({static_cast<int64_t>(plan.workspace_bytes)}, at::device(at::kCUDA).dtype(at::kByte));
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  for (int i = 0; i < plan.launch_count; ++i) {
+    const Launch& launch = plan.launches[i];
+    TORCH_CHECK(launch.blocks <= kMostBlocks, "attention_ext: ", kernel->name, " would need ", launch.blocks,
+                " blocks, and a launch has ", kMostBlocks, " at most");
+    C10_CUDA_CHECK(static_cast<cudaError_t>(launch.enqueue(launch, problem, workspace.mutable_data_ptr(), stream)));
+  }
+}
+
+std::vector<KernelRow> kernels() {
+  const int capability = compute_capability();
+  std::vector<KernelRow> rows;
+  for (const GpuKernel& kernel : gpu_kernels()) {
+    const auto why_not = [&kernel, capability](const AttentionProblem& problem) {
+      return kernel.why_not(problem, capability);
+    };
+    rows.push_back({kernel.name, kernel.pass, why_not});
+  }
+  return rows;
+}
+
+const RegisterDevice registered({at::kCUDA, draw_rng_state, run, kernels});
+
+TORCH_LIBRARY_IMPL(attention_ext, CUDA, m) { implement_operators(m); }
+
+// Tensors that the checks refuse come here, to be refused by name.
+TORCH_LIBRARY_IMPL(attention_ext, SparseCUDA, m) { implement_operators(m); }
+TORCH_LIBRARY_IMPL(attention_ext, SparseCsrCUDA, m) { implement_operators(m); }
+TORCH_LIBRARY_IMPL(attention_ext, QuantizedCUDA, m) { implement_operators(m); }
+TORCH_LIBRARY_IMPL(attention_ext, NestedTensorCUDA, m) { implement_operators(m); }
+
+}  // namespace
+
+}  // namespace attention_ext

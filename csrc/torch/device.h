@@ -1,0 +1,57 @@
+// What differs between devices, for operators that are the same on all, and the choice of a kernel from a device's
+// table: forced, explained and counted in one way.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <functional>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "core/kernel_table.h"
+
+namespace attention_ext {
+
+// By Pass.
+constexpr const char* kPassNames[] = {"forward", "backward", "weights", "jvp", "double_backward"};
+constexpr const char* kOperatorNames[] = {"attention", "attention_backward", "attention_weights", "attention_jvp",
+                                          "attention_double_backward"};
+
+Pass pass_of(std::string_view name);
+
+struct KernelRow {
+  const char* name;
+  Pass pass;
+  std::function<const char*(const AttentionProblem&)> why_not;  // null, or the reason why it does not serve here
+};
+
+struct Device {
+  c10::DeviceType type;
+  // Takes (seed, offset) from torch's generator of this device.
+  void (*draw_rng_state)(const at::Tensor& rng_state);
+  // On the current stream where there are streams. Throws with every row's reason where no kernel serves the problem.
+  void (*run)(Pass pass, const AttentionProblem& problem);
+  std::vector<KernelRow> (*kernels)();  // best first
+};
+
+// Each device that the library was built for registers itself when the library is loaded.
+struct RegisterDevice {
+  explicit RegisterDevice(const Device& device);
+};
+
+const std::vector<Device>& devices();
+const Device& device_for(c10::DeviceType type);
+
+// "avx512/forward: chosen", "neon/forward: needs ...", one line for each kernel of the pass.
+std::string explain_kernels(c10::DeviceType device, Pass pass, const AttentionProblem& problem);
+
+// From now on only this kernel is used for the pass; an empty name lifts it. For tests.
+void force_kernel(Pass pass, const std::string& name);
+const char* forced_kernel(Pass pass);  // or null
+
+// How often the operator of this pass has run in this process, on any device.
+int64_t call_count(Pass pass);
+void count_call(Pass pass);
+
+}  // namespace attention_ext

@@ -1,0 +1,180 @@
+// The operators on every device: make outputs, make the Problem, let the device run a kernel. Calls without rows end
+// here.
+#include "torch/operators.h"
+
+#include "torch/device.h"
+#include "torch/gradients.h"
+
+namespace attention_ext {
+
+namespace {
+
+using at::Tensor;
+
+bool has_rows(const AttentionProblem& problem) {
+  return problem.batch > 0 && problem.heads > 0 && problem.seqlen_q > 0;
+}
+
+void run(const Tensor& query, Pass pass, const AttentionProblem& problem) {
+  const c10::DeviceGuard guard(query.device());
+  device_for(query.device().type()).run(pass, problem);
+}
+
+void fill_backward(BackwardProblem& problem, Converted& converted, const Tensor& grad_out,
+                   const std::optional<Tensor>& grad_logsumexp, const Tensor& out, const Tensor& logsumexp) {
+  problem.out = view_of(out);
+  problem.grad_out = view_of(grad_out);
+  problem.logsumexp = contiguous_data(logsumexp, converted);
+  if (grad_logsumexp) problem.grad_logsumexp = contiguous_data(*grad_logsumexp, converted);
+}
+
+ops::Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+  const char* op = "attention";
+  count_call(Pass::kForward);
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  ops::Forward outputs = empty_forward(query, sizes, options);
+  auto& [out, logsumexp, rng_state] = outputs;
+  if (options.dropout_p > 0) device_for(query.device().type()).draw_rng_state(rng_state);
+
+  ForwardProblem problem;
+  Converted converted;
+  fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
+  if (!has_rows(problem)) return outputs;
+  problem.out = view_of(out);
+  problem.logsumexp = logsumexp.mutable_data_ptr();
+  run(query, Pass::kForward, problem);
+  return outputs;
+}
+
+ops::Gradients attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,
+                                  const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                                  const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,
+                                  ops::OutputMask output_mask) {
+  const char* op = "attention_backward";
+  count_call(Pass::kBackward);
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_backward(op, sizes, grad_out, grad_logsumexp, query);
+  BackwardProblem problem;
+  Converted converted;
+  fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
+  const GradientBuffers gradients(problem, query, key, value, options, output_mask);
+  if (!has_rows(problem)) {
+    gradients.zero();
+    return gradients.results();
+  }
+  fill_backward(problem, converted, grad_out, grad_logsumexp, out, logsumexp);
+  run(query, Pass::kBackward, problem);
+  return gradients.results();
+}
+
+ops::OutputTangents attention_jvp(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                                  const Tensor& logsumexp, const Tensor& rng_state, const ops::InputTangents& tangents,
+                                  const AttentionOptions& options) {
+  const char* op = "attention_jvp";
+  count_call(Pass::kJvp);
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_tangents(op, sizes, tangents, query, key, value, options);
+  JvpProblem problem;
+  Converted converted;
+  fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
+  fill_tangents(problem.tangent, converted, op, problem, tangents);
+  ops::OutputTangents outputs = empty_tangents(query, sizes);
+  auto& [out_tangent, logsumexp_tangent] = outputs;
+  if (!has_rows(problem)) return outputs;
+  problem.out = view_of(out);
+  problem.logsumexp = contiguous_data(logsumexp, converted);
+  problem.out_tangent = view_of(out_tangent);
+  problem.logsumexp_tangent = logsumexp_tangent.mutable_data_ptr();
+  run(query, Pass::kJvp, problem);
+  return outputs;
+}
+
+ops::SecondOrder attention_double_backward(const ops::InputTangents& tangents, const Tensor& grad_out,
+                                           const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
+                                           const Tensor& key, const Tensor& value, const Tensor& out,
+                                           const Tensor& logsumexp, const Tensor& rng_state,
+                                           const AttentionOptions& options, ops::OutputMask output_mask) {
+  const char* op = "attention_double_backward";
+  count_call(Pass::kDoubleBackward);
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_backward(op, sizes, grad_out, grad_logsumexp, query);
+  check_tangents(op, sizes, tangents, query, key, value, options);
+  DoubleBackwardProblem problem;
+  Converted converted;
+  fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
+  fill_tangents(problem.tangent, converted, op, problem, tangents);
+  const GradientBuffers gradients(problem, query, key, value, options, output_mask);
+  ops::OutputTangents outputs = empty_tangents(query, sizes);
+  auto& [out_tangent, logsumexp_tangent] = outputs;
+  if (!has_rows(problem)) {
+    gradients.zero();
+    return std::tuple_cat(outputs, gradients.results());
+  }
+  fill_backward(problem, converted, grad_out, grad_logsumexp, out, logsumexp);
+  problem.out_tangent = view_of(out_tangent);
+  problem.logsumexp_tangent = logsumexp_tangent.mutable_data_ptr();
+  run(query, Pass::kDoubleBackward, problem);
+  return std::tuple_cat(outputs, gradients.results());
+}
+
+Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
+                         const AttentionOptions& options, bool average_heads, std::optional<c10::SymInt> row_begin,
+                         std::optional<c10::SymInt> row_end) {
+  const char* op = "attention_weights";
+  count_call(Pass::kWeights);
+  const Sizes sizes = check_attention(op, query, key, nullptr, options);
+  const Rows rows = check_weights(op, sizes, query, logsumexp, rng_state, options, row_begin, row_end);
+  WeightsProblem problem;
+  Converted converted;
+  fill_problem(problem, converted, op, sizes, query, key, nullptr, &rng_state, options);
+  Tensor weights = empty_weights(query, sizes, average_heads, rows);
+  if (weights.numel() == 0) return weights;
+  problem.weights = view_of(average_heads ? weights.unsqueeze(1) : weights);
+  problem.average_heads = average_heads;
+  problem.row_begin = rows.begin.expect_int();
+  problem.row_end = rows.end.expect_int();
+  problem.logsumexp = contiguous_data(logsumexp, converted);
+  run(query, Pass::kWeights, problem);
+  return weights;
+}
+
+std::string attention_explain(const Tensor& query, const Tensor& key, const Tensor& value,
+                              const AttentionOptions& options, std::string_view which) {
+  const char* op = "attention_explain";
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  const c10::DeviceGuard guard(query.device());
+  Converted converted;
+  const auto explain = [&](auto problem) {
+    fill_problem(problem, converted, op, sizes, query, key, &value, nullptr, options);
+    return explain_kernels(query.device().type(), pass_of(which), problem);
+  };
+  switch (pass_of(which)) {
+    case Pass::kForward:
+      return explain(ForwardProblem{});
+    case Pass::kBackward:
+      return explain(BackwardProblem{});
+    case Pass::kWeights:
+      return explain(WeightsProblem{});
+    case Pass::kJvp:
+      return explain(JvpProblem{});
+    case Pass::kDoubleBackward:
+      return explain(DoubleBackwardProblem{});
+  }
+  return {};
+}
+
+}  // namespace
+
+void implement_operators(torch::Library& m) {
+  m.impl("attention", flat_kernel<attention>);
+  m.impl("attention_backward", flat_kernel<attention_backward>);
+  m.impl("attention_jvp", flat_kernel<attention_jvp>);
+  m.impl("attention_double_backward", flat_kernel<attention_double_backward>);
+  m.impl("attention_weights", flat_kernel<attention_weights>);
+  m.impl("attention_explain", flat_kernel<attention_explain>);
+}
+
+}  // namespace attention_ext

@@ -1,0 +1,113 @@
+// The warp layer's own promises: products and shuffles are right, copies land at their wait, errors are told.
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "gpu/warp/warp.h"
+
+namespace attention_ext {
+namespace {
+
+void check(bool condition, const char* what) {
+  if (condition) return;
+  std::printf("%s\n", what);
+  std::exit(1);
+}
+
+template <class Body>
+void run_warps(int warps, size_t shared_bytes, Body body) {
+  emulation::Block::run(0, warps * kWarpSize, shared_bytes, &body,
+                        [](void* argument) { (*static_cast<Body*>(argument))(); });
+}
+
+template <class Body>
+bool fails_with(const char* text, Body body) {
+  try {
+    run_warps(2, 256, body);
+  } catch (const std::runtime_error& error) {
+    return std::strstr(error.what(), text) != nullptr;
+  }
+  return false;
+}
+
+void test_shuffle_and_vote() {
+  run_warps(2, 0, [] {
+    check(shuffle_xor(thread_index(), 5) == (thread_index() ^ 5), "shuffle_xor gives another lane's number");
+    check(any_in_warp(thread_index() == 40) == (thread_index() >= kWarpSize), "any_in_warp is of one warp alone");
+  });
+}
+
+// a 16 x 16 times b 16 x 8, with a[i][j] = i + 1 if j == perm(i), so that c[i][n] = (i + 1) b[perm(i)][n].
+void test_product() {
+  run_warps(1, 0, [] {
+    const int group = thread_index() / 4, member = thread_index() % 4;
+    const auto a = [](int i, int j) { return j == (5 * i + 3) % 16 ? static_cast<float>(i + 1) : 0.0f; };
+    const auto b = [](int j, int n) { return static_cast<float>(8 * j + n); };
+    uint32_t a_pairs[4], b_pairs[2];
+    for (int i = 0; i < 4; ++i) {
+      const int row = group + i % 2 * 8, column = member * 2 + i / 2 * 8;
+      a_pairs[i] = narrow_pair(Half{}, a(row, column), a(row, column + 1));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int row = member * 2 + i * 8;
+      b_pairs[i] = narrow_pair(Half{}, b(row, group), b(row + 1, group));
+    }
+    float c[4] = {1, 1, 1, 1};
+    multiply_16x8x16(Half{}, c, a_pairs, b_pairs);
+    for (int i = 0; i < 4; ++i) {
+      const int row = group + i / 2 * 8, column = member * 2 + i % 2;
+      check(c[i] == 1 + static_cast<float>(row + 1) * b((5 * row + 3) % 16, column), "multiply_16x8x16");
+    }
+  });
+}
+
+void test_copies_land_at_their_wait() {
+  alignas(16) static const float source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  run_warps(1, 2 * 16 * kWarpSize, [] {
+    auto* first = reinterpret_cast<float*>(shared_memory()) + 8 * thread_index();
+    check(first[0] != first[0], "shared memory starts as NaN");
+    copy_async(first, source, 16);
+    commit_copies();
+    copy_async(first + 4, source + 4, 8);
+    commit_copies();
+    check(first[0] != first[0], "a copy has not landed before its wait");
+    wait_copies<1>();
+    check(first[3] == 4 && first[4] != first[4], "a wait is for all groups but the last");
+    wait_copies<0>();
+    check(first[5] == 6 && first[6] == 0, "what is not copied of 16 bytes is 0");
+  });
+}
+
+void test_errors() {
+  check(fails_with("in vain",
+                   [] {
+                     if (thread_index() != 7) synchronize_block();
+                   }),
+        "a barrier that a thread misses");
+  check(fails_with("different places",
+                   [] {
+                     if (thread_index() % 2) {
+                       shuffle_xor(1, 1);
+                     } else {
+                       any_in_warp(true);
+                     }
+                   }),
+        "lanes of a warp at different collectives");
+  check(fails_with("out of shared memory",
+                   [] {
+                     uint32_t to[4];
+                     load_matrices(to, shared_memory() + 256);
+                   }),
+        "reading past shared memory");
+  check(fails_with("misaligned", [] { copy_async(shared_memory() + 8, nullptr, 0); }), "a misaligned copy");
+}
+
+}  // namespace
+}  // namespace attention_ext
+
+int main() {
+  attention_ext::test_shuffle_and_vote();
+  attention_ext::test_product();
+  attention_ext::test_copies_land_at_their_wait();
+  attention_ext::test_errors();
+}

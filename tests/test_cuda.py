@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What only a GPU can show: the CPU's numbers, graphs, streams, and that nothing waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_ext import reference
+from attention_ext.testing import PAIRS, SINGLE, Sample, Spec, evaluate, operator, with_keep
+
+NAMED = {spec.name: spec for spec in SINGLE}
+DROPPING = Spec("dropping", lengths=(193, 257), head_dims=(64, 64), dropout_p=0.3)
+
+
+@pytest.fixture(autouse=True)
+def _cuda(device: str) -> None:
+    if torch.device(device).type != "cuda":
+        pytest.skip("needs --device cuda")
+
+
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def attend(sample: Sample) -> tuple[Tensor, ...]:
+    """All outputs and gradients, with dropout from wherever the generator stands."""
+    sample = sample.requiring()
+    out, logsumexp, rng_state = operator(sample.query, sample.key, sample.value, **sample.options)
+    gradients = torch.autograd.grad(out, list(sample.inputs().values()), sample.grad_out, materialize_grads=True)
+    return out.detach(), logsumexp.detach(), rng_state, *gradients
+
+
+def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the call, and what each replay writes to."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+    return graph, outputs
+
+
+def all_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("spec", [x for x in (*SINGLE, *PAIRS) if not x.dropout_p], ids=lambda x: x.name)
+def test_agrees_with_the_cpu(spec: Spec, device: str) -> None:
+    expected = evaluate(spec.build(torch.float64, "large"), operator)
+    for name, x in evaluate(spec.build(torch.float64, "large", device), operator).items():
+        torch.testing.assert_close(x.cpu(), expected[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", ["everything", "varlen_bias", "varlen_causal", "key_lengths", "dropout", "bias_padding"]
+)
+def test_nothing_waits(name: str, device: str) -> None:
+    sample = NAMED[name].build(torch.bfloat16, "large", device)
+    with waiting_is_an_error():
+        attend(sample)
+
+
+@pytest.mark.parametrize("name", ["causal_grouped", "bias_hiding", "varlen", "sinks"])
+def test_a_replay_is_the_call(name: str, device: str) -> None:
+    sample = NAMED[name].build(torch.float16, "large", device)
+    graph, actual = captured(lambda: attend(sample))
+    graph.replay()
+    assert all_equal(actual, attend(sample))
+
+
+def test_each_replay_drops_other_weights(device: str) -> None:
+    sample = DROPPING.build(torch.float64, device=device)
+    graph, outputs = captured(lambda: attend(sample))
+    torch.manual_seed(3)
+    replays = []
+    for _ in range(3):
+        graph.replay()
+        replays.append(tuple(x.clone() for x in outputs))
+    assert len({tuple(rng_state.tolist()) for _, _, rng_state, *_ in replays}) == 3
+    for out, _, rng_state, *_ in replays:
+        torch.testing.assert_close(out, with_keep(sample, rng_state).call(reference.attention).out)
+    torch.manual_seed(3)
+    assert all_equal(attend(sample), replays[0])
+
+
+def test_two_streams(device: str) -> None:
+    samples = [NAMED[name].build(torch.bfloat16, "large", device) for name in ("causal_grouped", "bias")]
+    expected = [attend(sample) for sample in samples]
+    streams = [torch.cuda.Stream() for _ in samples]
+    torch.cuda.synchronize()
+    actual: list[list[tuple[Tensor, ...]]] = [[], []]
+    for _ in range(50):
+        for stream, sample, results in zip(streams, samples, actual, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(attend(sample))
+    torch.cuda.synchronize()
+    for results, wanted in zip(actual, expected, strict=True):
+        assert all(all_equal(result, wanted) for result in results)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
+def test_a_device_that_is_not_the_current_one() -> None:
+    sample = NAMED["causal_grouped"].build(torch.float32, "large", "cuda:1")
+    with torch.cuda.device(0):
+        actual = attend(sample)
+    assert all(x.device == sample.query.device for x in actual)
+    with torch.cuda.device(1):
+        assert all_equal(actual, attend(sample))
+
+
+def test_a_thousand_repeats(device: str) -> None:
+    sample = Spec("again", lengths=(130, 257), head_dims=(64, 64), heads=(4, 2), mask="float 1hqk").build(
+        torch.bfloat16, device=device
+    )
+    expected = attend(sample)
+    assert all(all_equal(attend(sample), expected) for _ in range(1000))
+
+
+WILD = [[3, 1, 10**12, -5], [-(2**62), 2**62, 0, 7], [7, 7, 7, 7]]
+
+
+@pytest.mark.parametrize("starts", WILD)
+def test_wild_lengths_stay_in_memory(starts: list[int], device: str) -> None:
+    """Nobody reads them on the host, so nothing may go wrong but the numbers."""
+    packed = Spec("packed", lengths=(7, 9), batch=1).build(torch.float32, device=device)
+    wild = torch.tensor(starts, device=device)
+    attend(packed.replace(cu_seqlens_q=wild, cu_seqlens_k=wild.flip(0)))
+    attend(packed.replace(cu_seqlens_q=wild, cu_seqlens_k=wild, attn_mask=torch.zeros(5, 4, device=device)))
+    dense = Spec("dense", lengths=(7, 9), batch=4).build(torch.float32, device=device)
+    attend(dense.replace(key_lengths=wild))
+    torch.cuda.synchronize()

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The gates that CUDA kernels pass where there is no GPU: what ptxas says is read rightly and judged."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+REPORT = """\
+ptxas info    : 12 bytes gmem
+ptxas info    : Compiling entry function '_ZN13attention_ext7forwardILi64EfEEvPKfPf' for 'sm_80'
+ptxas info    : Function properties for _ZN13attention_ext7forwardILi64EfEEvPKfPf
+    8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 8 bytes cumulative stack size, 1024 bytes smem, 368 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN13attention_ext5deltaEPf' for 'sm_80'
+ptxas info    : Function properties for _ZN13attention_ext5deltaEPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 20 registers, 360 bytes cmem[0]
+"""
+
+
+@pytest.fixture
+def gates(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "tools")
+    return importlib.import_module("cuda_gates")
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="binutils are not installed")
+def test_report_is_read(gates: ModuleType) -> None:
+    assert gates.parse(REPORT) == {"forward<64, float>": gates.Use(168, 12, 1024), "delta": gates.Use(20, 0, 0)}
+    assert gates.parse("") == {}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "use", "budget", "complaint"),
+    [
+        ("jvp_float16 sm_80 x", (32, 0, 0), (32, 0, 0), None),
+        ("jvp_float16 sm_80 x", (32, 0, 0), (40, 8, 64), None),
+        ("jvp_float16 sm_80 x", (33, 0, 0), (32, 0, 0), "exceeds"),
+        ("jvp_float16 sm_80 x", (32, 4, 0), (32, 0, 0), "exceeds"),
+        ("forward_float16 sm_80 x", (32, 4, 0), (32, 4, 0), "spills"),
+        ("backward_bfloat16 sm_80 x", (32, 4, 0), (32, 4, 0), "spills"),
+        ("forward_float64 sm_80 x", (32, 4, 0), (32, 4, 0), None),
+        ("jvp_float16 sm_80 x", (32, 0, 0), None, "no budget"),
+        ("jvp_float16 sm_80 x", None, (32, 0, 0), "budget only"),
+    ],
+)
+def test_kernels_are_judged(gates: ModuleType, kernel: str, use: object, budget: object, complaint: str | None) -> None:
+    def uses(numbers: object) -> object:
+        return {kernel: gates.Use(*numbers)} if isinstance(numbers, tuple) else {}
+
+    found = gates.complaints(uses(use), uses(budget))
+    assert (complaint is None and not found) or complaint in found[kernel]
+
+
+def test_budget_is_read_as_it_is_written(gates: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "BUDGET", tmp_path / "budget.json")
+    for uses in ({}, {"b": gates.Use(1, 2, 3), "a": gates.Use(4, 5, 6)}):
+        gates.write_budget(uses)
+        assert gates.read_budget() == uses

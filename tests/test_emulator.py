@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""GPU kernels on the emulated warp layer give right results, the same bits under every schedule of their threads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from attention_ext import _C, explain, reference
+from attention_ext.testing import (
+    HARD,
+    SINGLE,
+    Sample,
+    Spec,
+    evaluate,
+    operator,
+    operator_options,
+    with_keep,
+)
+from attention_ext.testing.second_order import compare_second_order, double_backward, jvp, tangents_of
+
+ROWS = {row["name"]: row for row in _C.kernels() if row["isa"].startswith("emulated")}
+NAMED = {x.name: x for x in SINGLE}
+SCHEDULES = ("ascending", "descending", "random")
+
+pytestmark = pytest.mark.skipif(not ROWS, reason="built without ATTENTION_EXT_EMULATOR=1")
+
+
+@pytest.fixture
+def emulate() -> Iterator[Any]:
+    """From now on every pass that has an emulated kernel runs it."""
+
+    def force() -> None:
+        for name, row in ROWS.items():
+            _C.force_kernel(row["pass"], name)
+
+    yield force
+    for row in ROWS.values():
+        _C.force_kernel(row["pass"], "")
+
+
+SIZES = [
+    Spec("tiles", lengths=(130, 70), head_dims=(64, 64), causal="bottom_right", heads=(2, 1), batch=1),
+    Spec("wide", lengths=(35, 70), head_dims=(128, 96), batch=1),
+    Spec("widest", lengths=(17, 33), head_dims=(256, 193), batch=1, heads=(1, 1)),
+    Spec("unaligned", lengths=(33, 65), head_dims=(33, 17), batch=1, layout="offset"),
+]
+
+
+@pytest.mark.parametrize("spec", [*SINGLE, *HARD, *SIZES], ids=lambda x: x.name)
+def test_forward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
+    sample = spec.build(dtype, "small")
+    emulate()
+    rng_state = sample.call(operator)[2]
+    check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator, backward=False))
+
+
+@pytest.mark.parametrize("spec", [*SINGLE, *HARD, *SIZES], ids=lambda x: x.name)
+def test_backward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
+    sample = spec.build(dtype, "small")
+    emulate()
+    rng_state = sample.call(operator)[2]
+    check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator))
+
+
+# Derivatives of second order, and the weights
+
+
+SECOND = [
+    Spec("plain"),
+    Spec("grouped_causal", heads=(4, 2), causal="top_left", head_dims="narrower_value"),
+    Spec("window_hidden_rows", window="both", alignment="bottom_right", lengths="more_queries"),
+    Spec("bias_shared", mask="float b11k inf", batch=3),
+    Spec("softcap", softcap=1.5),
+    Spec("alibi", alibi="batch", lengths="more_keys"),
+    Spec("sinks", sinks=True, mask="bool bhqk"),
+    Spec("key_lengths", key_lengths=True, lengths="more_keys"),
+    Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks=True, heads=(4, 2), dropout_p=0.1, softcap=5.0),
+    Spec("tiles", lengths=(70, 130), head_dims=(64, 64), causal="bottom_right", heads=(2, 1), batch=1),
+    Spec("wide", lengths=(17, 35), head_dims=(128, 96), batch=1, heads=(1, 1)),
+]
+
+
+def without_keep(sample: Sample) -> Sample:
+    options = {name: x for name, x in sample.options.items() if name != "keep"}
+    return dataclasses.replace(sample, options=options)
+
+
+@pytest.mark.parametrize("spec", SECOND, ids=lambda x: x.name)
+def test_second_order(spec: Spec, dtype: torch.dtype, emulate: Any) -> None:
+    sample = spec.build(dtype, "small")
+    emulate()
+    sample = with_keep(sample, sample.call(operator)[2])
+    tangents = tangents_of(sample)
+    actual = double_backward(without_keep(sample), tangents, operator)
+    for name, moved in jvp(without_keep(sample), tangents, operator).items():
+        assert name not in actual or torch.equal(actual[name], moved), f"{name} of jvp and of double backward differ"
+    failed = [x.report for x in compare_second_order(sample, tangents, actual) if x.ratio > 1]
+    assert not failed, f"{sample.name}, {dtype}:\n" + "\n".join(failed)
+
+
+@pytest.mark.parametrize("name", ["varlen_causal", "varlen_bias"])
+def test_second_order_of_packed_sequences(name: str, emulate: Any) -> None:
+    sample = NAMED[name].build(torch.float64)
+    expected = double_backward(sample, tangents_of(sample), operator)
+    emulate()
+    for output, x in double_backward(sample, tangents_of(sample), operator).items():
+        torch.testing.assert_close(x, expected[output], rtol=1e-10, atol=1e-12, msg=output)
+
+
+@pytest.mark.parametrize("average_heads", [False, True])
+@pytest.mark.parametrize("spec", [x for x in SINGLE if not x.varlen], ids=lambda x: x.name)
+def test_weights(spec: Spec, average_heads: bool, dtype: torch.dtype, emulate: Any) -> None:
+    sample = spec.build(dtype, "small")
+    _, logsumexp, rng_state = sample.call(operator)
+    emulate()
+    rows = {"row_begin": 1, "row_end": sample.query.shape[2]} if sample.query.shape[2] > 1 else {}
+    weights = torch.ops.attention_ext.attention_weights(
+        sample.query,
+        sample.key,
+        logsumexp,
+        rng_state,
+        **operator_options(sample.options),
+        average_heads=average_heads,
+        **rows,
+    )
+    expected = with_keep(sample, rng_state).map(torch.Tensor.double).call(reference.attention).weights
+    expected = expected[:, :, rows.get("row_begin", 0) :]
+    eps = max(torch.finfo(dtype).eps, 1e-13)
+    torch.testing.assert_close(
+        weights.double(), expected.mean(1) if average_heads else expected, rtol=50 * eps, atol=eps
+    )
+
+
+# What holds for every kernel
+
+
+ALL = NAMED["everything"], NAMED["varlen_causal"], Spec("long", lengths=(70, 150), head_dims=(40, 64), batch=1)
+
+
+@pytest.mark.parametrize("spec", ALL, ids=lambda x: x.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_schedules_agree(spec: Spec, dtype: torch.dtype, emulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = spec.build(dtype, "small")
+    emulate()
+    outputs = []
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("ATTENTION_EXT_SCHEDULE", schedule)
+        outputs.append({**evaluate(sample, operator), **double_backward(sample, tangents_of(sample), operator)})
+    for other in outputs[1:]:
+        assert [name for name, x in other.items() if not torch.equal(x, outputs[0][name])] == []
+
+
+def test_dropout_bits_are_those_of_the_cpu(emulate: Any) -> None:
+    sample = Spec("bits", lengths=(70, 150), head_dims=(8, 8), dropout_p=0.3).build(torch.float32)
+    _, logsumexp, rng_state = sample.call(operator)
+    options = operator_options(sample.options)
+    arguments = (sample.query, sample.key, logsumexp, rng_state)
+    on_cpu = torch.ops.attention_ext.attention_weights(*arguments, **options)
+    emulate()
+    assert torch.equal(on_cpu == 0, torch.ops.attention_ext.attention_weights(*arguments, **options) == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "unseen"),
+    [
+        ({"causal": "top_left", "lengths": (33, 130)}, slice(33, 130)),
+        ({"window": (9, None), "alignment": "bottom_right", "lengths": (33, 130)}, slice(0, 88)),
+        ({"key_lengths": (40, 40), "lengths": (33, 130)}, slice(40, 130)),
+    ],
+    ids=["causal", "window", "key_lengths"],
+)
+def test_hidden_keys_change_nothing(changes: dict[str, Any], unseen: slice, dtype: torch.dtype, emulate: Any) -> None:
+    sample = Spec("unread", head_dims=(33, 40), **changes).build(dtype)
+    emulate()
+    expected = evaluate(sample, operator)
+    key, value = sample.key.clone(), sample.value.clone()
+    key[:, :, unseen] = value[:, :, unseen] = torch.nan
+    actual = evaluate(sample.replace(key=key, value=value), operator)
+    assert [name for name, x in expected.items() if not torch.equal(x, actual[name])] == []
+
+
+def test_only_by_name() -> None:
+    query = torch.randn(1, 1, 4, 8)
+    lines = explain(query, query, query).strip().split("\n")
+    assert "emulated_sm80/forward: an emulation for tests: only when asked for by name" in lines

@@ -1,0 +1,67 @@
+"""Type-checks csrc/torch against the headers of the oldest torch that is supported, without installing it.
+
+They come out of the smallest wheel of that version, one for another system: the headers are the same in all of them.
+Skips with a reason where it cannot be fetched; the CUDA binding is left out where there is no nvcc.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import nvcc
+from check_cuda_binding import ROOT, binding, cuda_headers, type_check
+
+TORCH = "2.11.0"
+WHEEL = ["--platform", "macosx_11_0_arm64", "--python-version", "3.12", "--only-binary=:all:", "--no-deps"]
+HEADERS = ROOT / "build" / f"torch-{TORCH}-headers"
+INCLUDE = "torch/include/"
+
+
+def fetch() -> bool:
+    """Unpacks the headers into build/, once."""
+    if HEADERS.exists():
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", *WHEEL, "--dest", folder, f"torch=={TORCH}"]
+        if subprocess.run(command).returncode != 0:
+            return False
+        unpacked = Path(folder) / "unpacked"
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            wheel.extractall(unpacked, (name for name in wheel.namelist() if name.startswith(INCLUDE)))
+        HEADERS.parent.mkdir(exist_ok=True)
+        shutil.move(unpacked / INCLUDE, HEADERS)
+    return True
+
+
+def sources(has_cuda: bool) -> Iterator[Path]:
+    for file in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
+        if has_cuda or file not in binding():
+            yield file
+
+
+def main() -> None:
+    if not fetch():
+        return print(f"skipped: torch {TORCH} cannot be fetched; pip's output is above")
+    compiler = nvcc.find()
+    headers = [HEADERS, HEADERS / "torch/csrc/api/include"]
+    with ExitStack() as stack:
+        if compiler is not None:
+            headers += stack.enter_context(cuda_headers(compiler))
+        files = list(sources(compiler is not None))
+        with ThreadPoolExecutor(2) as pool:
+            passed = pool.map(lambda file: type_check(file, headers), files)
+            failed = [file.name for file, ok in zip(files, passed, strict=True) if not ok]
+    if failed:
+        sys.exit(f"type-check against torch {TORCH}: {', '.join(failed)} failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Compiles every CUDA unit and holds each kernel's registers, spills and shared memory to tools/cuda_budget.json.
+
+A spill in a 16-bit forward or backward kernel fails, and so do growth beyond the budget and warnings. --update rewrites
+the budget. Skips with a reason where there is no nvcc; needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nvcc
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+UNITS = ROOT / "csrc" / "gpu" / "units"
+BUDGET = Path(__file__).with_name("cuda_budget.json")
+STRICT = ["-Xptxas=-v", "-Xptxas=--warning-as-error", "--Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
+SERIALISED = re.compile(r"\(C75\d\d\)")  # ptxas made asynchronous products wait, and calls that information
+MUST_NOT_SPILL = re.compile(r"(forward|backward)_(float16|bfloat16)")
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for .*\n(?:.*\n)*?"
+    r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r".*?Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What a kernel takes: registers per thread, and bytes."""
+
+    registers: int
+    spilled: int
+    shared: int  # static; what a launch asks for comes on top
+
+    def exceeds(self, budget: Use) -> bool:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(budget), strict=True)
+        return any(own > allowed for own, allowed in pairs)
+
+
+Uses = dict[str, Use]  # by "unit architecture kernel"
+
+
+def readable(names: list[str]) -> list[str]:
+    """Template and its arguments, without namespaces and parameters."""
+    plain = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    short = [re.sub(r"\(anonymous namespace\)::|attention_ext::|^void ", "", name) for name in plain]
+    return [re.sub(r"(?<=[\w>])\(.*$", "", name) for name in short]
+
+
+def parse(report: str) -> Uses:
+    """Kernels by name, from what ptxas -v says of one unit."""
+    found = list(KERNEL.finditer(report))
+    names = readable([kernel["name"] for kernel in found]) if found else []
+    return {
+        name: Use(int(x["registers"]), int(x["stores"]) + int(x["loads"]), int(x["shared"] or 0))
+        for name, x in zip(names, found, strict=True)
+    }
+
+
+def compile_unit(compiler: str, unit: Path, architecture: str) -> Uses | None:
+    """None where it does not compile; then the compiler has said why."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
+        command = [compiler, *nvcc.FLAGS, *STRICT, target, "-cubin", "-o", f"{folder}/unit.cubin", str(unit)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0 or SERIALISED.search(done.stderr):
+        print(f"{unit.name} for {architecture}:\n{done.stdout}{done.stderr}", flush=True)
+        return None
+    return {f"{unit.stem} {architecture} {name}": use for name, use in parse(done.stderr).items()}
+
+
+def complaints(uses: Uses, budget: Uses) -> dict[str, str]:
+    """By kernel, what is wrong with it."""
+    found = {}
+    for kernel, use in uses.items():
+        if use.spilled and MUST_NOT_SPILL.match(kernel):
+            found[kernel] = "spills"
+        elif kernel not in budget:
+            found[kernel] = "has no budget: --update gives it one"
+        elif use.exceeds(budget[kernel]):
+            found[kernel] = f"exceeds its budget, {budget[kernel]}"
+    return found | dict.fromkeys(budget.keys() - uses.keys(), "is in the budget only: --update removes it")
+
+
+def show(uses: Uses, wrong: dict[str, str]) -> None:
+    table = Table("unit", "for", "kernel", "registers", "spilled", "shared", "", box=None)
+    for kernel in sorted(uses | wrong):
+        use = uses.get(kernel)
+        numbers = map(str, dataclasses.astuple(use)) if use else ["-"] * 3
+        table.add_row(*kernel.split(" ", 2), *numbers, wrong.get(kernel, ""))
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+
+
+def read_budget() -> Uses:
+    return {kernel: Use(**use) for kernel, use in json.loads(BUDGET.read_text()).items()}
+
+
+def write_budget(uses: Uses) -> None:
+    lines = (f"  {json.dumps(kernel)}: {json.dumps(dataclasses.asdict(uses[kernel]))}" for kernel in sorted(uses))
+    BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n" if uses else "{}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="make what the kernels take now their budget")
+    options = parser.parse_args()
+    compiler = nvcc.find()
+    if compiler is None:
+        return print("skipped: there is no nvcc")
+    work = list(itertools.product(sorted(UNITS.glob("*.cu")), nvcc.ARCHITECTURES))
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda item: compile_unit(compiler, *item), work))
+    uses = {kernel: use for result in results if result is not None for kernel, use in result.items()}
+    broken = sum(result is None for result in results)
+    if options.update and not broken:
+        write_budget(uses)
+    wrong = complaints(uses, read_budget())
+    show(uses, wrong)
+    if broken or wrong:
+        sys.exit(f"CUDA gates: {broken} units do not compile, {len(wrong)} kernels are not as they should be")
+
+
+if __name__ == "__main__":
+    main()
