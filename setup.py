@@ -50,8 +50,7 @@ def operator_sources() -> list[str]:
     if machine not in INSTRUCTION_SETS:
         sys.exit(f"attention_ext has kernels for {' and '.join(INSTRUCTION_SETS)}, got {machine}")
     isa = [f"csrc/cpu/isa/{name}.cpp" for name in INSTRUCTION_SETS[machine]]
-    emulator = ["csrc/gpu/emulation/*.cpp"] if os.environ.get("ATTENTION_EXT_EMULATOR") == "1" else []
-    files = sources("csrc/core/*.cpp", "csrc/cpu/*.cpp", *isa, *emulator, "csrc/torch/*.cpp")
+    files = sources("csrc/core/*.cpp", "csrc/cpu/*.cpp", *isa, "csrc/torch/*.cpp")
     if CUDA:
         return files + sources("csrc/gpu/*.cpp", "csrc/gpu/*.cu", "csrc/gpu/units/*.cu")
     return [file for file in files if file not in sources("csrc/torch/cuda*.cpp")]

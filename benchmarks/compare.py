@@ -2,6 +2,7 @@
 
 python benchmarks/compare.py out/benchmark.json                 one file
 python benchmarks/compare.py out/before.json out/after.json     and how ours changed since the first file
+python benchmarks/compare.py --markdown main out/benchmark.json     a table of one group
 python benchmarks/compare.py --fail-below 1.0 out/benchmark.json   exits with 1 where torch is faster than that
 
 Calls of the group tiny are all overhead, of which an operator of a library has more than one of torch: there torch may
@@ -61,14 +62,35 @@ def line(row: Row, before: Row | None = None) -> str:
     return text
 
 
+def markdown(rows: list[Row]) -> str:
+    """A line for each case: share of the limit and speed-up over torch, by pass."""
+    timed = [row for row in rows if speed_up(row)]
+    passes = list(dict.fromkeys(row["pass"] for row in timed))
+    cases: dict[tuple[str, str], dict[str, str]] = {}
+    for row in timed:
+        shares = [percent(share(row, who)) for who in ("ours", "torch")]
+        text = f"{shares[0]} ({shares[1]}), {speed_up(row):.2f}x" if shares[0] else f"{speed_up(row):.2f}x"
+        cases.setdefault((row["case"], row["dtype"]), {})[row["pass"]] = text
+    titles = ["Case", "dtype", *(name.replace("_", " ") for name in passes)]
+    lines = [titles, ["---"] * len(titles)]
+    lines += [[*case, *(cells.get(name, "") for name in passes)] for case, cells in cases.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="one file, or an earlier and a later one")
     parser.add_argument("--fail-below", type=float, metavar="RATIO", help="the least speed-up over torch")
+    parser.add_argument(
+        "--markdown", metavar="GROUP", help="print a table of one group for docs/performance.md and stop"
+    )
     options = parser.parse_args(arguments)
     if len(options.files) > 2:
         parser.error(f"expected one or two files, got {len(options.files)}")
     *earlier, latest = (json.loads(file.read_text()) for file in options.files)
+    if options.markdown:
+        print(markdown([row for row in latest["results"] if row["group"] == options.markdown]))
+        return 0
     before = {key(row): row for file in earlier for row in file["results"]}
     facts = latest["facts"]
     print(f"{facts['cpu']}, {facts['threads']} thread(s), {facts['instruction_set']}, torch {facts['torch']}")

@@ -71,7 +71,7 @@ def draw_memory(axes: Axes, rows: list[compare.Row]) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="length", ylabel="MiB", title="Peak extra memory")
-    axes.legend(title=rows[0]["case"].replace("), ", "),\n"), title_fontsize=7, fontsize=8)
+    axes.legend(loc="lower right", title=rows[0]["case"].replace("), ", "),\n"), title_fontsize=7, fontsize=8)
 
 
 def save(figure: Any, facts: dict[str, Any], path: Path) -> None:

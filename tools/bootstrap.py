@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
 OLDEST_TORCH = (2, 11)
 LIBRARY = ROOT / "attention_ext" / "libattention_ext.so"
-SWITCHES = ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR", "ATTENTION_EXT_CUDA", "ATTENTION_EXT_EMULATOR")
+SWITCHES = ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR", "ATTENTION_EXT_CUDA")
 
 FACTS = """
 import importlib.metadata as metadata, json, sys

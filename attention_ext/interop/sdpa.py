@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from attention_ext.functional import attention
 
@@ -45,6 +44,8 @@ def sdpa() -> Iterator[Routed]:
     torch.nn.attention.bias.CausalBias, nested tensors, and dtypes and devices without kernels. A mask together with
     ``is_causal`` hides what either of them hides; torch does the same or refuses, depending on its backend.
     """
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # which imports torch.compile: seconds
+
     original = F.scaled_dot_product_attention
     routed = Routed()
 

@@ -22,9 +22,10 @@ struct CpuKernel {
 
 constexpr const char* kOnRequest = "an emulation for tests: only when asked for by name";
 
-// All rows: the CPU's, then those of GPU kernels that are emulated, in a build that has the emulator.
 std::span<const CpuKernel> cpu_kernels();
-std::span<const CpuKernel> emulated_kernels();
+
+// Called while a library that brings kernels of its own is loaded: the emulated kernels of tests do.
+void add_cpu_kernels(std::span<const CpuKernel> more);
 
 // The first row of the pass that serves the problem (named `forced` if given), or null.
 const CpuKernel* select_cpu_kernel(Pass pass, const AttentionProblem& problem, const char* forced = nullptr);

@@ -111,18 +111,18 @@ const CpuKernel kKernels[] = {
 
 }  // namespace
 
-// Overridden by csrc/gpu/emulation/table.cpp where that is built.
-[[gnu::weak]] std::span<const CpuKernel> emulated_kernels() { return {}; }
+namespace {
 
-std::span<const CpuKernel> cpu_kernels() {
-  static const std::vector<CpuKernel> all = [] {
-    std::vector<CpuKernel> rows(std::begin(kKernels), std::end(kKernels));
-    const auto emulated = emulated_kernels();
-    rows.insert(rows.end(), emulated.begin(), emulated.end());
-    return rows;
-  }();
+std::vector<CpuKernel>& rows() {
+  static std::vector<CpuKernel> all(std::begin(kKernels), std::end(kKernels));
   return all;
 }
+
+}  // namespace
+
+std::span<const CpuKernel> cpu_kernels() { return rows(); }
+
+void add_cpu_kernels(std::span<const CpuKernel> more) { rows().insert(rows().end(), more.begin(), more.end()); }
 
 const CpuKernel* select_cpu_kernel(Pass pass, const AttentionProblem& problem, const char* forced) {
   for (const CpuKernel& kernel : cpu_kernels()) {

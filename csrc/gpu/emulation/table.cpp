@@ -14,8 +14,8 @@ const CpuKernel kKernels[] = {
     {"emulated_sm80/double_backward", Pass::kDoubleBackward, not_in_moving_buckets, plan_double_backward<Plan>, true},
 };
 
-}  // namespace
+const bool kAdded = (add_cpu_kernels(kKernels), true);
 
-std::span<const CpuKernel> emulated_kernels() { return kKernels; }
+}  // namespace
 
 }  // namespace attention_ext
