@@ -63,6 +63,7 @@ class Jvp {
   }
 
   ATTENTION_DEVICE void add_block(const QueryTiles& queries, int k, const KeyTiles& keys, int row) {
+    if (q_.begin + row_ >= q_.end) return;
     const ScoreBlock<T, kRules> block{
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
     Scores weight, moved;

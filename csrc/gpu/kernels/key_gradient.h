@@ -71,6 +71,7 @@ class KeyGradient {
 
   ATTENTION_DEVICE void add_block(const Head& head, const RowSource<T, kOrder>& rows, const KeyTiles& keys, int q,
                                   const QueryTiles& queries, int row) {
+    if (k_.begin + row_ >= k_.end) return;
     const bool partial = is_partial(head, {q, q + Shape::kColumns}, k_);
     const ScoreBlock<T, kRules, true> block{p_, head, {q, static_cast<int>(k_.begin) + row_}, partial};
     GradientBlock<C, kRules, kOrder, true, kTiles> products;

@@ -38,8 +38,8 @@ ATTENTION_DEVICE void for_each_number(F&& f) {
 template <class C, int kRowTiles, int kTiles, class TileA, class TileB>
 ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const TileA& a, int row,
                                     const TileB& b, int row_b) {
-  ATTENTION_UNROLL
-  for (int depth = 0; depth < TileA::kColumns; depth += C::kDepth) {
+  ATTENTION_UNROLL_BY_4  // all at once would load more than registers hold
+      for (int depth = 0; depth < TileA::kColumns; depth += C::kDepth) {
     typename C::A rows[kRowTiles];
     ATTENTION_UNROLL
     for (int m = 0; m < kRowTiles; ++m) rows[m] = C::load_a(a, row + m * kFragmentRows, depth);
