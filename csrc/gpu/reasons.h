@@ -11,10 +11,13 @@ inline const char* not_in_buckets(const AttentionProblem& p) {
   return maximum(p.head_dim, p.head_dim_v) > kMostHeadDim ? "serves head_dim and head_dim_v up to 256" : nullptr;
 }
 
-// Few queries, which leave most of a GPU without work unless the keys are split.
+// Keys of a part, where they are split: fixed, or the last bits would depend on what else is in the batch.
+constexpr int64_t kKeysPerPart = 512;
+
+// Few queries leave most of a GPU without work unless the keys are split.
 inline const char* not_decoding(const AttentionProblem& p) {
   if (p.max_seqlen_q > 16) return "serves at most 16 queries a sequence";
-  if (p.max_seqlen_k <= 512) return "serves more than 512 keys";
+  if (p.max_seqlen_k <= kKeysPerPart) return "serves more than 512 keys";
   return not_in_buckets(p);
 }
 

@@ -5,12 +5,10 @@
 #include "gpu/kernels/dropout.h"
 #include "gpu/kernels/softmax.h"
 #include "gpu/kernels/sources.h"
+#include "gpu/reasons.h"
 
 namespace attention_ext {
 namespace {
-
-// Keys of a part, where they are split: fixed, or the last bits would depend on what else is in the batch.
-constexpr int64_t kKeysPerPart = 512;
 
 enum class Part : uint8_t { kWhole, kSplit };
 
@@ -70,11 +68,11 @@ class Forward {
     copy_set<kThreads>(query, Sources<E, 1>{{head_rows<E>(head_, p_.query, p_.head_dim)}}, static_cast<int>(q_.begin),
                        Span(q_));
     open_rows();
+    const auto add_tiles = [&](int k, const KeyTiles& tiles) {
+      for (int row = 0; row < Shape::kRows; row += Shape::kColumns) add_block(query.tile[0], k + row, tiles, row);
+    };
     walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
-                                                 [&](int k, const KeyTiles& tiles) {
-                                                   for (int row = 0; row < Shape::kRows; row += Shape::kColumns)
-                                                     add_block(query.tile[0], k + row, tiles, row);
-                                                 });
+                                                 add_tiles);
     if constexpr (kPart == Part::kSplit) {
       store_part(PartMemory<T>(p_, workspace));
     } else {
