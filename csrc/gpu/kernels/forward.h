@@ -68,8 +68,9 @@ class Forward {
     copy_set<kThreads>(query, Sources<E, 1>{{head_rows<E>(head_, p_.query, p_.head_dim)}}, static_cast<int>(q_.begin),
                        Span(q_));
     open_rows();
+    const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
     const auto add_tiles = [&](int k, const KeyTiles& tiles) {
-      for (int row = 0; row < Shape::kRows; row += Shape::kColumns) add_block(query.tile[0], k + row, tiles, row);
+      for (int row = 0; row < rows; row += Shape::kColumns) add_block(query.tile[0], k + row, tiles, row);
     };
     walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
                                                  add_tiles);
@@ -98,7 +99,6 @@ class Forward {
   }
 
   ATTENTION_DEVICE void add_block(const QueryTile& query, int k, const KeyTiles& tiles, int row) {
-    if (q_.begin + row_ >= q_.end) return;
     const ScoreBlock<T, kRules> block{
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
     Scores score;

@@ -54,8 +54,9 @@ class Jvp {
     const Sources<E, 2> sources{
         {head_rows<E>(head_, p_.query, p_.head_dim), head_rows<E>(head_, p_.tangent.query, p_.head_dim)}};
     copy_set<kThreads>(queries, sources, static_cast<int>(q_.begin), Span(q_));
+    const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
     const auto add_tiles = [&](int k, const KeyTiles& keys) {
-      for (int row = 0; row < Shape::kRows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
+      for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
     };
     walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes,
                                                  key_sources<E>(p_, p_.tangent, head_),
@@ -64,7 +65,6 @@ class Jvp {
   }
 
   ATTENTION_DEVICE void add_block(const QueryTiles& queries, int k, const KeyTiles& keys, int row) {
-    if (q_.begin + row_ >= q_.end) return;
     const ScoreBlock<T, kRules> block{
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
     Scores weight, moved;

@@ -58,8 +58,9 @@ class KeyGradient {
     for (int64_t h = 0; h < p_.group_size(); ++h) {
       const Head head(p_, batch, first.head + h);
       const RowSource<T, kOrder> rows(p_, head, memory_);
+      const int tile_rows = k_.begin + row_ < k_.end ? Shape::kRows : 0;  // a warp without keys only helps to copy
       const auto add_tiles = [&](int q, const QueryTiles& queries) {
-        for (int row = 0; row < Shape::kRows; row += Shape::kColumns) {
+        for (int row = 0; row < tile_rows; row += Shape::kColumns) {
           add_block(head, rows, keys, q + row, queries, row);
         }
       };
@@ -71,7 +72,6 @@ class KeyGradient {
 
   ATTENTION_DEVICE void add_block(const Head& head, const RowSource<T, kOrder>& rows, const KeyTiles& keys, int q,
                                   const QueryTiles& queries, int row) {
-    if (k_.begin + row_ >= k_.end) return;
     const bool partial = is_partial(head, {q, q + Shape::kColumns}, k_);
     const ScoreBlock<T, kRules, true> block{p_, head, {q, static_cast<int>(k_.begin) + row_}, partial};
     GradientBlock<C, kRules, kOrder, true, kTiles> products;

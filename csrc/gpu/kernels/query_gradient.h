@@ -58,8 +58,9 @@ class QueryGradient {
     if (!q_.empty()) {
       const QueryTiles queries(shared_memory());
       copy_set<kThreads>(queries, query_sources<E>(p_, head_), static_cast<int>(q_.begin), Span(q_));
+      const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
       const auto add_tiles = [&](int k, const KeyTiles& keys) {
-        for (int row = 0; row < Shape::kRows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
+        for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
       };
       walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
                                                    visible_keys(p_, head_.sequence, q_), add_tiles);
@@ -68,7 +69,6 @@ class QueryGradient {
   }
 
   ATTENTION_DEVICE void add_block(const QueryTiles& queries, int k, const KeyTiles& keys, int row) {
-    if (q_.begin + row_ >= q_.end) return;
     const ScoreBlock<T, kRules> block{
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
     GradientBlock<C, kRules, kOrder, false, kTiles> products;
