@@ -41,8 +41,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
 def test_files_named_in_text_exist(document: Path) -> None:
     named = NAMED_FILE.findall(document.read_text())
-    examples_of_new_files = {"csrc/cpu/kernels/NAME.h", "csrc/cpu/vec/NAME.h", "csrc/cpu/isa/NAME.cpp"}
-    assert not [x for x in named if x not in examples_of_new_files and not (ROOT / x).exists()]
+    assert not [x for x in named if "NAME" not in x and not (ROOT / x).exists()]
 
 
 def test_commands_exist() -> None:

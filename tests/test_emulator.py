@@ -80,6 +80,23 @@ def test_forward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: A
     check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator, backward=False))
 
 
+DECODE = [
+    Spec("few", lengths=(3, 1100), head_dims=(16, 24), batch=1, heads=(4, 2)),
+    Spec("causal", lengths=(16, 600), head_dims=(32, 32), batch=1, causal="bottom_right", window=(530, None)),
+    Spec("lengths", lengths=(1, 1030), head_dims=(33, 8), key_lengths=(1025, 0), sinks=True),
+    Spec("mods", lengths=(2, 700), head_dims=(8, 8), mask="float 1hqk inf", alibi="heads", softcap=3.0, dropout_p=0.2),
+]
+
+
+@pytest.mark.parametrize("spec", DECODE, ids=lambda x: x.name)
+def test_decode(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
+    sample = spec.build(dtype)
+    emulate()
+    _C.force_kernel("forward", "emulated_sm80/decode")
+    rng_state = sample.call(operator)[2]
+    check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator, backward=False))
+
+
 @pytest.mark.parametrize("spec", [*SINGLE, *HARD, *SIZES], ids=lambda x: x.name)
 def test_backward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
     sample = spec.build(dtype, "small")

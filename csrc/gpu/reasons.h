@@ -11,6 +11,16 @@ inline const char* not_in_buckets(const AttentionProblem& p) {
   return maximum(p.head_dim, p.head_dim_v) > kMostHeadDim ? "serves head_dim and head_dim_v up to 256" : nullptr;
 }
 
+// Keys of a part, where they are split: fixed, or the last bits would depend on what else is in the batch.
+constexpr int64_t kKeysPerPart = 512;
+
+// Few queries leave most of a GPU without work unless the keys are split.
+inline const char* not_decoding(const AttentionProblem& p) {
+  if (p.max_seqlen_q > 16) return "serves at most 16 queries a sequence";
+  if (p.max_seqlen_k <= kKeysPerPart) return "serves more than 512 keys";
+  return not_in_buckets(p);
+}
+
 // The second derivatives hold more of each row at a time.
 inline const char* not_in_moving_buckets(const AttentionProblem& p) {
   if (p.dtype == DType::kFloat64 && maximum(p.head_dim, p.head_dim_v) > kMostHeadDim / 2) {

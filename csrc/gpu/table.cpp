@@ -45,6 +45,7 @@ constexpr GpuKernel row(const char* name, Pass pass) {
 }
 
 const GpuKernel kKernels[] = {
+    row<plan_decode<GpuPlan>, not_decoding>("sm80/decode", Pass::kForward),
     row<plan_forward<GpuPlan>, not_in_buckets>("sm80/forward", Pass::kForward),
     row<plan_backward<GpuPlan>, not_in_buckets>("sm80/backward", Pass::kBackward),
     row<plan_weights<GpuPlan>, not_in_buckets>("sm80/weights", Pass::kWeights),

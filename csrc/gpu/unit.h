@@ -10,6 +10,8 @@ namespace attention_ext {
 template <class Plan, class Element>
 Plan plan_forward(const AttentionProblem& problem);
 template <class Plan, class Element>
+Plan plan_decode(const AttentionProblem& problem);
+template <class Plan, class Element>
 Plan plan_backward(const AttentionProblem& problem);
 template <class Plan, class Element>
 Plan plan_weights(const AttentionProblem& problem);
@@ -36,6 +38,11 @@ Plan by_dtype(const AttentionProblem& problem, Pass&& pass) {
 template <class Plan>
 Plan plan_forward(const AttentionProblem& p) {
   return by_dtype<Plan>(p, [&]<class E>(E) { return plan_forward<Plan, E>(p); });
+}
+
+template <class Plan>
+Plan plan_decode(const AttentionProblem& p) {
+  return by_dtype<Plan>(p, [&]<class E>(E) { return plan_decode<Plan, E>(p); });
 }
 
 template <class Plan>

@@ -7,6 +7,7 @@ namespace attention_ext {
 namespace {
 
 const CpuKernel kKernels[] = {
+    {"emulated_sm80/decode", Pass::kForward, not_decoding, plan_decode<Plan>, true},
     {"emulated_sm80/forward", Pass::kForward, not_in_buckets, plan_forward<Plan>, true},
     {"emulated_sm80/backward", Pass::kBackward, not_in_buckets, plan_backward<Plan>, true},
     {"emulated_sm80/weights", Pass::kWeights, not_in_buckets, plan_weights<Plan>, true},

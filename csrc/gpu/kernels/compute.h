@@ -85,16 +85,16 @@ struct Compute16 {
 };
 
 // Of float and double, operands are read a pair at a time from rows or a number at a time from columns.
-template <class T, class OperandA, class OperandB>
+template <class T, class Operand>
 struct ComputeWide {
   using Element = T;
   using Scalar = T;
   static constexpr int kDepth = 8;
   struct A {
-    OperandA number[4];  // as in Fragment
+    Operand number[4];  // as in Fragment
   };
   struct B {
-    OperandB number[2];
+    Operand number[2];
   };
 
   template <class Tile>
@@ -102,8 +102,8 @@ struct ComputeWide {
     A a;
     for (int i = 0; i < 2; ++i) {
       const T* pair = tile.at(row + i * 8 + lane_group(), column + 2 * lane_member());
-      a.number[2 * i] = OperandA(pair[0]);
-      a.number[2 * i + 1] = OperandA(pair[1]);
+      a.number[2 * i] = Operand(pair[0]);
+      a.number[2 * i + 1] = Operand(pair[1]);
     }
     return a;
   }
@@ -111,45 +111,39 @@ struct ComputeWide {
   ATTENTION_DEVICE static void load_b(B (&b)[2], const Tile& tile, int row, int column) {
     for (int i = 0; i < 2; ++i) {
       const T* pair = tile.at(row + i * 8 + lane_group(), column + 2 * lane_member());
-      b[i] = {OperandB(pair[0]), OperandB(pair[1])};
+      b[i] = {Operand(pair[0]), Operand(pair[1])};
     }
   }
   template <class Tile>
   ATTENTION_DEVICE static void load_b_transposed(B (&b)[2], const Tile& tile, int row, int column) {
     for (int i = 0; i < 2; ++i) {
       const int depth = row + 2 * lane_member(), n = column + i * 8 + lane_group();
-      b[i] = {OperandB(*tile.at(depth, n)), OperandB(*tile.at(depth + 1, n))};
+      b[i] = {Operand(*tile.at(depth, n)), Operand(*tile.at(depth + 1, n))};
     }
   }
   ATTENTION_DEVICE static A narrow(const Fragment<T>* c) {
     A a;
-    for (int i = 0; i < 4; ++i) a.number[i] = OperandA(c->number[i]);
+    for (int i = 0; i < 4; ++i) a.number[i] = Operand(c->number[i]);
     return a;
   }
 };
 
-// A float as the sum of two tf32 numbers; an infinity or a NaN has no rest.
-struct NearestSplit {
+// A float as the sum of two tf32 numbers. An infinity or a NaN is the small one: so it meets the other side's big part
+// alone, which has its sign, and stays what it is.
+struct SplitFloat {
   uint32_t big, small;
-  NearestSplit() = default;
-  ATTENTION_DEVICE explicit NearestSplit(float x) : big(round_to_tf32(x)) {
-    const float rest = x - float_of(big);
-    small = round_to_tf32(rest == rest ? rest : 0.0f);
-  }
-};
-
-// Both parts have the sign of x and are 0 only where x is: so an infinity on the other side stays one.
-struct OneSignSplit {
-  uint32_t big, small;
-  OneSignSplit() = default;
-  ATTENTION_DEVICE explicit OneSignSplit(float x) : big(bits_of(x) & ~0x1FFFu) {
-    const float rest = x - float_of(big);
-    small = round_to_tf32(rest == rest && rest != 0.0f ? rest : float_of(big) * 0x1p-30f);
+  SplitFloat() = default;
+  ATTENTION_DEVICE explicit SplitFloat(float x) {
+    const uint32_t nearest = round_to_tf32(x);
+    const float rest = x - float_of(nearest);
+    const bool finite = rest - rest == 0.0f;
+    big = finite ? nearest : 0;
+    small = finite ? round_to_tf32(rest) : bits_of(x);
   }
 };
 
 // 3xTF32: all products but that of the two rests.
-struct ComputeFloat : ComputeWide<float, OneSignSplit, NearestSplit> {
+struct ComputeFloat : ComputeWide<float, SplitFloat> {
   ATTENTION_DEVICE static void multiply(Fragment<float>& c, const A& a, const B& b) {
     const uint32_t big_a[4] = {a.number[0].big, a.number[2].big, a.number[1].big, a.number[3].big};
     const uint32_t small_a[4] = {a.number[0].small, a.number[2].small, a.number[1].small, a.number[3].small};
@@ -161,7 +155,7 @@ struct ComputeFloat : ComputeWide<float, OneSignSplit, NearestSplit> {
   }
 };
 
-struct ComputeDouble : ComputeWide<double, double, double> {
+struct ComputeDouble : ComputeWide<double, double> {
   ATTENTION_DEVICE static void multiply(Fragment<double>& c, const A& a, const B& b) {
     for (int i = 0; i < 2; ++i) {
       for (int half = 0; half < 2; ++half) {

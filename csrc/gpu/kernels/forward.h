@@ -1,15 +1,34 @@
 // softmax(scores) value by online softmax: a block of threads walks the keys for a tile of queries, a warp for some of
-// its rows.
+// its rows. With few queries the keys are split over several blocks, whose sums decode.h merges.
 #pragma once
 
 #include "gpu/kernels/dropout.h"
 #include "gpu/kernels/softmax.h"
 #include "gpu/kernels/sources.h"
+#include "gpu/reasons.h"
 
 namespace attention_ext {
 namespace {
 
-template <class C, int kDim, Rules kRules>
+enum class Part : uint8_t { kWhole, kSplit };
+
+// What each part knows of each query, (part, batch, head, query): its softmax state and its sums of values.
+template <class T>
+struct PartMemory {
+  T *maximum, *sum, *sums;
+
+  ATTENTION_DEVICE PartMemory(const AttentionProblem& p, void* workspace)
+      : maximum(static_cast<T*>(workspace)), sum(maximum + rows(p)), sums(sum + rows(p)) {}
+
+  ATTENTION_INLINE static int64_t parts(const AttentionProblem& p) { return ceil_div(p.max_seqlen_k, kKeysPerPart); }
+  ATTENTION_INLINE static int64_t rows_of_part(const AttentionProblem& p) { return p.batch * p.heads * p.max_seqlen_q; }
+  ATTENTION_INLINE static int64_t rows(const AttentionProblem& p) { return parts(p) * rows_of_part(p); }
+  static size_t bytes(const AttentionProblem& p) {
+    return static_cast<size_t>(rows(p) * (2 + p.head_dim_v)) * sizeof(T);
+  }
+};
+
+template <class C, int kDim, Rules kRules, Part kPart = Part::kWhole>
 class Forward {
   using T = typename C::Scalar;
   using E = typename C::Element;
@@ -27,36 +46,51 @@ class Forward {
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes = QueryTile::kBytes + Shape::kStages * KeyTiles::kBytes;
 
-  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries); }
+  static int64_t blocks(const AttentionProblem& p) {
+    return p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries) *
+           (kPart == Part::kSplit ? PartMemory<T>::parts(p) : 1);
+  }
 
-  ATTENTION_DEVICE static void run(const ForwardProblem& p, void*) {
-    const QueryTileIndex at(p, kQueries);
+  ATTENTION_DEVICE static void run(const ForwardProblem& p, void* workspace) {
+    const int64_t whole = p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries);
+    const QueryTileIndex at(p, kQueries, block_index() % whole);
     const Head head(p, at.batch, at.head);
     const Range q = at.queries(head.sequence, kQueries);
-    if (!q.empty()) Forward(p, head, q).walk();
+    if (!q.empty()) Forward(p, head, q, block_index() / whole).walk(workspace);
   }
 
  private:
-  ATTENTION_DEVICE Forward(const ForwardProblem& p, const Head& head, Range q)
-      : p_(p), head_(head), q_(q), row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows) {}
+  ATTENTION_DEVICE Forward(const ForwardProblem& p, const Head& head, Range q, int64_t part)
+      : p_(p), head_(head), q_(q), part_(part), row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows) {}
 
-  ATTENTION_DEVICE void walk() {
+  ATTENTION_DEVICE void walk(void* workspace) {
     const TileSet<QueryTile, 1> query(shared_memory());
     copy_set<kThreads>(query, Sources<E, 1>{{head_rows<E>(head_, p_.query, p_.head_dim)}}, static_cast<int>(q_.begin),
                        Span(q_));
     open_rows();
-    walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_),
-                                                 visible_keys(p_, head_.sequence, q_),
-                                                 [&](int k, const KeyTiles& tiles) {
-                                                   for (int row = 0; row < Shape::kRows; row += Shape::kColumns)
-                                                     add_block(query.tile[0], k + row, tiles, row);
-                                                 });
-    close_rows();
+    const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
+    const auto add_tiles = [&](int k, const KeyTiles& tiles) {
+      for (int row = 0; row < rows; row += Shape::kColumns) add_block(query.tile[0], k + row, tiles, row);
+    };
+    walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
+                                                 add_tiles);
+    if constexpr (kPart == Part::kSplit) {
+      store_part(PartMemory<T>(p_, workspace));
+    } else {
+      close_rows();
+    }
+  }
+
+  ATTENTION_DEVICE Range keys() const {
+    const Range seen = visible_keys(p_, head_.sequence, q_);
+    if (kPart == Part::kWhole) return seen;
+    return {maximum(seen.begin, part_ * kKeysPerPart), minimum(seen.end, (part_ + 1) * kKeysPerPart)};
   }
 
   ATTENTION_DEVICE void open_rows() {
-    const double sink = p_.sinks ? p_.sinks[head_.sequence.batch * p_.sinks_stride_b + head_.head] : -__builtin_inf();
-    const T sink_weight = p_.sinks && lane_member() == 0 ? T(1) : T(0);
+    const bool has_sink = p_.sinks && part_ == 0;
+    const double sink = has_sink ? p_.sinks[head_.sequence.batch * p_.sinks_stride_b + head_.head] : -__builtin_inf();
+    const T sink_weight = has_sink && lane_member() == 0 ? T(1) : T(0);
     sums_.clear();
     ATTENTION_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
@@ -115,9 +149,29 @@ class Forward {
     }
   }
 
+  ATTENTION_DEVICE void store_part(const PartMemory<T>& memory) {
+    const int64_t head = (part_ * p_.batch + head_.sequence.batch) * p_.heads + head_.head,
+                  first = head * p_.max_seqlen_q;
+    const Rows<T> sums{memory.sums + first * p_.head_dim_v, p_.head_dim_v, 1, static_cast<int>(p_.head_dim_v)};
+    const T factor[2] = {T(1), T(1)};
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      ATTENTION_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const T sum = sum_of_group(rows_[m].sum[r]);
+        const int64_t q = q_.begin + row_ + m * kFragmentRows + r * 8 + lane_group();
+        if (lane_member() != 0 || q >= q_.end) continue;
+        memory.maximum[first + q] = rows_[m].maximum[r];
+        memory.sum[first + q] = sum;
+      }
+      store_rows(sums, q_.begin + row_ + m * kFragmentRows, q_.end, sums_.tile[m], factor);
+    }
+  }
+
   const ForwardProblem& p_;
   const Head& head_;
   const Range q_;
+  const int64_t part_;
   const int row_;  // of the tile, the warp's first
   Sums sums_;
   RowState<T> rows_[kRowTiles];

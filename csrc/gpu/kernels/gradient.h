@@ -49,12 +49,12 @@ class GradientBlock {
   static constexpr bool kSecond = kOrder == Order::kSecond;
 
  public:
-  // What multiplies query or key for the gradient of the other; of second order `score` multiplies the tangents.
+  // What multiplies query or key for the gradient of the other; of second order `grad` multiplies the tangents.
   ATTENTION_DEVICE const Scores& main() const { return kSecond ? moved_grad : grad; }
 
   Scores weight;      // query . key, then what multiplies grad_out for grad_value
   Scores grad;        // grad_out . value, then the gradient of scale * query . key
-  Scores moved;       // of second order: scale * query . key as it moves
+  Scores moved;       // of second order: query . key as it moves
   Scores moved_grad;  // likewise, of grad_out . value, then of the gradient
 
   template <class Own, class Walked>

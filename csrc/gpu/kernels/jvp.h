@@ -54,11 +54,13 @@ class Jvp {
     const Sources<E, 2> sources{
         {head_rows<E>(head_, p_.query, p_.head_dim), head_rows<E>(head_, p_.tangent.query, p_.head_dim)}};
     copy_set<kThreads>(queries, sources, static_cast<int>(q_.begin), Span(q_));
-    walk_rows<kThreads, Shape::kStages, KeyTile>(
-        shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, p_.tangent, head_),
-        visible_keys(p_, head_.sequence, q_), [&](int k, const KeyTiles& keys) {
-          for (int row = 0; row < Shape::kRows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
-        });
+    const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
+    const auto add_tiles = [&](int k, const KeyTiles& keys) {
+      for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
+    };
+    walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes,
+                                                 key_sources<E>(p_, p_.tangent, head_),
+                                                 visible_keys(p_, head_.sequence, q_), add_tiles);
     close_rows(workspace);
   }
 

@@ -58,13 +58,14 @@ class KeyGradient {
     for (int64_t h = 0; h < p_.group_size(); ++h) {
       const Head head(p_, batch, first.head + h);
       const RowSource<T, kOrder> rows(p_, head, memory_);
+      const int tile_rows = k_.begin + row_ < k_.end ? Shape::kRows : 0;  // a warp without keys only helps to copy
+      const auto add_tiles = [&](int q, const QueryTiles& queries) {
+        for (int row = 0; row < tile_rows; row += Shape::kColumns) {
+          add_block(head, rows, keys, q + row, queries, row);
+        }
+      };
       walk_rows<kThreads, Shape::kStages, QueryTile>(shared_memory() + KeyTiles::kBytes, query_sources<E>(p_, head),
-                                                     visible_queries(p_, head.sequence, k_),
-                                                     [&](int q, const QueryTiles& queries) {
-                                                       for (int row = 0; row < Shape::kRows; row += Shape::kColumns) {
-                                                         add_block(head, rows, keys, q + row, queries, row);
-                                                       }
-                                                     });
+                                                     visible_queries(p_, head.sequence, k_), add_tiles);
     }
     close_rows(first);
   }

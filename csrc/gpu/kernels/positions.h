@@ -39,9 +39,16 @@ struct Head {
   Sequence sequence;
   int64_t head, kv_head;
   ScoreMods mods;
+  int diagonal, length_q, length_k;  // of the sequence, for inner loops
 
   ATTENTION_DEVICE Head(const AttentionProblem& p, int64_t batch, int64_t h)
-      : sequence(sequence_of(p, batch)), head(h), kv_head(h / p.group_size()), mods(score_mods_of(p, sequence, h)) {}
+      : sequence(sequence_of(p, batch)),
+        head(h),
+        kv_head(h / p.group_size()),
+        mods(score_mods_of(p, sequence, h)),
+        diagonal(static_cast<int>(sequence.diagonal)),
+        length_q(static_cast<int>(sequence.length_q)),
+        length_k(static_cast<int>(sequence.length_k)) {}
 };
 
 // The first query and key of a warp's block of scores, within the sequence.
@@ -79,18 +86,17 @@ struct ScoreBlock {
   }
 
   ATTENTION_DEVICE Position<NumberOps<T>> at(int q, int k) const {
-    const auto distance = static_cast<T>(k - q - static_cast<int>(head.sequence.diagonal));
+    const auto distance = static_cast<T>(k - q - head.diagonal);
     return {distance, kRules == Rules::kAll && head.mods.bias ? number_of(p.attn_mask, q, k) : T(0)};
   }
 
-  ATTENTION_DEVICE bool outside(int k) const { return k >= head.sequence.length_k; }
+  ATTENTION_DEVICE bool outside(int k) const { return k >= head.length_k; }
 
   // From a view that is broadcast like attn_mask; lanes past the end repeat the last row and column.
   ATTENTION_DEVICE T number_of(const View& view, int q, int k) const {
-    const Sequence& s = head.sequence;
-    const int64_t row = minimum<int64_t>(q, s.length_q - 1), column = minimum<int64_t>(k, s.length_k - 1);
-    return read_mask<T>(
-        view, s.batch * view.stride_b + head.head * view.stride_h + row * view.stride_row + column * view.stride_col);
+    const int64_t row = minimum(q, head.length_q - 1), column = minimum(k, head.length_k - 1);
+    return read_mask<T>(view, head.sequence.batch * view.stride_b + head.head * view.stride_h + row * view.stride_row +
+                                  column * view.stride_col);
   }
 
   // dot becomes the score, -inf where the key is hidden. With Rules::kBand the scale is left to the exponential.
@@ -117,7 +123,7 @@ struct ScoreBlock {
 
 // Whether a block of keys needs to be looked at number by number.
 ATTENTION_DEVICE bool is_partial(const Head& head, Range q, Range k) {
-  return k.end > head.sequence.length_k || head.mods.band.cover(q, k, head.sequence.diagonal) != Cover::kFull;
+  return k.end > head.length_k || head.mods.band.cover(q, k, head.diagonal) != Cover::kFull;
 }
 
 }  // namespace

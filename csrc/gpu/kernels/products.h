@@ -9,7 +9,7 @@ namespace {
 // kRowTiles x kTiles fragments: 16 rows each, 8 columns each.
 template <class T, int kRowTiles, int kTiles>
 struct Fragments {
-  static constexpr int kRowTileCount = kRowTiles, kTileCount = kTiles;
+  static constexpr int kTileCount = kTiles;
   Fragment<T> tile[kRowTiles][kTiles];
 
   ATTENTION_DEVICE void clear() {
@@ -34,11 +34,12 @@ ATTENTION_DEVICE void for_each_number(F&& f) {
   }
 }
 
-// c[m][n] += sum over columns of a[row + m][.] b[row_b + n][.]
+// c[m][n] += sum over columns of a[row + m][.] b[row_b + n][.]. Unrolled as a whole it would load more than registers
+// hold.
 template <class C, int kRowTiles, int kTiles, class TileA, class TileB>
 ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const TileA& a, int row,
                                     const TileB& b, int row_b) {
-  ATTENTION_UNROLL
+  ATTENTION_UNROLL_BY_4
   for (int depth = 0; depth < TileA::kColumns; depth += C::kDepth) {
     typename C::A rows[kRowTiles];
     ATTENTION_UNROLL

@@ -58,12 +58,12 @@ class QueryGradient {
     if (!q_.empty()) {
       const QueryTiles queries(shared_memory());
       copy_set<kThreads>(queries, query_sources<E>(p_, head_), static_cast<int>(q_.begin), Span(q_));
+      const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
+      const auto add_tiles = [&](int k, const KeyTiles& keys) {
+        for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
+      };
       walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
-                                                   visible_keys(p_, head_.sequence, q_),
-                                                   [&](int k, const KeyTiles& keys) {
-                                                     for (int row = 0; row < Shape::kRows; row += Shape::kColumns)
-                                                       add_block(queries, k + row, keys, row);
-                                                   });
+                                                   visible_keys(p_, head_.sequence, q_), add_tiles);
     }
     close_rows();
   }

@@ -10,8 +10,8 @@ namespace {
 struct QueryTileIndex {
   int64_t batch, head, tile;
 
-  ATTENTION_DEVICE QueryTileIndex(const AttentionProblem& p, int queries) {
-    const int64_t tiles = ceil_div(p.max_seqlen_q, queries), index = block_index();
+  ATTENTION_DEVICE QueryTileIndex(const AttentionProblem& p, int queries, int64_t index = block_index()) {
+    const int64_t tiles = ceil_div(p.max_seqlen_q, queries);
     head = index % p.heads;
     batch = index / p.heads % p.batch;
     tile = tiles - 1 - index / p.heads / p.batch;

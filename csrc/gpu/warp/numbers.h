@@ -14,7 +14,11 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+namespace {
+
 ATTENTION_INLINE float widen(float x) { return x; }
 ATTENTION_INLINE double widen(double x) { return x; }
+
+}  // namespace
 
 }  // namespace attention_ext

@@ -1,0 +1,1 @@
+#include "gpu/units/decode_bfloat16.cu"

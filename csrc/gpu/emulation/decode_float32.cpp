@@ -1,0 +1,1 @@
+#include "gpu/units/decode_float32.cu"

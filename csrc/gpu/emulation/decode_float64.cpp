@@ -1,0 +1,1 @@
+#include "gpu/units/decode_float64.cu"

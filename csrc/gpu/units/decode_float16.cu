@@ -1,0 +1,8 @@
+#include "gpu/kernels/decode.h"
+#include "gpu/unit.h"
+
+template <>
+attention_ext::KernelPlan attention_ext::plan_decode<attention_ext::KernelPlan, attention_ext::Half>(
+    const AttentionProblem& problem) {
+  return plan_decode_by_shape<Compute16<Half>>(problem);
+}
