@@ -12,7 +12,7 @@ namespace {
 // kDim: the bucket that head_dim and head_dim_v are padded to.
 template <class C, int kDim>
 struct Width {
-  static constexpr bool kNarrow = sizeof(typename C::Element) == 2;
+  static constexpr bool kNarrow = sizeof(typename C::Element) == 2, kWide = sizeof(typename C::Element) == 8;
   static constexpr int kRowBytes = kDim * sizeof(typename C::Element);
   static constexpr int kRowRegisters = kDim * sizeof(typename C::Scalar) / 8;  // of a lane, for 16 rows of fragments
 };
@@ -20,11 +20,11 @@ struct Width {
 // A block of threads walks tiles of kRows keys; a warp makes scores of kColumns of them at a time.
 template <class C, int kDim, Rules kRules>
 struct ForwardShape : Width<C, kDim> {
-  using Width<C, kDim>::kNarrow, Width<C, kDim>::kRowBytes;
+  using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes;
   static constexpr int kWarps = kRowBytes <= 1024 ? 4 : 2;
   static constexpr int kRowTiles = kNarrow && kDim <= 128 ? 2 : 1;  // of 16 queries, a warp
   static constexpr int kRows = kNarrow ? 64 : kDim <= 64 ? 32 : 16;
-  static constexpr int kColumns = kRows < 32 || (kDim == 128 && kRules == Rules::kAll) ? 16 : 32;
+  static constexpr int kColumns = kWide || kRows < 32 || (kDim == 128 && kRules == Rules::kAll) ? 16 : 32;
   static constexpr int kStages = kRowBytes <= 1024 ? 2 : 1;
 };
 
@@ -34,11 +34,11 @@ enum class Order : uint8_t { kFirst, kSecond };
 // A warp owns 16 queries or keys and walks the others.
 template <class C, int kDim, Order kOrder>
 struct GradientShape : Width<C, kDim> {
-  using Width<C, kDim>::kNarrow, Width<C, kDim>::kRowBytes, Width<C, kDim>::kRowRegisters;
+  using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes, Width<C, kDim>::kRowRegisters;
   static constexpr bool kFirst = kOrder == Order::kFirst;
   static constexpr int kWarps = kRowBytes <= (kFirst ? 1024 : 256) ? 4 : !kFirst && kRowBytes <= 512 ? 2 : 1;
   static constexpr int kRows = kNarrow ? (kDim <= 128 ? 64 : 32) : kDim <= 64 ? 32 : 16;
-  static constexpr int kColumns = kRows < 32 || kDim >= 128 || !kFirst ? 16 : 32;
+  static constexpr int kColumns = kWide || kRows < 32 || kDim >= 128 || !kFirst ? 16 : 32;
   static constexpr int kStages = kFirst && kRowBytes <= 512 ? 2 : 1;
   static constexpr bool kBothGradients = kRowRegisters <= 64;  // of keys and values at once
 };
