@@ -73,8 +73,9 @@ struct GroupSums {
   int64_t groups, batches, heads, rows, columns;
   bool packed;
 
-  GroupSums(Arena& arena, const AttentionProblem& p, int64_t groups_, int64_t heads_, int64_t length, int64_t columns_)
-      : groups(groups_), heads(heads_), columns(columns_), packed(p.cu_seqlens_q != nullptr) {
+  GroupSums(Arena& arena, const AttentionProblem& p, int64_t group_count, int64_t head_count, int64_t length,
+            int64_t width)
+      : groups(group_count), heads(head_count), columns(width), packed(p.cu_seqlens_q != nullptr) {
     batches = packed ? 1 : p.batch;
     rows = length + (packed ? p.batch : 1);
     data = arena.take<T>(groups * batches * heads * rows * columns);
@@ -111,9 +112,9 @@ struct SlopeSums {
   double* data;
   int64_t groups, batches, heads;
 
-  SlopeSums(Arena& arena, const BackwardProblem& p, int64_t groups_)
-      : data(arena.take<double>(p.grad_alibi_slopes ? groups_ * p.batch * p.heads : 0)),
-        groups(groups_),
+  SlopeSums(Arena& arena, const BackwardProblem& p, int64_t group_count)
+      : data(arena.take<double>(p.grad_alibi_slopes ? group_count * p.batch * p.heads : 0)),
+        groups(group_count),
         batches(p.batch),
         heads(p.heads) {}
 

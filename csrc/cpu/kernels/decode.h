@@ -3,6 +3,7 @@
 // afterwards.
 #pragma once
 
+#include "cpu/kernels/decode_products.h"
 #include "cpu/kernels/softmax.h"
 
 namespace attention_ext {
@@ -54,106 +55,6 @@ struct DecodeScratch {
     score = arena.take<T>(shape.rows * shape.keys);
   }
 };
-
-// Rows on their way from memory while earlier ones are worked on, a few lines at a time: reading is what bounds
-// decoding.
-class RowsAhead {
- public:
-  RowsAhead(Source from, int64_t rows, int64_t columns)
-      : row_(from.data),
-        row_bytes_(from.stride_col == 1 ? columns * size_of(from.dtype) : 0),
-        stride_bytes_(from.stride_row * size_of(from.dtype)),
-        rows_(row_bytes_ > 0 ? rows : 0) {}
-
-  ATTENTION_INLINE void fetch(int64_t lines) {
-    for (; lines > 0 && rows_ > 0; --lines) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      at_ += kLineBytes;
-      if (at_ >= row_bytes_) {
-        at_ = 0;
-        row_ += stride_bytes_;
-        --rows_;
-      }
-    }
-  }
-  int64_t lines() const { return rows_ * ceil_div(row_bytes_, kLineBytes); }
-
- private:
-  static constexpr int64_t kLineBytes = 64;
-  const char* row_;
-  int64_t row_bytes_, stride_bytes_, rows_, at_ = 0;
-};
-
-// A vector of dot products of kRows queries and as many keys as fill it: lanes (query, key). Each number of a key is
-// read and widened once for all the queries.
-template <class T, int kRows, class Storage>
-ATTENTION_INLINE Vec<T> dot_products(Matrix<const T> query, const Storage* key, int64_t key_stride, int64_t width) {
-  constexpr int kSomeKeys = kLanes<T> / kRows;
-  Vec<T> sum[kLanes<T>] = {};
-  for (int64_t d = 0; d < width; d += kLanes<T>) {
-    Vec<T> numbers[kSomeKeys];
-    unroll<kSomeKeys>(UNROLLED(i) { numbers[i] = load_as(key + i * key_stride + d); });
-    unroll<kRows>(UNROLLED(r) {
-      const Vec<T> q = load(query.row(r) + d);
-      unroll<kSomeKeys>(UNROLLED(i) { sum[r * kSomeKeys + i] = fma(numbers[i], q, sum[r * kSomeKeys + i]); });
-    });
-  }
-  transpose(sum);
-  unroll<kLanes<T> - 1>(UNROLLED(i) { sum[0] += sum[i + 1]; });
-  return sum[0];
-}
-
-// Scores of kRows queries and a vector of keys.
-template <class T, int kRows, class Storage>
-ATTENTION_INLINE void score_keys(Matrix<const T> query, const Storage* key, int64_t key_stride, int64_t width,
-                                 Matrix<T> score) {
-  constexpr int kSomeKeys = kLanes<T> / kRows;
-  for (int64_t i = 0; i < kLanes<T>; i += kSomeKeys) {
-    alignas(64) T products[kLanes<T>];
-    store(products, dot_products<T, kRows>(query, key + i * key_stride, key_stride, width));
-    unroll<kRows>(UNROLLED(r) { __builtin_memcpy(score.row(r) + i, products + r * kSomeKeys, kSomeKeys * sizeof(T)); });
-  }
-}
-
-// sums (row, column) += score (row, key) value (key, column), for kRows queries.
-template <class T, int kRows, int kVectors, class Storage>
-ATTENTION_INLINE void add_values(Matrix<const T> score, const Storage* value, int64_t value_stride, int64_t keys,
-                                 Matrix<T> sums) {
-  Vec<T> sum[kRows][kVectors];
-  unroll<kRows>(UNROLLED(r) { unroll<kVectors>(UNROLLED(n) { sum[r][n] = load(sums.row(r) + n * kLanes<T>); }); });
-  for (int64_t k = 0; k < keys; ++k) {
-    Vec<T> row[kVectors];
-    unroll<kVectors>(UNROLLED(n) { row[n] = load_as(value + k * value_stride + n * kLanes<T>); });
-    unroll<kRows>(UNROLLED(r) {
-      const Vec<T> weight = broadcast(score.row(r) + k);
-      unroll<kVectors>(UNROLLED(n) { sum[r][n] = fma(weight, row[n], sum[r][n]); });
-    });
-  }
-  unroll<kRows>(UNROLLED(r) { unroll<kVectors>(UNROLLED(n) { store(sums.row(r) + n * kLanes<T>, sum[r][n]); }); });
-}
-
-// Calls f(row, count) for queries by fours, as far as lanes allow, then one by one; count is a constant.
-template <class T, class F>
-ATTENTION_INLINE void for_row_groups(int64_t rows, F&& f) {
-  constexpr int kTogether = kLanes<T> < 4 ? kLanes<T> : 4;
-  int64_t r = 0;
-  for (; r + kTogether <= rows; r += kTogether) f(r, std::integral_constant<int, kTogether>{});
-  for (; r < rows; ++r) f(r, std::integral_constant<int, 1>{});
-}
-
-// Calls f(data, stride) with rows as they lie in memory where whole vectors can be read from it, else with a copy.
-template <class T, class F>
-ATTENTION_INLINE void with_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns, T* buffer, F&& f) {
-  const int64_t width = round_up(columns, kLanes<T>);
-  if (from.stride_col == 1 && columns == width && rows == padded_rows) {
-    with_storage<T>(from.dtype, [&](auto* storage) __attribute__((always_inline)) {
-      f(reinterpret_cast<decltype(storage)>(const_cast<char*>(from.data)), from.stride_row);
-    });
-    return;
-  }
-  copy_rows(from, rows, padded_rows, columns, Matrix<T>{buffer, width});
-  f(buffer, width);
-}
 
 template <class C>
 class DecodeJob {

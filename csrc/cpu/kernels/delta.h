@@ -18,7 +18,8 @@ void dot_rows(Source a, Source b, int64_t rows, int64_t columns, T* sums) {
       for (int64_t r = 0; r < rows; ++r) {
         Vec<T> sum{};
         for (int64_t d = 0; d < columns; d += kLanes<T>) {
-          const auto *xs = x + r * a.stride_row + d * a.stride_col, *ys = y + r * b.stride_row + d * b.stride_col;
+          const auto* xs = x + r * a.stride_row + d * a.stride_col;
+          const auto* ys = y + r * b.stride_row + d * b.stride_col;
           __builtin_prefetch(xs + kRowsAhead * a.stride_row);
           __builtin_prefetch(ys + kRowsAhead * b.stride_row);
           sum =

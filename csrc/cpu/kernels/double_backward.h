@@ -12,71 +12,11 @@
 #pragma once
 
 #include "cpu/kernels/backward.h"
+#include "cpu/kernels/double_backward_memory.h"
 #include "cpu/kernels/jvp.h"
 
 namespace attention_ext {
 namespace {
-
-// 2 MB for a tile: beyond L2, but reading it is still cheaper than the three products that make it. Scores that a
-// softcap bends are not held, since their derivatives would have to be held with them.
-constexpr int64_t kMostHeldKeys = 4096;
-
-ATTENTION_INLINE int64_t held_keys(const AttentionProblem& p) {
-  return p.softcap > 0 ? 0 : minimum(kMostHeldKeys, round_up(p.max_seqlen_k, kKeys));
-}
-
-ATTENTION_INLINE GradientJobs double_backward_jobs(const BackwardProblem& p) {
-  return {p, p.max_seqlen_q, p.grad_attn_mask.stride_row};
-}
-
-template <class C>
-struct DoubleBackwardShared {
-  using T = typename C::Scalar;
-  T *delta, *delta_tangent;
-  SlopeSums slope_sums;
-  GroupSums<T> key_sums, value_sums;  // grad_key / scale, grad_value / kept_scale
-
-  DoubleBackwardShared(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape, int64_t groups)
-      : delta(take_rows<T>(arena, p)),
-        delta_tangent(take_rows<T>(arena, p)),
-        slope_sums(arena, p, groups),
-        key_sums(arena, p, p.grad_key ? groups : 0, p.kv_heads, p.seqlen_k, shape.columns),
-        value_sums(arena, p, p.grad_value ? groups : 0, p.kv_heads, p.seqlen_k, shape.value_columns) {}
-};
-
-template <class C>
-struct DoubleBackwardScratch : JvpScratch<C> {
-  using T = typename C::Scalar;
-  using Element = typename C::Element;
-  Element *key_lanes, *key_tangent_lanes, *query_lanes, *query_tangent_rows, *query_tangent_lanes;
-  T *held_weight, *held_moved, *weight_tangent, *grad_score, *grad_moved, *curve, *grad_query;
-  T *row_mean, *row_delta, *row_delta_tangent;  // per lane of the tile
-  BothWaysMemory<C> grad_out;
-
-  DoubleBackwardScratch(Arena& arena, const DoubleBackwardProblem& p, const RunShape<C>& run,
-                        const BackwardShape<C>& shape)
-      : JvpScratch<C>(arena, p, p.tangent, run), grad_out(arena, p.head_dim_v) {
-    const int64_t padded_keys = shape.keys + kTileRows, block = padded_keys * kQueries<T>;
-    const int64_t held = (held_keys(p) + kTileRows) * kQueries<T>;
-    const int64_t query = kQueries<T> * round_up(shape.depth, kLanes<Element>);
-    const int64_t lanes = C::kPair == 1 ? 0 : padded_keys * shape.columns;
-    key_lanes = arena.take<Element>(lanes);
-    key_tangent_lanes = arena.take<Element>(p.tangent.key ? lanes : 0);
-    query_lanes = arena.take<Element>(C::kPair == 1 ? 0 : query);
-    query_tangent_rows = arena.take<Element>(p.tangent.query ? query : 0);
-    query_tangent_lanes = arena.take<Element>(p.tangent.query && C::kPair != 1 ? query : 0);
-    held_weight = arena.take<T>(held);
-    held_moved = arena.take<T>(held);
-    weight_tangent = arena.take<T>(block);
-    grad_score = arena.take<T>(block);
-    grad_moved = arena.take<T>(block);
-    curve = arena.take<T>(p.softcap > 0 ? block : 0);
-    grad_query = arena.take<T>(kQueries<T> * shape.columns);
-    row_mean = arena.take<T>(kQueries<T>);
-    row_delta = arena.take<T>(kQueries<T>);
-    row_delta_tangent = arena.take<T>(kQueries<T>);
-  }
-};
 
 template <class C>
 class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProblem> {
