@@ -2,6 +2,8 @@
 // place.
 #pragma once
 
+#include <cstddef>
+
 #include "cpu/kernels/matmul.h"
 
 namespace attention_ext {
