@@ -4,9 +4,6 @@ python benchmarks/compare.py out/benchmark.json                 one file
 python benchmarks/compare.py out/before.json out/after.json     and how ours changed since the first file
 python benchmarks/compare.py --markdown main out/benchmark.json     a table of one group
 python benchmarks/compare.py --fail-below 1.0 out/benchmark.json   exits with 1 where torch is faster than that
-
-Calls of the group tiny are all overhead, of which an operator of a library has more than one of torch: there torch may
-be 1.5 times as fast before it counts.
 """
 
 from __future__ import annotations
@@ -99,8 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     for row in latest["results"]:
         print(line(row, before.get(key(row))))
         ratio = speed_up(row)
-        excused = 1.5 if row["group"] == "tiny" else 1.0
-        if options.fail_below is not None and ratio is not None and ratio * excused < options.fail_below:
+        if options.fail_below is not None and ratio is not None and ratio < options.fail_below:
             slow.append(row)
     if slow:
         print(f"\nslower than {options.fail_below:.2f}x of torch:", *(line(row) for row in slow), sep="\n  ")
