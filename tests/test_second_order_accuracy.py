@@ -46,6 +46,17 @@ LONG = [
         "many_keys_bias", lengths=(96, 4096), head_dims=(64, 64), batch=1, heads=(1, 1), mask="float 1hqk", sinks=True
     ),
     Spec("both", lengths=(1024, 1024), head_dims=(64, 64), batch=1, heads=(1, 1), causal="top_left"),
+    # more keys than a tile holds the scores of, from the first key on and from within
+    Spec("beyond_held", lengths=(70, 4500), head_dims=(16, 16), heads=(2, 1), batch=1, dropout_p=0.1),
+    Spec(
+        "beyond_held_window",
+        lengths=(70, 5000),
+        head_dims=(16, 16),
+        batch=1,
+        heads=(1, 1),
+        window=(4600, None),
+        alignment="bottom_right",
+    ),
 ]
 
 Check = Callable[[Spec, torch.dtype], None]
