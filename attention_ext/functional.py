@@ -88,22 +88,37 @@ def attention(
 
     Source: "Attention Is All You Need" (arXiv:1706.03762); online softmax as in "FlashAttention" (arXiv:2205.14135).
     """
-    out, logsumexp, _ = attention_with_state(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        causal_alignment,
-        window,
-        softcap,
-        alibi_slopes,
-        sinks,
-        key_lengths,
-    )
+    if fits(query, key, value, enable_gqa):
+        # Every argument that is passed costs a tenth of a microsecond, so what has its default is not.
+        options: dict[str, Any] = {}
+        if attn_mask is not None:
+            options["attn_mask"] = attn_mask
+        if dropout_p != 0.0:
+            options["dropout_p"] = dropout_p
+        if is_causal is not False:
+            options["is_causal"] = is_causal
+        if scale is not None:
+            options["scale"] = scale
+        if enable_gqa is not False:
+            options["enable_gqa"] = enable_gqa
+        if causal_alignment != "top_left":
+            options["causal_alignment"] = causal_alignment
+        if window is not None:
+            options["window_left"], options["window_right"] = window
+        if softcap != 0.0:
+            options["softcap"] = softcap
+        if alibi_slopes is not None:
+            options["alibi_slopes"] = alibi_slopes
+        if sinks is not None:
+            options["sinks"] = sinks
+        if key_lengths is not None:
+            options["key_lengths"] = key_lengths
+        out, logsumexp, _ = attention_op(query, key, value, **options)
+    else:
+        out, logsumexp, _ = attention_with_state(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths,
+        )  # fmt: skip
     return (out, logsumexp) if return_logsumexp else out
 
 

@@ -25,20 +25,20 @@ def medians(
 
     budget: seconds for all rounds together; there are at least 3.
     """
-    repeats = {}
-    round_time = 0.0
+    once = {}
     for name, function in functions.items():
-        once = _seconds(function, 1)
-        if once < WARM:
-            once = _seconds(function, 1)
-        repeats[name] = max(1, round(SHORTEST / max(once, 1e-7)))
-        round_time += max(once, SHORTEST)
+        once[name] = _seconds(function, 1)
+        if once[name] < WARM:
+            once[name] = _seconds(function, 1)
+    # As many for all: the first call after others finds its code and data cold, and must weigh the same for each.
+    repeats = max(1, round(SHORTEST / max(min(once.values()), 1e-7)))
+    round_time = repeats * sum(once.values())
     rounds = min(ROUNDS[1], max(ROUNDS[0], int(budget / round_time)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     peaks = []
     for turn in range(rounds):
         names = list(functions)[:: 1 if turn % 2 == 0 else -1]
         for name in names:
-            times[name].append(_seconds(functions[name], repeats[name]))
+            times[name].append(_seconds(functions[name], repeats))
         peaks.append(probe())
     return {name: statistics.median(values) for name, values in times.items()}, statistics.median(peaks), rounds

@@ -16,14 +16,16 @@ template <class C>
 struct DecodeShape {
   using T = typename C::Scalar;
   int64_t width, columns;  // head_dim and head_dim_v in whole vectors
-  int64_t rows;            // queries of all heads of a group
+  int64_t group;           // heads that share keys and values
+  int64_t rows;            // their queries
   int64_t splits, jobs;
   int64_t keys;
 
   explicit DecodeShape(const AttentionProblem& p) {
     width = round_up(p.head_dim, kLanes<T>);
     columns = round_up(p.head_dim_v, kLanes<T>);
-    rows = p.group_size() * p.max_seqlen_q;
+    group = p.group_size();
+    rows = group * p.max_seqlen_q;
     splits = maximum<int64_t>(ceil_div(p.max_seqlen_k, kKeysPerSplit), 1);
     jobs = p.batch * p.kv_heads * splits;
     keys = minimum(kKeys, round_up(p.max_seqlen_k, kLanes<T>));
@@ -70,12 +72,13 @@ class DecodeJob {
  private:
   DecodeJob(const ForwardProblem& p, Arena& shared, Arena& scratch, int64_t job)
       : p_(p), shape_(p), shared_(shared, shape_), scratch_(scratch, shape_) {
-    kv_head_ = job / shape_.splits % p.kv_heads;
-    sequence_ = sequence_of(p, job / shape_.splits / p.kv_heads);
+    const int64_t all = job / shape_.splits;
+    split_ = job % shape_.splits;
+    kv_head_ = all % p.kv_heads;
+    sequence_ = sequence_of(p, all / p.kv_heads);
     maximum_ = shared_.maximum + job * shape_.rows;
     sum_ = shared_.sum + job * shape_.rows;
     sums_ = {shared_.sums + job * shape_.rows * shape_.columns, shape_.columns};
-    split_ = job % shape_.splits;
   }
 
   void walk() {
@@ -93,8 +96,8 @@ class DecodeJob {
       sum_[r] = 0;
     }
     for (int64_t i = 0; i < shape_.rows * shape_.columns; i += kLanes<T>) store(sums_.data + i, Vec<T>{});
-    for (int64_t g = 0; g < p_.group_size(); ++g) {
-      copy_rows(source_of(p_.query, sequence_.tensor_batch, kv_head_ * p_.group_size() + g, sequence_.begin_q),
+    for (int64_t g = 0; g < shape_.group; ++g) {
+      copy_rows(source_of(p_.query, sequence_.tensor_batch, kv_head_ * shape_.group + g, sequence_.begin_q),
                 sequence_.length_q, sequence_.length_q, p_.head_dim,
                 Matrix<T>{scratch_.query + g * sequence_.length_q * shape_.width, shape_.width});
     }
@@ -103,25 +106,33 @@ class DecodeJob {
   // Few keys at a time, so that all rows of queries find them in L1; while dot products run, the block's values are on
   // their way, and the next block's keys while the values are summed.
   void block(Range k) {
-    const int64_t rows = p_.group_size() * sequence_.length_q;
+    const int64_t rows = shape_.group * sequence_.length_q;
     RowsAhead values(source(p_.value, k.begin), k.size(), p_.head_dim_v);
     const int64_t value_lines = ceil_div(values.lines() * kLanes<T>, k.size());
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
       values.fetch(value_lines);
-      with_rows(source(p_.key, k.begin + i), minimum<int64_t>(kLanes<T>, k.size() - i), kLanes<T>, p_.head_dim,
-                scratch_.key_rows, [&](const auto* key, int64_t stride) __attribute__((always_inline)) {
+      const int64_t keys = minimum<int64_t>(kLanes<T>, k.size() - i);
+      with_rows(source(p_.key, k.begin + i), keys, p_.head_dim, scratch_.key_rows,
+                [&](const auto* key, int64_t stride) __attribute__((always_inline)) {
                   for_row_groups<T>(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
-                    score_keys<T, count>(query(r), key, stride, shape_.width, columns_from(score(r), i));
+                    const Matrix<T> to = columns_from(score(r), i);
+                    if (keys == kLanes<T>) {
+                      score_keys<T, count>(query(r), key, stride, shape_.width, to);
+                    } else {
+                      score_few_keys<T, count>(query(r), key, stride, keys, shape_.width, to);
+                    }
                   });
                 });
     }
-    for (int64_t r = 0; r < rows; ++r) softmax_row(r, k, score(r).data);
+    for (int64_t g = 0; g < shape_.group; ++g) {
+      for (int64_t q = 0; q < sequence_.length_q; ++q) softmax_row(g, q, k);
+    }
     RowsAhead next_keys(source(p_.key, k.end), minimum(kKeys, end_ - k.end), p_.head_dim);
     const int64_t key_lines = ceil_div(next_keys.lines() * kValueRows, k.size());
     for (int64_t i = 0; i < k.size(); i += kValueRows) {
       next_keys.fetch(key_lines);
       const int64_t keys = minimum(kValueRows, k.size() - i);
-      with_rows(source(p_.value, k.begin + i), keys, keys, p_.head_dim_v, scratch_.value_rows,
+      with_rows(source(p_.value, k.begin + i), keys, p_.head_dim_v, scratch_.value_rows,
                 [&](const auto* value, int64_t stride) __attribute__((always_inline)) {
                   for_row_groups<T>(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
                     add_all_values<count>(columns_from(score(r), i), value, stride, keys, rows_from(sums_, r));
@@ -150,9 +161,10 @@ class DecodeJob {
   Matrix<const T> query(int64_t r) const { return {scratch_.query + r * shape_.width, shape_.width}; }
 
   // One query, a key per lane.
-  void softmax_row(int64_t r, Range k, T* scores) {
+  void softmax_row(int64_t g, int64_t q, Range k) {
     using Ops = VectorOps<T>;
-    const int64_t q = r % sequence_.length_q, head = kv_head_ * p_.group_size() + r / sequence_.length_q;
+    const int64_t head = kv_head_ * shape_.group + g, r = g * sequence_.length_q + q;
+    T* scores = score(r).data;
     const ScoreMods mods = score_mods_of(p_, sequence_, head);
     const Vec<T> hidden = splat<T>(static_cast<T>(-__builtin_inf()));
     Vec<T> top = hidden;
@@ -165,8 +177,7 @@ class DecodeJob {
       store(scores + i, s);
       top = max(s, top);
     }
-    T now = maximum_[r];
-    for (int i = 0; i < kLanes<T>; ++i) now = maximum<T>(now, top[i]);
+    const T now = maximum<T>(maximum_[r], max_lanes<T>(top));
     const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
     const T worth = exp2<T>((splat<T>(maximum_[r]) - base) * log2e)[0];
     Vec<T> sum{};
@@ -204,7 +215,22 @@ class DecodeJob {
   Matrix<T> sums_;
 };
 
-// The splits of one head become out and logsumexp.
+// One query in a state of its own: rescaling it for one more maximum tells what the added is worth beside it.
+template <class T>
+struct Merged {
+  T maximum, sum, kept = 1;  // kept: what the last rescaling left of the sums
+
+  T rescale(T added) {
+    const T now = attention_ext::maximum(maximum, added);
+    const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
+    kept = exp2<T>((splat<T>(maximum) - base) * log2e)[0];
+    maximum = now;
+    sum *= kept;
+    return exp2<T>((splat<T>(added) - base) * log2e)[0];
+  }
+};
+
+// The splits of a group of heads, and their sinks, become out and logsumexp.
 template <class C>
 void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
   using T = typename C::Scalar;
@@ -212,32 +238,29 @@ void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, i
   const DecodeShape<C> shape(p);
   Arena arena(shared_memory);
   const DecodeShared<C> shared(arena, shape);
-  const int64_t head = job % p.heads;
-  const Sequence s = sequence_of(p, job / p.heads);
-  const int64_t first = (s.batch * p.kv_heads + head / p.group_size()) * shape.splits;
-  for (int64_t q = 0; q < s.length_q; ++q) {
-    const int64_t row = head % p.group_size() * s.length_q + q;
-    T top = p.sinks ? static_cast<T>(p.sinks[s.batch * p.sinks_stride_b + head]) : static_cast<T>(-__builtin_inf());
-    T sum = p.sinks ? T(1) : T(0);
-    const Matrix<T> total{shared.sums + (first * shape.rows + row) * shape.columns, shape.columns};
-    for (int64_t split = 0; split < shape.splits; ++split) {
-      const int64_t at = (first + split) * shape.rows + row;
-      const T now = maximum(top, shared.maximum[at]);
-      const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
-      const Vec<T> worth = exp2<T>((splat<T>(top) - base) * log2e);
-      const Vec<T> added = exp2<T>((splat<T>(shared.maximum[at]) - base) * log2e);
-      const T* more = shared.sums + ((first + split) * shape.rows + row) * shape.columns;
-      for (int64_t d = 0; d < shape.columns; d += kLanes<T>) {
-        const Vec<T> before = split == 0 ? Vec<T>{} : load(total.data + d) * worth;
-        store(total.data + d, fma(load(more + d), added, before));
+  const Sequence s = sequence_of(p, job / p.kv_heads);
+  int64_t row = job * shape.splits * shape.rows;
+  for (int64_t g = 0; g < shape.group; ++g) {
+    const int64_t head = job % p.kv_heads * shape.group + g;
+    for (int64_t q = 0; q < s.length_q; ++q, ++row) {
+      Merged<T> state{shared.maximum[row], shared.sum[row]};
+      const Matrix<T> total{shared.sums + row * shape.columns, shape.columns};
+      for (int64_t split = 1; split < shape.splits; ++split) {
+        const int64_t at = row + split * shape.rows;
+        const Vec<T> added = splat<T>(state.rescale(shared.maximum[at])), kept = splat<T>(state.kept);
+        const T* more = shared.sums + at * shape.columns;
+        for (int64_t d = 0; d < shape.columns; d += kLanes<T>) {
+          store(total.data + d, fma(load(more + d), added, load(total.data + d) * kept));
+        }
+        state.sum += shared.sum[at] * added[0];
       }
-      sum = sum * worth[0] + shared.sum[at] * added[0];
-      top = now;
+      state.kept = 1;
+      if (p.sinks) state.sum += state.rescale(static_cast<T>(p.sinks[s.batch * p.sinks_stride_b + head]));
+      static_cast<T*>(p.logsumexp)[row_of(p, s, head) + q] =
+          logsumexp_of<T>(splat<T>(state.maximum), splat<T>(state.sum))[0];
+      const T factor[] = {one_over<T>(splat<T>(state.sum))[0] * state.kept};
+      write_rows(source_of(p.out, s.tensor_batch, head, s.begin_q + q), 1, p.head_dim_v, as_operand(total), factor);
     }
-    static_cast<T*>(p.logsumexp)[(s.tensor_batch * p.heads + head) * p.seqlen_q + s.begin_q + q] =
-        logsumexp_of<T>(splat<T>(top), splat<T>(sum))[0];
-    const T factor[] = {one_over<T>(splat<T>(sum))[0]};
-    write_rows(source_of(p.out, s.tensor_batch, head, s.begin_q + q), 1, p.head_dim_v, as_operand(total), factor);
   }
 }
 
@@ -249,7 +272,7 @@ Plan plan_decode(const AttentionProblem& p) {
   DecodeScratch<C>(scratch, shape);
   Plan plan;
   plan.phases[plan.phase_count++] = {shape.jobs, DecodeJob<C>::run};
-  plan.phases[plan.phase_count++] = {p.batch * p.heads, merge_splits<C>};
+  plan.phases[plan.phase_count++] = {p.batch * p.kv_heads, merge_splits<C>};
   plan.shared_bytes = shared.used();
   plan.scratch_bytes = scratch.used();
   return plan;

@@ -13,7 +13,7 @@ namespace {
 // decoding.
 class RowsAhead {
  public:
-  RowsAhead(Source from, int64_t rows, int64_t columns)
+  RowsAhead(const Source& from, int64_t rows, int64_t columns)
       : row_(from.data),
         row_bytes_(from.stride_col == 1 ? columns * size_of(from.dtype) : 0),
         stride_bytes_(from.stride_row * size_of(from.dtype)),
@@ -69,6 +69,20 @@ ATTENTION_INLINE void score_keys(Matrix<const T> query, const Storage* key, int6
   }
 }
 
+// The same for fewer keys than lanes, one dot product at a time.
+template <class T, int kRows, class Storage>
+ATTENTION_INLINE void score_few_keys(Matrix<const T> query, const Storage* key, int64_t key_stride, int64_t keys,
+                                     int64_t width, Matrix<T> score) {
+  for (int64_t i = 0; i < keys; ++i) {
+    Vec<T> sum[kRows] = {};
+    for (int64_t d = 0; d < width; d += kLanes<T>) {
+      const Vec<T> numbers = load_as(key + i * key_stride + d);
+      unroll<kRows>(UNROLLED(r) { sum[r] = fma(numbers, load(query.row(r) + d), sum[r]); });
+    }
+    unroll<kRows>(UNROLLED(r) { score.row(r)[i] = sum_lanes<T>(sum[r]); });
+  }
+}
+
 // sums (row, column) += score (row, key) value (key, column), for kRows queries.
 template <class T, int kRows, int kVectors, class Storage>
 ATTENTION_INLINE void add_values(Matrix<const T> score, const Storage* value, int64_t value_stride, int64_t keys,
@@ -97,15 +111,15 @@ ATTENTION_INLINE void for_row_groups(int64_t rows, F&& f) {
 
 // Calls f(data, stride) with rows as they lie in memory where whole vectors can be read from it, else with a copy.
 template <class T, class F>
-ATTENTION_INLINE void with_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns, T* buffer, F&& f) {
+ATTENTION_INLINE void with_rows(const Source& from, int64_t rows, int64_t columns, T* buffer, F&& f) {
   const int64_t width = round_up(columns, kLanes<T>);
-  if (from.stride_col == 1 && columns == width && rows == padded_rows) {
+  if (from.stride_col == 1 && columns == width) {
     with_storage<T>(from.dtype, [&](auto* storage) __attribute__((always_inline)) {
       f(reinterpret_cast<decltype(storage)>(const_cast<char*>(from.data)), from.stride_row);
     });
     return;
   }
-  copy_rows(from, rows, padded_rows, columns, Matrix<T>{buffer, width});
+  copy_rows(from, rows, rows, columns, Matrix<T>{buffer, width});
   f(buffer, width);
 }
 

@@ -52,7 +52,7 @@ ATTENTION_INLINE bool stored_as(DType dtype) {
 
 // (rows, columns) to (padded_rows, columns rounded up to whole vectors), the padding 0.
 template <class T>
-void copy_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns, Matrix<T> to) {
+void copy_rows(const Source& from, int64_t rows, int64_t padded_rows, int64_t columns, Matrix<T> to) {
   const int64_t padded_columns = round_up(columns, kLanes<T>);
   with_storage<T>(from.dtype, [&](auto* storage) __attribute__((always_inline)) {
     const auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(from.data));
@@ -78,7 +78,7 @@ ATTENTION_INLINE bool is_dense(const Source& from, int64_t columns) {
 // Rows ready to be broadcast from, or to be read by vectors where C does not pair. The first `unseen` rows (0 or 1,
 // where C pairs) are only there to complete a pair: they are 0, whatever the tensor holds.
 template <class C>
-Matrix<const typename C::Element> rows_of(Source from, int64_t rows, int64_t padded_rows, int64_t columns,
+Matrix<const typename C::Element> rows_of(const Source& from, int64_t rows, int64_t padded_rows, int64_t columns,
                                           typename C::Element* buffer, int64_t unseen = 0) {
   using T = typename C::Scalar;
   if constexpr (C::kPair == 1) {
@@ -168,7 +168,7 @@ void multiply_elements(Matrix<T> factor, Matrix<T> m, int64_t rows, int64_t vect
 
 // Rows of the accumulate type, each times its factor, into a tensor. With factor_step 0 they share one.
 template <class T>
-void write_rows(Source to, int64_t rows, int64_t columns, Matrix<const T> from, const T* factor,
+void write_rows(const Source& to, int64_t rows, int64_t columns, Matrix<const T> from, const T* factor,
                 int64_t factor_step = 1) {
   with_storage<T>(to.dtype, [&](auto* storage) __attribute__((always_inline)) {
     auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(to.data));

@@ -82,6 +82,16 @@ ATTENTION_INLINE T sum_lanes(Vec<T> v) {
   }
 }
 
+template <class T, int kStep = 1>
+ATTENTION_INLINE T max_lanes(Vec<T> v) {
+  if constexpr (kStep < kLanes<T>) {
+    const Vec<T> swapped = swap_lanes<kStep>(v, std::make_integer_sequence<int, kLanes<T>>{});
+    return max_lanes<T, 2 * kStep>(v > swapped ? v : swapped);
+  } else {
+    return v[0];
+  }
+}
+
 // Whether a comparison holds in any lane.
 template <class Mask>
 ATTENTION_INLINE bool any_lane(Mask mask) {
