@@ -61,6 +61,7 @@ struct DecodeScratch {
 template <class C>
 class DecodeJob {
   using T = typename C::Scalar;
+  static constexpr int64_t kColumnsTogether = kTileVectors * kLanes<T>;
 
  public:
   static void run(const AttentionProblem& problem, void* shared, void* scratch, int64_t job) {
@@ -86,7 +87,7 @@ class DecodeJob {
     const Range all = visible_keys(p_, sequence_, {0, sequence_.length_q});
     const int64_t begin = all.begin + split_ * kKeysPerSplit;
     const Range mine{begin, minimum(begin + kKeysPerSplit, all.end)};
-    end_ = mine.end;
+    end_ = all.end;
     for (int64_t k = mine.begin; k < mine.end; k += kKeys) block({k, minimum(k + kKeys, mine.end)});
   }
 
@@ -107,17 +108,16 @@ class DecodeJob {
   // their way, and the next block's keys while the values are summed.
   void block(Range k) {
     const int64_t rows = shape_.group * sequence_.length_q;
-    RowsAhead values(source(p_.value, k.begin), k.size(), p_.head_dim_v);
-    const int64_t value_lines = ceil_div(values.lines() * kLanes<T>, k.size());
+    RowsAhead values(source(p_.value, k.begin), k.size(), p_.head_dim_v,
+                     k.size() / kLanes<T> * rows * (shape_.width / kLanes<T>));
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
-      values.fetch(value_lines);
       const int64_t keys = minimum<int64_t>(kLanes<T>, k.size() - i);
       with_rows(source(p_.key, k.begin + i), keys, p_.head_dim, scratch_.key_rows,
                 [&](const auto* key, int64_t stride) __attribute__((always_inline)) {
                   for_row_groups<T>(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
                     const Matrix<T> to = columns_from(score(r), i);
                     if (keys == kLanes<T>) {
-                      score_keys<T, count>(query(r), key, stride, shape_.width, to);
+                      score_keys<T, count>(query(r), key, stride, shape_.width, to, values);
                     } else {
                       score_few_keys<T, count>(query(r), key, stride, keys, shape_.width, to);
                     }
@@ -127,27 +127,28 @@ class DecodeJob {
     for (int64_t g = 0; g < shape_.group; ++g) {
       for (int64_t q = 0; q < sequence_.length_q; ++q) softmax_row(g, q, k);
     }
-    RowsAhead next_keys(source(p_.key, k.end), minimum(kKeys, end_ - k.end), p_.head_dim);
-    const int64_t key_lines = ceil_div(next_keys.lines() * kValueRows, k.size());
+    RowsAhead next_keys(source(p_.key, k.end), minimum(kKeys, end_ - k.end), p_.head_dim,
+                        k.size() * row_groups(rows, kTogether<T>) * ceil_div(shape_.columns, kColumnsTogether));
     for (int64_t i = 0; i < k.size(); i += kValueRows) {
-      next_keys.fetch(key_lines);
       const int64_t keys = minimum(kValueRows, k.size() - i);
       with_rows(source(p_.value, k.begin + i), keys, p_.head_dim_v, scratch_.value_rows,
                 [&](const auto* value, int64_t stride) __attribute__((always_inline)) {
                   for_row_groups<T>(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
-                    add_all_values<count>(columns_from(score(r), i), value, stride, keys, rows_from(sums_, r));
+                    add_all_values<count>(columns_from(score(r), i), value, stride, keys, rows_from(sums_, r),
+                                          next_keys);
                   });
                 });
     }
   }
 
   template <int kRows, class Storage>
-  void add_all_values(Matrix<T> score, const Storage* value, int64_t stride, int64_t keys, Matrix<T> sums) const {
-    for (int64_t c = 0; c < shape_.columns; c += kTileVectors * kLanes<T>) {
+  void add_all_values(Matrix<T> score, const Storage* value, int64_t stride, int64_t keys, Matrix<T> sums,
+                      RowsAhead& ahead) const {
+    for (int64_t c = 0; c < shape_.columns; c += kColumnsTogether) {
       const int64_t vectors = minimum<int64_t>(kTileVectors, (shape_.columns - c) / kLanes<T>);
       unroll<kTileVectors>(UNROLLED(n) {
         if (vectors == n + 1) {
-          add_values<T, kRows, n + 1>(as_operand(score), value + c, stride, keys, columns_from(sums, c));
+          add_values<T, kRows, n + 1>(as_operand(score), value + c, stride, keys, columns_from(sums, c), ahead);
         }
       });
     }
@@ -210,7 +211,8 @@ class DecodeJob {
   DecodeShared<C> shared_;
   DecodeScratch<C> scratch_;
   Sequence sequence_{};
-  int64_t kv_head_, split_, end_ = 0;
+  int64_t kv_head_, split_;
+  int64_t end_ = 0;  // of all keys: those after this split's are likely to be the next job
   T *maximum_, *sum_;
   Matrix<T> sums_;
 };

@@ -9,18 +9,19 @@
 namespace attention_ext {
 namespace {
 
-// Rows on their way from memory while earlier ones are worked on, a few lines at a time: reading is what bounds
-// decoding.
+// Rows on their way from memory while products of earlier ones are made, a few lines at each of `steps`: reading is what
+// bounds decoding, and a burst of lines would hold up the products instead.
 class RowsAhead {
  public:
-  RowsAhead(const Source& from, int64_t rows, int64_t columns)
+  RowsAhead(const Source& from, int64_t rows, int64_t columns, int64_t steps)
       : row_(from.data),
         row_bytes_(from.stride_col == 1 ? columns * size_of(from.dtype) : 0),
         stride_bytes_(from.stride_row * size_of(from.dtype)),
-        rows_(row_bytes_ > 0 ? rows : 0) {}
+        rows_(row_bytes_ > 0 ? rows : 0),
+        lines_a_step_(ceil_div(rows_ * ceil_div(row_bytes_, kLineBytes), maximum<int64_t>(steps, 1))) {}
 
-  ATTENTION_INLINE void fetch(int64_t lines) {
-    for (; lines > 0 && rows_ > 0; --lines) {
+  ATTENTION_INLINE void step() {
+    for (int64_t line = 0; line < lines_a_step_ && rows_ > 0; ++line) {
       __builtin_prefetch(row_ + at_, 0, 2);
       at_ += kLineBytes;
       if (at_ >= row_bytes_) {
@@ -30,21 +31,22 @@ class RowsAhead {
       }
     }
   }
-  int64_t lines() const { return rows_ * ceil_div(row_bytes_, kLineBytes); }
 
  private:
   static constexpr int64_t kLineBytes = 64;
   const char* row_;
-  int64_t row_bytes_, stride_bytes_, rows_, at_ = 0;
+  int64_t row_bytes_, stride_bytes_, rows_, lines_a_step_, at_ = 0;
 };
 
 // A vector of dot products of kRows queries and as many keys as fill it: lanes (query, key). Each number of a key is
 // read and widened once for all the queries.
 template <class T, int kRows, class Storage>
-ATTENTION_INLINE Vec<T> dot_products(Matrix<const T> query, const Storage* key, int64_t key_stride, int64_t width) {
+ATTENTION_INLINE Vec<T> dot_products(Matrix<const T> query, const Storage* key, int64_t key_stride, int64_t width,
+                                     RowsAhead& ahead) {
   constexpr int kSomeKeys = kLanes<T> / kRows;
   Vec<T> sum[kLanes<T>] = {};
   for (int64_t d = 0; d < width; d += kLanes<T>) {
+    ahead.step();
     Vec<T> numbers[kSomeKeys];
     unroll<kSomeKeys>(UNROLLED(i) { numbers[i] = load_as(key + i * key_stride + d); });
     unroll<kRows>(UNROLLED(r) {
@@ -52,19 +54,17 @@ ATTENTION_INLINE Vec<T> dot_products(Matrix<const T> query, const Storage* key, 
       unroll<kSomeKeys>(UNROLLED(i) { sum[r * kSomeKeys + i] = fma(numbers[i], q, sum[r * kSomeKeys + i]); });
     });
   }
-  transpose(sum);
-  unroll<kLanes<T> - 1>(UNROLLED(i) { sum[0] += sum[i + 1]; });
-  return sum[0];
+  return sum_each(sum);
 }
 
-// Scores of kRows queries and a vector of keys.
+// Scores of kRows queries and a vector of keys, in kRows * width / kLanes steps.
 template <class T, int kRows, class Storage>
 ATTENTION_INLINE void score_keys(Matrix<const T> query, const Storage* key, int64_t key_stride, int64_t width,
-                                 Matrix<T> score) {
+                                 Matrix<T> score, RowsAhead& ahead) {
   constexpr int kSomeKeys = kLanes<T> / kRows;
   for (int64_t i = 0; i < kLanes<T>; i += kSomeKeys) {
     alignas(64) T products[kLanes<T>];
-    store(products, dot_products<T, kRows>(query, key + i * key_stride, key_stride, width));
+    store(products, dot_products<T, kRows>(query, key + i * key_stride, key_stride, width, ahead));
     unroll<kRows>(UNROLLED(r) { __builtin_memcpy(score.row(r) + i, products + r * kSomeKeys, kSomeKeys * sizeof(T)); });
   }
 }
@@ -83,13 +83,14 @@ ATTENTION_INLINE void score_few_keys(Matrix<const T> query, const Storage* key, 
   }
 }
 
-// sums (row, column) += score (row, key) value (key, column), for kRows queries.
+// sums (row, column) += score (row, key) value (key, column), for kRows queries, in as many steps as keys.
 template <class T, int kRows, int kVectors, class Storage>
 ATTENTION_INLINE void add_values(Matrix<const T> score, const Storage* value, int64_t value_stride, int64_t keys,
-                                 Matrix<T> sums) {
+                                 Matrix<T> sums, RowsAhead& ahead) {
   Vec<T> sum[kRows][kVectors];
   unroll<kRows>(UNROLLED(r) { unroll<kVectors>(UNROLLED(n) { sum[r][n] = load(sums.row(r) + n * kLanes<T>); }); });
   for (int64_t k = 0; k < keys; ++k) {
+    ahead.step();
     Vec<T> row[kVectors];
     unroll<kVectors>(UNROLLED(n) { row[n] = load_as(value + k * value_stride + n * kLanes<T>); });
     unroll<kRows>(UNROLLED(r) {
@@ -100,12 +101,16 @@ ATTENTION_INLINE void add_values(Matrix<const T> score, const Storage* value, in
   unroll<kRows>(UNROLLED(r) { unroll<kVectors>(UNROLLED(n) { store(sums.row(r) + n * kLanes<T>, sum[r][n]); }); });
 }
 
+template <class T>
+constexpr int kTogether = kLanes<T> < 4 ? kLanes<T> : 4;
+
+ATTENTION_INLINE int64_t row_groups(int64_t rows, int64_t together) { return rows / together + rows % together; }
+
 // Calls f(row, count) for queries by fours, as far as lanes allow, then one by one; count is a constant.
 template <class T, class F>
 ATTENTION_INLINE void for_row_groups(int64_t rows, F&& f) {
-  constexpr int kTogether = kLanes<T> < 4 ? kLanes<T> : 4;
   int64_t r = 0;
-  for (; r + kTogether <= rows; r += kTogether) f(r, std::integral_constant<int, kTogether>{});
+  for (; r + kTogether<T> <= rows; r += kTogether<T>) f(r, std::integral_constant<int, kTogether<T>>{});
   for (; r < rows; ++r) f(r, std::integral_constant<int, 1>{});
 }
 

@@ -139,5 +139,22 @@ ATTENTION_INLINE void transpose(V (&rows)[kCount]) {
   transpose_step<1>(rows);
 }
 
+// Lane i becomes the sum of all lanes of row i, added up as sum_lanes does.
+template <int kStep = 1, class V, int kCount>
+ATTENTION_INLINE V sum_each(V (&rows)[kCount]) {
+  if constexpr (kStep < kCount) {
+    unroll<kCount>(UNROLLED(i) {
+      if constexpr (i % (2 * kStep) == 0) {
+        constexpr auto kAll = std::make_integer_sequence<int, kCount>{};
+        const V a = rows[i], b = rows[i + kStep];
+        rows[i] = exchange<kStep, false>(a, b, kAll) + exchange<kStep, true>(a, b, kAll);
+      }
+    });
+    return sum_each<2 * kStep>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
 }  // namespace
 }  // namespace attention_ext
