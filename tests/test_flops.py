@@ -70,5 +70,9 @@ def test_second_order() -> None:
     assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + (3 * D + 2 * DV))
     with counted() as counter:
         func.jvp(func.grad(loss, (0, 1, 2)), inputs, inputs)
-    linear, curved = 3 * D + 2 * DV, 7 * D + 5 * DV
+    linear, curved = 3 * D + 2 * DV, 7 * D + 3 * DV
     assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + (3 * D + 2 * DV) + linear + curved)
+    with counted() as counter:
+        func.vjp(func.grad(lambda *x: loss(*x) ** 2, (0, 1, 2)), *inputs)[1](inputs)
+    with_out = 7 * D + 5 * DV
+    assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + linear + with_out + linear)

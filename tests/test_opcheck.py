@@ -85,13 +85,17 @@ def test_attention_jvp(spec: Spec, dtype: torch.dtype, device: str) -> None:
     check(OPERATORS.attention_jvp.default, (sample.query, sample.key, sample.value, out, logsumexp, rng_state), options)
 
 
-@pytest.mark.parametrize("output_mask", [[True] * 6, [False, True, False, True, True, False]])
+@pytest.mark.parametrize(
+    ("output_mask", "with_out_tangent"), [([True] * 6, True), ([False, True, False, True, True, False], False)]
+)
 @pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
-def test_attention_double_backward(spec: Spec, output_mask: list[bool], dtype: torch.dtype, device: str) -> None:
+def test_attention_double_backward(
+    spec: Spec, output_mask: list[bool], with_out_tangent: bool, dtype: torch.dtype, device: str
+) -> None:
     sample = spec.build(dtype, device=device)
     arguments = (sample.grad_out, sample.grad_logsumexp, sample.query, sample.key, sample.value, *forward_of(sample))
     tangents = tuple(tangents_by_name(sample).values())
-    options = {**operator_options(sample.options), "output_mask": output_mask}
+    options = {**operator_options(sample.options), "output_mask": output_mask, "with_out_tangent": with_out_tangent}
     check(OPERATORS.attention_double_backward.default, (*tangents, *arguments), options)
 
 

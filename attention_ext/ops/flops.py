@@ -70,11 +70,12 @@ def attention_jvp(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val
 
 
 def attention_double_backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """Those of attention_jvp, grad_out with value and its tangent, two each for query and key, one for value."""
+    """Those of attention_jvp (two fewer without out's), two of grad_out, two each for query and key, one for value."""
     op = ops.attention_double_backward
     query, key, value = (argument(op, args, kwargs, name) for name in ("query", "key", "value"))
     count = scores(op, args, kwargs, query, key)
-    return 2 * count * (7 * query.shape[3] + 5 * value.shape[3])
+    value_products = 5 if argument(op, args, kwargs, "with_out_tangent") else 3
+    return 2 * count * (7 * query.shape[3] + value_products * value.shape[3])
 
 
 def attention_weights(query: Tensor, key: Tensor, *rest: Any, out_val: Any = None, **kwargs: Any) -> int:

@@ -45,38 +45,43 @@ def jvp(sample: Sample, tangents: Tangents, function: Callable[..., Any]) -> Out
 
 
 def double_backward(
-    sample: Sample, tangents: Tangents, function: Callable[..., Any], wanted: tuple[str, ...] = ()
+    sample: Sample,
+    tangents: Tangents,
+    function: Callable[..., Any],
+    wanted: tuple[str, ...] = (),
+    grads_move: bool = True,
 ) -> Outputs:
     """What the gradients of the inputs named in ``tangents``, times these, give back by reverse mode.
 
     ``out_tangent`` and ``logsumexp_tangent`` arrive at the gradients of out and logsumexp (the latter where the sample
-    has one), ``second_<input>`` at the inputs (all, or those ``wanted``).
+    has one), ``second_<input>`` at the inputs (all, or those ``wanted``). Without ``grads_move`` the former two need no
+    gradient, and kernels may work otherwise.
     """
     sample = sample.requiring(*(wanted and {*wanted, *tangents}))
     inputs = sample.inputs()
     out, logsumexp = sample.call(function)[:2]
-    outputs, grads, names = [out], [sample.grad_out.detach().requires_grad_()], ["out_tangent"]
+    outputs, grads, names = [out], [sample.grad_out.detach().requires_grad_(grads_move)], ["out_tangent"]
     if sample.grad_logsumexp is not None:
         outputs, names = [out, logsumexp], ["out_tangent", "logsumexp_tangent"]
-        grads.append(sample.grad_logsumexp.detach().requires_grad_())
+        grads.append(sample.grad_logsumexp.detach().requires_grad_(grads_move))
     pairs = [(x, grad) for x, grad in zip(outputs, grads, strict=True) if x.requires_grad]
     moving = [inputs[name] for name in tangents]
     first = torch.autograd.grad(
         [x for x, _ in pairs], moving, [grad for _, grad in pairs], create_graph=True, materialize_grads=True
     )
-    names += [f"second_{name}" for name in inputs if not wanted or name in wanted]
-    receivers = grads + [x for name, x in inputs.items() if not wanted or name in wanted]
-    second = torch.autograd.grad(first, receivers, list(tangents.values()), materialize_grads=True)
-    return dict(zip(names, second, strict=True))
+    receivers = dict(zip(names, grads, strict=True)) if grads_move else {}
+    receivers |= {f"second_{name}": x for name, x in inputs.items() if not wanted or name in wanted}
+    second = torch.autograd.grad(first, list(receivers.values()), list(tangents.values()), materialize_grads=True)
+    return dict(zip(receivers, second, strict=True))
 
 
-def compare_second_order(sample: Sample, tangents: Tangents, actual: Outputs) -> list[Comparison]:
-    """One :class:`Comparison` for each output of :func:`jvp` or :func:`double_backward` that ``actual`` has."""
+def compare_second_order(sample: Sample, tangents: Tangents, *results: Outputs) -> list[Comparison]:
+    """One :class:`Comparison` for each output of :func:`jvp` or :func:`double_backward` in each of the ``results``."""
     exact, exact_tangents = sample.map(lambda x: x.detach().double()), {k: x.double() for k, x in tangents.items()}
     oracle = double_backward(exact, exact_tangents, reference.attention)
     base = double_backward(sample, tangents, baseline)
     sizes, score_sizes = (second_order_term_sizes(exact, exact_tangents, by_score) for by_score in (False, True))
-    return compare_outputs(sample, actual, oracle, base, sizes, score_sizes)
+    return [x for actual in results for x in compare_outputs(sample, actual, oracle, base, sizes, score_sizes)]
 
 
 def second_order_term_sizes(sample: Sample, tangents: Tangents, by_score: bool = False) -> Outputs:

@@ -92,7 +92,7 @@ struct JvpProblem : AttentionProblem {
 // The grad_* fields of BackwardProblem receive the latter.
 struct DoubleBackwardProblem : BackwardProblem {
   Tangents tangent;
-  View out_tangent;                   // (b, h, q, d_v)
+  View out_tangent;                   // (b, h, q, d_v), or none
   void* logsumexp_tangent = nullptr;  // (b, h, q)
 };
 

@@ -120,8 +120,9 @@ struct BackwardRule {
     variable_list gradients(6);
     Tensor out_tangent, logsumexp_tangent;
     if (wants_any(wanted)) {
-      const auto all = ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out,
-                                                      logsumexp, rng_state, options, wanted);
+      const auto all =
+          ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
+                                         rng_state, options, wanted, /*with_out_tangent=*/request.wanted[0]);
       std::tie(out_tangent, logsumexp_tangent) = std::tie(std::get<0>(all), std::get<1>(all));
       gradients = gradients_of(all, wanted);
     } else {
@@ -164,10 +165,10 @@ ops::Gradients attention_backward_autograd(const Tensor& grad_out, const std::op
         exists);
   }
   if (moves(tangents)) {
-    curved =
-        gradients_of(ops::attention_double_backward(tangents, p_grad_out, primal(grad_logsumexp), p_query, p_key,
-                                                    p_value, p_out, p_logsumexp, rng_state, p_options, output_mask),
-                     exists);
+    curved = gradients_of(
+        ops::attention_double_backward(tangents, p_grad_out, primal(grad_logsumexp), p_query, p_key, p_value, p_out,
+                                       p_logsumexp, rng_state, p_options, output_mask, /*with_out_tangent=*/false),
+        exists);
   }
   const variable_list made = gradients_of(outputs, exists);
   for (size_t i = 0; i < made.size(); ++i) {
@@ -189,9 +190,10 @@ struct JvpRule {
     const auto inputs_wanted = six(request.wanted, 0), tangents_wanted = six(request.wanted, 6);
     variable_list gradients(6), of_tangents(6);
     if (wants_any(inputs_wanted)) {
-      gradients = gradients_of(ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value,
-                                                              out, logsumexp, rng_state, options, inputs_wanted),
-                               inputs_wanted);
+      gradients = gradients_of(
+          ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
+                                         rng_state, options, inputs_wanted, /*with_out_tangent=*/false),
+          inputs_wanted);
     }
     if (wants_any(tangents_wanted)) {
       of_tangents = gradients_of(ops::attention_backward(grad_out, grad_logsumexp, query, key, value, out, logsumexp,
@@ -259,9 +261,10 @@ struct DoubleBackwardRule {
     const ops::InputTangents along{if_defined(g[2]), if_defined(g[3]), if_defined(g[4]),
                                    if_defined(g[5]), if_defined(g[6]), if_defined(g[7])};
     if (moves(along)) {  // the Hessian is symmetric
-      add(gradients_of(ops::attention_double_backward(along, grad_out, grad_logsumexp, query, key, value, out,
-                                                      logsumexp, rng_state, options, wanted),
-                       wanted));
+      add(gradients_of(
+          ops::attention_double_backward(along, grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state,
+                                         options, wanted, /*with_out_tangent=*/false),
+          wanted));
     }
     return gradients;
   }
@@ -271,7 +274,8 @@ ops::SecondOrder attention_double_backward_autograd(const ops::InputTangents& ta
                                                     const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
                                                     const Tensor& key, const Tensor& value, const Tensor& out,
                                                     const Tensor& logsumexp, const Tensor& rng_state,
-                                                    const AttentionOptions& options, ops::OutputMask output_mask) {
+                                                    const AttentionOptions& options, ops::OutputMask output_mask,
+                                                    bool with_out_tangent) {
   const auto fixed = std::tuple_cat(std::tie(grad_out, grad_logsumexp), differentiable(query, key, value, options));
   std::apply(
       [](const auto&... input) { TORCH_CHECK_NOT_IMPLEMENTED((!tangent_of(input).defined() && ...), kThirdOrder); },
@@ -279,21 +283,24 @@ ops::SecondOrder attention_double_backward_autograd(const ops::InputTangents& ta
   auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
-                                          rng_state, options, output_mask);
+                                          rng_state, options, output_mask, with_out_tangent);
   }();
   const auto exists = existing_gradients(options, output_mask);
-  variable_list differentiable_outputs = gradients_of(outputs, exists);
-  differentiable_outputs.insert(differentiable_outputs.begin(), {std::get<0>(outputs), std::get<1>(outputs)});
+  const auto made = [&](const ops::SecondOrder& all) {
+    variable_list tensors = gradients_of(all, exists);
+    tensors.insert(tensors.begin(), {with_out_tangent ? std::get<0>(all) : Tensor(), std::get<1>(all)});
+    return tensors;
+  };
+  const variable_list differentiable_outputs = made(outputs);
   const auto inputs = std::tuple_cat(tangents.fields(), fixed);
   if (any_requires_grad(inputs)) {
     record<DoubleBackwardRule>(differentiable_outputs, edges_of(inputs), grad_out, grad_logsumexp, query, key, value,
                                out, logsumexp, rng_state, options);
   }
   if (const auto moving = tangents_of(tangents); moves(moving)) {
-    const auto moved = ops::attention_double_backward(moving, grad_out, grad_logsumexp, query, key, value, out,
-                                                      logsumexp, rng_state, options, output_mask);
-    variable_list output_moves = gradients_of(moved, exists);
-    output_moves.insert(output_moves.begin(), {std::get<0>(moved), std::get<1>(moved)});
+    const variable_list output_moves =
+        made(ops::attention_double_backward(moving, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
+                                            rng_state, options, output_mask, with_out_tangent));
     for (size_t i = 0; i < output_moves.size(); ++i) {
       if (differentiable_outputs[i].defined()) set_tangent(differentiable_outputs[i], output_moves[i]);
     }

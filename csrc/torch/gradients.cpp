@@ -44,9 +44,7 @@ void GradientBuffers::zero() const {
 }
 
 ops::Gradients GradientBuffers::results() const {
-  const auto or_none = [&](const Tensor& gradient) {
-    return gradient.defined() ? gradient : no_gradient(query_input_);
-  };
+  const auto or_none = [&](const Tensor& gradient) { return gradient.defined() ? gradient : not_made(query_input_); };
   return {or_none(query_),
           or_none(key_),
           or_none(value_),

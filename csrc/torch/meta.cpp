@@ -20,10 +20,10 @@ ops::Gradients empty_gradients(const Tensor& query, const Tensor& key, const Ten
   const auto wanted = existing_gradients(options, output_mask);
   const auto heads_like = [&](bool wants, const Tensor& input) {
     return wants ? empty_heads(input, input.sym_size(0), input.sym_size(1), input.sym_size(2), input.sym_size(3))
-                 : no_gradient(query);
+                 : not_made(query);
   };
   const auto contiguous_like = [&](bool wants, const std::optional<Tensor>& input) {
-    return wants ? at::empty_symint(input->sym_sizes(), input->options()) : no_gradient(query);
+    return wants ? at::empty_symint(input->sym_sizes(), input->options()) : not_made(query);
   };
   return {heads_like(wanted[0], query),
           heads_like(wanted[1], key),
@@ -58,13 +58,15 @@ ops::SecondOrder attention_double_backward_meta(const ops::InputTangents& tangen
                                                 const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
                                                 const Tensor& key, const Tensor& value, const Tensor& out,
                                                 const Tensor& logsumexp, const Tensor& rng_state,
-                                                const AttentionOptions& options, ops::OutputMask output_mask) {
+                                                const AttentionOptions& options, ops::OutputMask output_mask,
+                                                bool with_out_tangent) {
   const char* op = "attention_double_backward";
   const Sizes sizes = check_attention(op, query, key, &value, options);
   check_saved(op, sizes, query, out, logsumexp, rng_state, options);
   check_backward(op, sizes, grad_out, grad_logsumexp, query);
   check_tangents(op, sizes, tangents, query, key, value, options);
-  return std::tuple_cat(empty_tangents(query, sizes), empty_gradients(query, key, value, options, output_mask));
+  return std::tuple_cat(empty_tangents(query, sizes, with_out_tangent),
+                        empty_gradients(query, key, value, options, output_mask));
 }
 
 Tensor attention_weights_meta(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,

@@ -95,7 +95,8 @@ ops::SecondOrder attention_double_backward(const ops::InputTangents& tangents, c
                                            const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
                                            const Tensor& key, const Tensor& value, const Tensor& out,
                                            const Tensor& logsumexp, const Tensor& rng_state,
-                                           const AttentionOptions& options, ops::OutputMask output_mask) {
+                                           const AttentionOptions& options, ops::OutputMask output_mask,
+                                           bool with_out_tangent) {
   const char* op = "attention_double_backward";
   count_call(Pass::kDoubleBackward);
   const Sizes sizes = check_attention(op, query, key, &value, options);
@@ -107,14 +108,14 @@ ops::SecondOrder attention_double_backward(const ops::InputTangents& tangents, c
   fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
   fill_tangents(problem.tangent, converted, op, problem, tangents);
   const GradientBuffers gradients(problem, query, key, value, options, output_mask);
-  ops::OutputTangents outputs = empty_tangents(query, sizes);
+  ops::OutputTangents outputs = empty_tangents(query, sizes, with_out_tangent);
   auto& [out_tangent, logsumexp_tangent] = outputs;
   if (!has_rows(problem)) {
     gradients.zero();
     return std::tuple_cat(outputs, gradients.results());
   }
   fill_backward(problem, converted, grad_out, grad_logsumexp, out, logsumexp);
-  problem.out_tangent = view_of(out_tangent);
+  if (with_out_tangent) problem.out_tangent = view_of(out_tangent);
   problem.logsumexp_tangent = logsumexp_tangent.mutable_data_ptr();
   run(query, Pass::kDoubleBackward, problem);
   return std::tuple_cat(outputs, gradients.results());

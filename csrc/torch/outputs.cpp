@@ -27,8 +27,9 @@ ops::Forward empty_forward(const Tensor& query, const Sizes& sizes, const Attent
           at::empty({options.dropout_p > 0 ? 2 : 0}, query.options().dtype(at::kLong))};
 }
 
-ops::OutputTangents empty_tangents(const Tensor& query, const Sizes& sizes) {
-  return {empty_heads(query, sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v),
+ops::OutputTangents empty_tangents(const Tensor& query, const Sizes& sizes, bool with_out_tangent) {
+  return {with_out_tangent ? empty_heads(query, sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v)
+                           : not_made(query),
           empty_logsumexp(query, sizes)};
 }
 
@@ -39,7 +40,7 @@ ops::OutputMask existing_gradients(const AttentionOptions& options, ops::OutputM
   return output_mask;
 }
 
-Tensor no_gradient(const Tensor& query) { return at::empty({0}, query.options()); }
+Tensor not_made(const Tensor& query) { return at::empty({0}, query.options()); }
 
 Tensor empty_weights(const Tensor& query, const Sizes& sizes, bool average_heads, const Rows& rows) {
   const SymInt full[4] = {sizes.batch, sizes.heads, rows.end - rows.begin, sizes.seqlen_k};

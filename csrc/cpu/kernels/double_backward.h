@@ -1,14 +1,16 @@
 // The gradients of attention_backward's results, in phases. With prob P, dP = dropout(grad_out value^T),
 // D = delta, and ' for what moves along the tangents (jvp.h has S', m and out'):
 //   rows     delta (and its finer form), as in the backward pass
-//   tiles    first jvp.h: out' and logsumexp' = m, the gradients with respect to grad_out and grad_logsumexp; then
-//            P' = P (S' - m),  dS = P (dP - D),  dS' = P' (dP - D) + P (dP' - D'),  D' = rowsum(grad_out out');
+//   tiles    first P and P S', with them m = logsumexp', and either out' and D' = rowsum(grad_out out'), or dP, dP' and
+//            D' = rowsum(P' dP + P dP') where out' is not wanted, which saves two of twelve products; then
+//            P' = P (S' - m),  dS = P (dP - D),  dS' = P' (dP - D) + P (dP' - D');
 //            through the softcap f: dU = dS f',  dU' = dS' f' + dS f'' U';  then
 //            grad_query = scale (dU' key + dU key'),  grad_key = scale (dU'^T query + dU^T query'),
 //            grad_value = dropout(P')^T grad_out,  grad_attn_mask = dS'
 //   keys     what was summed apart becomes grad_key, grad_value and the gradients of slopes and sinks
-// A job of the tiles finishes queries, one tile after another. The second part needs m and D' of whole rows, and P and
-// P S' again: a tile holds those of as many keys as its caches are worth, so that only what lies beyond is made twice.
+// A job of the tiles finishes queries, one tile after another. The second part needs m and D' of whole rows, and what
+// the first made of blocks: a tile holds that for as many keys as its caches are worth, and makes twice what lies
+// beyond.
 #pragma once
 
 #include "cpu/kernels/backward.h"
@@ -26,6 +28,11 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
   friend Jvp;
   friend QueryRun<C, DoubleBackwardTiles<C>>;
 
+  // Of prob, before dropout: dP and dP', but for the scale of what is kept.
+  struct Gradients {
+    Matrix<T> whole, moved;
+  };
+
  public:
   static RunShape<C> run_shape(const AttentionProblem& p) { return jvp_shape<C>(p, /*most_tiles=*/1); }
 
@@ -42,11 +49,15 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
 
  private:
   using Jvp::dropout_, Jvp::key_, Jvp::key_tangent_, Jvp::kv_head_, Jvp::opened_, Jvp::p_, Jvp::seen_, Jvp::sequence_,
-      Jvp::tiles_, Jvp::unseen_;
+      Jvp::tiles_, Jvp::unseen_, Jvp::value_rows_, Jvp::value_tangent_rows_;
 
   DoubleBackwardTiles(const DoubleBackwardProblem& p, const RunShape<C>& run, const BackwardShape<C>& shape,
                       const DoubleBackwardShared<C>& shared, const DoubleBackwardScratch<C>& scratch)
-      : Jvp(p, run, scratch), gradient_shape_(shape), shared_(shared), memory_(scratch) {}
+      : Jvp(p, run, scratch),
+        gradient_shape_(shape),
+        shared_(shared),
+        memory_(scratch),
+        makes_out_(makes_out_tangent<T>(p)) {}
 
   void walk_group(const GradientJobs& jobs, int64_t job) {
     group_ = jobs.group_of(job);
@@ -74,18 +85,99 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     }
   }
 
-  bool held() const { return opened_.end - first_key() <= held_keys(p_); }
+  // The derivatives of a softcap would have to be held with its scores.
+  bool scores_held() const { return opened_.end - first_key() <= held_keys<T>(p_) && p_.softcap == 0; }
   int64_t first_key() const { return seen_.begin / kKeys * kKeys; }
+
+  // Where the matrices of some keys lie between the two parts.
   Scores<T> scores(Range k, int64_t lane) const {
-    if (!held()) return this->passing_scores();
+    if (!scores_held()) return this->passing_scores();
     const int64_t at = (k.begin - first_key()) * kQueries<T> + lane;
     return {{memory_.held_weight + at, kQueries<T>}, {memory_.held_moved + at, kQueries<T>}};
   }
+  Gradients gradients(Range k, int64_t lane) const {
+    if (makes_out_) return {grad_score(), grad_moved()};
+    const int64_t at = (k.begin - first_key()) * kQueries<T> + lane;
+    return {{memory_.held_grad + at, kQueries<T>}, {memory_.held_grad_moved + at, kQueries<T>}};
+  }
 
-  // Once more over the keys, now that the sums of whole rows are known.
-  void finish_tile(int64_t i) {
+  void open_tile(int64_t i) {
+    Jvp::open_tile(i);
+    open_rows_of(tiles_[i]);
+  }
+
+  void open_keys(Range k) {
+    this->open_score_keys(k);
+    makes_out_ ? this->open_values(k) : this->open_value_rows(k);
+  }
+
+  // The first part.
+  void tile_block(int64_t i, const Tile& tile, int64_t lane, Range keys) {
+    Block<T> block;
+    if (!open_block(p_, tile, keys, Matrix<T>{memory_.bias, kQueries<T>}, block)) return;
+    const Scores<T> scores = this->scores(block.k, lane);
+    this->make_scores(i, tile, lane, block, scores, bend_of<T>(block, memory_.slope, nullptr), this->mean(i) + lane);
+    if (makes_out_) {
+      this->add_to_out(i, tile, lane, block.k, scores);
+    } else {
+      const Gradients gradients = this->gradients(block.k, lane);
+      multiply_values(tile, lane, block.k, gradients);
+      add_to_delta_tangent(scores, gradients, tile, lane, block.k);
+    }
+  }
+
+  // Sums for D' = rowsum(P' dP + P dP'), as far as they are known before m is: rowsum(P S' (dP - D) + P dP') and
+  // rowsum(P (dP - D)). Centred, they do not cancel each other.
+  void add_to_delta_tangent(const Scores<T>& scores, const Gradients& gradients, const Tile& tile, int64_t first_lane,
+                            Range k) {
+    const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout_.kept_scale)), zero{};
+    const T* delta = memory_.row_delta + first_lane;
+    alignas(64) T moved[kQueries<T>] = {}, centred[kQueries<T>] = {};  // of the block: long rows lose less that way
+    for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
+      const Vec<T> prob = load(scores.weight.row(r) + lane), prob_moved = load(scores.moved.row(r) + lane);
+      const Vec<T> grad = (kept ? load(gradients.whole.row(r) + lane) * kept_scale : zero) - load(delta + lane);
+      const Vec<T> grad_moved = kept ? load(gradients.moved.row(r) + lane) * kept_scale : zero;
+      const auto hidden = prob == zero;
+      store(moved + lane, load(moved + lane) + (hidden ? zero : fma(prob_moved, grad, prob * grad_moved)));
+      store(centred + lane, load(centred + lane) + (hidden ? zero : prob * grad));
+    });
+    for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
+      T *to_moved = memory_.row_delta_tangent + first_lane + lane,
+        *to_centred = memory_.row_centred + first_lane + lane;
+      store(to_moved, load(to_moved) + load(moved + lane));
+      store(to_centred, load(to_centred) + load(centred + lane));
+    }
+  }
+
+  void close_tile(int64_t i) {
     const Tile& tile = tiles_[i];
-    open_rows_of(tile, i);
+    T* delta_tangent = shared_.delta_tangent + row_of(p_, sequence_, tile.head) + tile.q.begin;
+    this->close_mean(i);
+    if (makes_out_) {
+      this->close_out(i);
+      dot_rows(source_of(this->sums(i)), query_rows(p_.grad_out, tile), tile.q.size(), p_.head_dim_v, delta_tangent);
+    } else {
+      close_delta_tangent(tile, this->mean(i), delta_tangent);
+    }
+    load_rows(this->mean(i), tile, memory_.row_mean);
+    load_rows(delta_tangent, tile, memory_.row_delta_tangent);
+    finish_tile(tile);
+  }
+
+  // The sums become D'. With a sink P' of the keys does not sum to 0, and centring by D took D times that sum away.
+  void close_delta_tangent(const Tile& tile, const T* mean, T* delta_tangent) const {
+    const T* logsumexp = row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin;
+    const double sink_moves = p_.tangent.sinks ? p_.tangent.sinks[sequence_.batch * p_.heads + tile.head] : 0.0;
+    for (int64_t r = 0; r < tile.q.size(); ++r) {
+      delta_tangent[r] = memory_.row_delta_tangent[r] - mean[r] * memory_.row_centred[r];
+      if (!p_.sinks) continue;
+      const double moved_prob = this->sink_prob(logsumexp[r], tile) * (static_cast<double>(mean[r]) - sink_moves);
+      delta_tangent[r] += static_cast<T>(moved_prob * static_cast<double>(memory_.row_delta[r]));
+    }
+  }
+
+  // The second part: once more over the keys, now that the sums of whole rows are known.
+  void finish_tile(const Tile& tile) {
     for (int64_t at = 0; at < kQueries<T> * gradient_shape_.columns; at += kLanes<T>) {
       store(memory_.grad_query + at, Vec<T>{});
     }
@@ -102,7 +194,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
   }
 
   // The tile's queries as the gradients' products read them, and its numbers per row.
-  void open_rows_of(const Tile& tile, int64_t i) {
+  void open_rows_of(const Tile& tile) {
     const int64_t queries = tile.vectors * kLanes<T>, row = row_of(p_, sequence_, tile.head) + tile.q.begin;
     const auto lanes = [&](const View& view, Element* rows, Element* pairs) {
       return lanes_of<C>(rows_of<C>(query_rows(view, tile), tile.q.size(), queries, p_.head_dim, rows), queries,
@@ -113,11 +205,11 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
       query_tangent_lanes_ = lanes(p_.tangent.query, memory_.query_tangent_rows, memory_.query_tangent_lanes);
     }
     grad_out_ = both_ways<C>(query_rows(p_.grad_out, tile), tile, p_.head_dim_v, memory_.grad_out);
-    dot_rows(source_of(this->sums(i)), query_rows(p_.grad_out, tile), tile.q.size(), p_.head_dim_v,
-             shared_.delta_tangent + row);
-    load_rows(this->mean(i), tile, memory_.row_mean);
     load_rows(shared_.delta + row, tile, memory_.row_delta);
-    load_rows(shared_.delta_tangent + row, tile, memory_.row_delta_tangent);
+    for (int64_t lane = 0; lane < kQueries<T>; lane += kLanes<T>) {
+      store(memory_.row_delta_tangent + lane, Vec<T>{});
+      store(memory_.row_centred + lane, Vec<T>{});
+    }
   }
 
   void open_gradient_keys(Range k) {
@@ -127,10 +219,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     if (p_.tangent.key) {
       key_tangent_lanes_ = lanes_of<C>(key_tangent_, padded, gradient_shape_.columns, memory_.key_tangent_lanes);
     }
-    value_rows_ = this->open_rows(p_.value, k, p_.head_dim_v, memory_.value_rows);
-    if (p_.tangent.value) {
-      value_tangent_rows_ = this->open_rows(p_.tangent.value, k, p_.head_dim_v, memory_.value_tangent_rows);
-    }
+    if (makes_out_) this->open_value_rows(k);
   }
 
   void gradient_block(const Tile& tile, int64_t lane, Range keys) {
@@ -139,18 +228,14 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     const Range k = block.k;
     const int64_t skip = k.begin - opened_.begin;
     const Scores<T> scores = this->scores(k, lane);
+    const Gradients gradients = this->gradients(k, lane);
     const Derivatives<T> bend = bend_of<T>(block, memory_.slope, memory_.curve);
-    if (!held()) {
+    if (!scores_held()) {
       alignas(64) T known[kQueries<T>] = {};
       this->make_scores(0, tile, lane, block, scores, bend, known);
     }
-    multiply_values(value_rows_, tile, lane, k, grad_score());
-    if (p_.tangent.value) {
-      multiply_values(value_tangent_rows_, tile, lane, k, grad_moved());
-    } else {
-      clear_block(grad_moved(), k.size(), tile.vectors);
-    }
-    differentiate(scores, tile, lane, k);
+    if (makes_out_) multiply_values(tile, lane, k, gradients);
+    differentiate(scores, gradients, tile, lane, k);
     if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_moved()));
     if (p_.grad_alibi_slopes) {
       shared_.slope_sums.of(group_, sequence_, tile.head) +=
@@ -163,27 +248,37 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     multiply_gradients(tile, lane, k, skip);
   }
 
-  void multiply_values(Matrix<const Element> value, const Tile& tile, int64_t lane, Range k, Matrix<T> to) const {
-    multiply<C>(by_rows(rows_from(value, k.begin - opened_.begin)), columns_from(grad_out_.columns, lane),
-                gradient_shape_.value_depth, to, round_up(k.size(), 2), tile.vectors, Start::kZero);
+  // grad_out value^T and grad_out value'^T
+  void multiply_values(const Tile& tile, int64_t lane, Range k, const Gradients& to) const {
+    const auto times = [&](Matrix<const Element> value, Matrix<T> product) {
+      multiply<C>(by_rows(rows_from(value, k.begin - opened_.begin)), columns_from(grad_out_.columns, lane),
+                  gradient_shape_.value_depth, product, round_up(k.size(), 2), tile.vectors, Start::kZero);
+    };
+    times(value_rows_, to.whole);
+    if (p_.tangent.value) {
+      times(value_tangent_rows_, to.moved);
+    } else {
+      clear_block(to.moved, k.size(), tile.vectors);
+    }
   }
 
-  // grad_score, grad_moved: grad_out value^T, grad_out value'^T become dS, dS'; weight_tangent becomes dropout(P').
-  void differentiate(const Scores<T>& scores, const Tile& tile, int64_t first_lane, Range k) {
+  // From the four matrices: dS, dS' and dropout(P').
+  void differentiate(const Scores<T>& scores, const Gradients& gradients, const Tile& tile, int64_t first_lane,
+                     Range k) {
     const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout_.kept_scale)), zero{};
     const T *mean = memory_.row_mean + first_lane, *delta = memory_.row_delta + first_lane;
     const T* delta_tangent = memory_.row_delta_tangent + first_lane;
     for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
-      T *g = grad_score().row(r) + lane, *gm = grad_moved().row(r) + lane;
+      const Vec<T> g = load(gradients.whole.row(r) + lane), gm = load(gradients.moved.row(r) + lane);
       const Vec<T> prob = load(scores.weight.row(r) + lane);
       const Vec<T> prob_tangent = load(scores.moved.row(r) + lane) - prob * load(mean + lane);
-      const Vec<T> centred = (kept ? load(g) * kept_scale : zero) - load(delta + lane);
-      const Vec<T> centred_tangent = (kept ? load(gm) * kept_scale : zero) - load(delta_tangent + lane);
+      const Vec<T> centred = (kept ? g * kept_scale : zero) - load(delta + lane);
+      const Vec<T> centred_tangent = (kept ? gm * kept_scale : zero) - load(delta_tangent + lane);
       const Vec<T> second = fma(prob_tangent, centred, prob * centred_tangent);
       const auto hidden = prob == zero;
       store(weight_tangent().row(r) + lane, hidden ? zero : (kept ? prob_tangent : zero));
-      store(g, hidden ? zero : prob * centred);
-      store(gm, hidden ? zero : second);
+      store(grad_score().row(r) + lane, hidden ? zero : prob * centred);
+      store(grad_moved().row(r) + lane, hidden ? zero : second);
     });
   }
 
@@ -232,8 +327,9 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
   const BackwardShape<C>& gradient_shape_;
   const DoubleBackwardShared<C>& shared_;
   const DoubleBackwardScratch<C>& memory_;
+  const bool makes_out_;
   int64_t group_ = 0;
-  Matrix<const Element> key_lanes_, key_tangent_lanes_, value_rows_, value_tangent_rows_;
+  Matrix<const Element> key_lanes_, key_tangent_lanes_;
   Matrix<const Element> query_lanes_, query_tangent_lanes_;
   BothWays<C> grad_out_;
 };

@@ -7,12 +7,25 @@
 namespace attention_ext {
 namespace {
 
-// 2 MB for a tile: beyond L2, but reading it is still cheaper than the three products that make it. Scores that a
-// softcap bends are not held, since their derivatives would have to be held with them.
-constexpr int64_t kMostHeldKeys = 4096;
+// What a tile holds of its blocks: beyond L2, but reading them is still cheaper than the products that make them.
+constexpr int64_t kHeldBytes = 7 << 19;
 
-ATTENTION_INLINE int64_t held_keys(const AttentionProblem& p) {
-  return p.softcap > 0 ? 0 : minimum(kMostHeldKeys, round_up(p.max_seqlen_k, kKeys));
+// Keys of which so many matrices are held.
+template <class T>
+ATTENTION_INLINE int64_t most_held_keys(int64_t matrices) {
+  return kHeldBytes / (matrices * kQueries<T> * static_cast<int64_t>(sizeof(T))) / kKeys * kKeys;
+}
+
+// Where out' is made it gives D', and P and P S' are held. Where it is not asked for, dP and dP' may give D' instead,
+// if all four can be held: to make them twice would cost more than out'.
+template <class T>
+ATTENTION_INLINE bool makes_out_tangent(const DoubleBackwardProblem& p) {
+  return p.out_tangent || p.max_seqlen_k > most_held_keys<T>(4);
+}
+
+template <class T>
+ATTENTION_INLINE int64_t held_keys(const DoubleBackwardProblem& p) {
+  return minimum(most_held_keys<T>(makes_out_tangent<T>(p) ? 2 : 4), round_up(p.max_seqlen_k, kKeys));
 }
 
 ATTENTION_INLINE GradientJobs double_backward_jobs(const BackwardProblem& p) {
@@ -39,15 +52,16 @@ struct DoubleBackwardScratch : JvpScratch<C> {
   using T = typename C::Scalar;
   using Element = typename C::Element;
   Element *key_lanes, *key_tangent_lanes, *query_lanes, *query_tangent_rows, *query_tangent_lanes;
-  T *held_weight, *held_moved, *weight_tangent, *grad_score, *grad_moved, *curve, *grad_query;
-  T *row_mean, *row_delta, *row_delta_tangent;  // per lane of the tile
+  T *held_weight, *held_moved, *held_grad, *held_grad_moved;
+  T *weight_tangent, *grad_score, *grad_moved, *curve, *grad_query;
+  T *row_mean, *row_delta, *row_delta_tangent, *row_centred;  // per lane of the tile
   BothWaysMemory<C> grad_out;
 
   DoubleBackwardScratch(Arena& arena, const DoubleBackwardProblem& p, const RunShape<C>& run,
                         const BackwardShape<C>& shape)
       : JvpScratch<C>(arena, p, p.tangent, run), grad_out(arena, p.head_dim_v) {
     const int64_t padded_keys = shape.keys + kTileRows, block = padded_keys * kQueries<T>;
-    const int64_t held = (held_keys(p) + kTileRows) * kQueries<T>;
+    const int64_t held = (held_keys<T>(p) + kTileRows) * kQueries<T>;
     const int64_t query = kQueries<T> * round_up(shape.depth, kLanes<Element>);
     const int64_t lanes = C::kPair == 1 ? 0 : padded_keys * shape.columns;
     key_lanes = arena.take<Element>(lanes);
@@ -57,6 +71,8 @@ struct DoubleBackwardScratch : JvpScratch<C> {
     query_tangent_lanes = arena.take<Element>(p.tangent.query && C::kPair != 1 ? query : 0);
     held_weight = arena.take<T>(held);
     held_moved = arena.take<T>(held);
+    held_grad = arena.take<T>(makes_out_tangent<T>(p) ? 0 : held);
+    held_grad_moved = arena.take<T>(makes_out_tangent<T>(p) ? 0 : held);
     weight_tangent = arena.take<T>(block);
     grad_score = arena.take<T>(block);
     grad_moved = arena.take<T>(block);
@@ -65,6 +81,7 @@ struct DoubleBackwardScratch : JvpScratch<C> {
     row_mean = arena.take<T>(kQueries<T>);
     row_delta = arena.take<T>(kQueries<T>);
     row_delta_tangent = arena.take<T>(kQueries<T>);
+    row_centred = arena.take<T>(kQueries<T>);
   }
 };
 

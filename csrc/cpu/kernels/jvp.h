@@ -55,8 +55,7 @@ struct JvpScratch {
   }
 };
 
-// Job provides scores(k, lane), where the scores of the keys k go, and finish_tile(i), with out' and logsumexp'
-// written.
+// Job opens the keys, and makes of each block and each tile what it needs of them.
 template <class C, class Job, class Problem>
 class JvpRun : protected QueryRun<C, Job> {
   using Run = QueryRun<C, Job>;
@@ -121,6 +120,65 @@ class JvpRun : protected QueryRun<C, Job> {
     }
   }
 
+  void open_value_rows(Range k) {
+    value_rows_ = open_rows(p_.value, k, p_.head_dim_v, scratch_.value_rows);
+    if (p_.tangent.value) {
+      value_tangent_rows_ = open_rows(p_.tangent.value, k, p_.head_dim_v, scratch_.value_tangent_rows);
+    }
+  }
+
+  // What out' is made of.
+  void open_values(Range k) {
+    open_value_rows(k);
+    value_ = lanes_of<C>(value_rows_, round_up(k.size(), 2), shape_.columns, scratch_.value_lanes);
+    if (p_.tangent.value) {
+      value_tangent_ =
+          lanes_of<C>(value_tangent_rows_, round_up(k.size(), 2), shape_.columns, scratch_.value_tangent_lanes);
+    }
+  }
+
+  void add_to_out(int64_t i, const Tile& tile, int64_t first_lane, Range k, Scores<T> scores) {
+    const int64_t skip = k.begin - opened_.begin;
+    if (dropout_.present) scores = drop(scores, tile, k);
+    const Matrix<T> sum = rows_from(sums(i), first_lane);
+    add_product(scores.moved, rows_from(value_, skip / C::kPair), k, tile, sum);
+    if (p_.tangent.value) add_product(scores.weight, rows_from(value_tangent_, skip / C::kPair), k, tile, sum);
+  }
+
+  // What the sink adds to m, which is then complete: logsumexp'.
+  void close_mean(int64_t i) {
+    const Tile& tile = tiles_[i];
+    const int64_t row = row_of(p_, sequence_, tile.head) + tile.q.begin;
+    const T* logsumexp = static_cast<const T*>(p_.logsumexp) + row;
+    T* logsumexp_tangent = static_cast<T*>(p_.logsumexp_tangent) + row;
+    for (int64_t r = 0; r < tile.q.size(); ++r) {
+      T& m = mean(i)[r];
+      if (p_.tangent.sinks) {
+        m += static_cast<T>(sink_prob(logsumexp[r], tile) * p_.tangent.sinks[sequence_.batch * p_.heads + tile.head]);
+      }
+      logsumexp_tangent[r] = m;
+    }
+  }
+
+  // The share of the sink in a row.
+  double sink_prob(T logsumexp, const Tile& tile) const {
+    if (logsumexp == static_cast<T>(-__builtin_inf())) return 0.0;
+    return __builtin_exp(p_.sinks[sequence_.batch * p_.sinks_stride_b + tile.head] - static_cast<double>(logsumexp));
+  }
+
+  // The sums become out'.
+  void close_out(int64_t i) {
+    const Tile& tile = tiles_[i];
+    const int64_t b = sequence_.tensor_batch, first = sequence_.begin_q + tile.q.begin;
+    for (int64_t r = 0; r < tile.q.size(); ++r) {
+      add_mean_part(source_of(p_.out, b, tile.head, first + r), -mean(i)[r], sums(i).row(r));
+    }
+    if (!p_.out_tangent) return;
+    const T one = 1;
+    write_rows(source_of(p_.out_tangent, b, tile.head, first), tile.q.size(), p_.head_dim_v, as_operand(sums(i)), &one,
+               0);
+  }
+
   Matrix<const Element> open_rows(const View& view, Range k, int64_t width, Element* buffer) const {
     const Source source = source_of(view, sequence_.tensor_batch, kv_head_, sequence_.begin_k + k.begin);
     return rows_of<C>(source, k.size(), round_up(k.size(), 2), width, buffer, unseen_);
@@ -134,39 +192,13 @@ class JvpRun : protected QueryRun<C, Job> {
   const Problem& p_;
   const JvpScratch<C>& scratch_;
   Dropout dropout_;
-  Matrix<const Element> key_, key_tangent_;
+  Matrix<const Element> key_, key_tangent_, value_rows_, value_tangent_rows_;
 
  private:
-  Job& self() { return static_cast<Job&>(*this); }
-
   void open_columns(const View& view, const Tile& tile, Matrix<Element> to) {
     const Source source = source_of(view, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
     const auto rows = rows_of<C>(source, tile.q.size(), tile.vectors * kLanes<T>, p_.head_dim, scratch_.query_rows);
     transpose_rows<C>(rows, tile.vectors, shape_.depth, to);
-  }
-
-  void open_keys(Range k) {
-    const auto open_values = [&](const View& view, Element* rows, Element* lanes) {
-      return lanes_of<C>(open_rows(view, k, p_.head_dim_v, rows), round_up(k.size(), 2), shape_.columns, lanes);
-    };
-    open_score_keys(k);
-    value_ = open_values(p_.value, scratch_.value_rows, scratch_.value_lanes);
-    if (p_.tangent.value) {
-      value_tangent_ = open_values(p_.tangent.value, scratch_.value_tangent_rows, scratch_.value_tangent_lanes);
-    }
-  }
-
-  void tile_block(int64_t i, const Tile& tile, int64_t first_lane, Range keys) {
-    Block<T> block;
-    if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
-    const Range k = block.k;
-    const int64_t skip = k.begin - opened_.begin;
-    Scores<T> scores = self().scores(k, first_lane);
-    make_scores(i, tile, first_lane, block, scores, bend_of<T>(block, scratch_.slope, nullptr), mean(i) + first_lane);
-    if (dropout_.present) scores = drop(scores, tile, k);
-    const Matrix<T> sum = rows_from(sums(i), first_lane);
-    add_product(scores.moved, rows_from(value_, skip / C::kPair), k, tile, sum);
-    if (p_.tangent.value) add_product(scores.weight, rows_from(value_tangent_, skip / C::kPair), k, tile, sum);
   }
 
   Scores<T> drop(const Scores<T>& whole, const Tile& tile, Range k) const {
@@ -188,27 +220,6 @@ class JvpRun : protected QueryRun<C, Job> {
     const auto by_key = weights_by_keys<C>(weight, k.size(), tile.vectors, scratch_.weight_rows);
     multiply<C>(by_columns(by_key), value, ceil_div(k.size(), C::kPair), to, tile.vectors * kLanes<T>,
                 shape_.columns / kLanes<T>, Start::kAdd);
-  }
-
-  void close_tile(int64_t i) {
-    const Tile& tile = tiles_[i];
-    const int64_t row = row_of(p_, sequence_, tile.head) + tile.q.begin, b = sequence_.tensor_batch;
-    const T* logsumexp = static_cast<const T*>(p_.logsumexp) + row;
-    T* logsumexp_tangent = static_cast<T*>(p_.logsumexp_tangent) + row;
-    for (int64_t r = 0; r < tile.q.size(); ++r) {
-      T& m = mean(i)[r];
-      if (p_.tangent.sinks && logsumexp[r] != static_cast<T>(-__builtin_inf())) {
-        const double sink = p_.sinks[sequence_.batch * p_.sinks_stride_b + tile.head];
-        const double prob = __builtin_exp(sink - static_cast<double>(logsumexp[r]));
-        m += static_cast<T>(prob * p_.tangent.sinks[sequence_.batch * p_.heads + tile.head]);
-      }
-      logsumexp_tangent[r] = m;
-      add_mean_part(source_of(p_.out, b, tile.head, sequence_.begin_q + tile.q.begin + r), -m, sums(i).row(r));
-    }
-    const T one = 1;
-    write_rows(source_of(p_.out_tangent, b, tile.head, sequence_.begin_q + tile.q.begin), tile.q.size(), p_.head_dim_v,
-               as_operand(sums(i)), &one, 0);
-    self().finish_tile(i);
   }
 
   // sums = kept_scale * sums + factor * out
@@ -249,8 +260,24 @@ class JvpJob : JvpRun<C, JvpJob<C>, JvpProblem> {
  private:
   using Jvp::Jvp;
 
-  Scores<T> scores(Range, int64_t) const { return this->passing_scores(); }
-  void finish_tile(int64_t) {}
+  void open_keys(Range k) {
+    this->open_score_keys(k);
+    this->open_values(k);
+  }
+
+  void tile_block(int64_t i, const Tile& tile, int64_t lane, Range keys) {
+    const auto& memory = this->scratch_;
+    Block<T> block;
+    if (!open_block(this->p_, tile, keys, Matrix<T>{memory.bias, kQueries<T>}, block)) return;
+    const Scores<T> scores = this->passing_scores();
+    this->make_scores(i, tile, lane, block, scores, bend_of<T>(block, memory.slope, nullptr), this->mean(i) + lane);
+    this->add_to_out(i, tile, lane, block.k, scores);
+  }
+
+  void close_tile(int64_t i) {
+    this->close_mean(i);
+    this->close_out(i);
+  }
 };
 
 template <class C>

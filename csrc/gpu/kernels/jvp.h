@@ -109,6 +109,7 @@ class Jvp {
       static_cast<T*>(p_.logsumexp_tangent)[row] = means_[r];
       if constexpr (kForGradients) BackwardMemory<T>(p_, workspace).delta_tangent[row] = deltas[r];
     }
+    if (!p_.out_tangent) return;
     const T factor[2] = {T(1), T(1)};
     store_rows(head_rows<E>(head_, p_.out_tangent, p_.head_dim_v), q_.begin + row_, q_.end, sums_.tile[0], factor);
   }
