@@ -9,8 +9,8 @@
 namespace attention_ext {
 namespace {
 
-// Rows on their way from memory while products of earlier ones are made, a few lines at each of `steps`: reading is what
-// bounds decoding, and a burst of lines would hold up the products instead.
+// Rows on their way from memory while products of earlier ones are made, a few lines at each of `steps`: reading is
+// what bounds decoding, and a burst of lines would hold up the products instead.
 class RowsAhead {
  public:
   RowsAhead(const Source& from, int64_t rows, int64_t columns, int64_t steps)
