@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import platform
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch.utils import cpp_extension
 import attention_ext
 from attention_ext import _C, explain, reference
 from attention_ext.testing import (
+    EMPTY,
     HARD,
     SINGLE,
     Sample,
@@ -53,11 +57,12 @@ def emulated() -> dict[str, Any]:
 
 @pytest.fixture
 def emulate(emulated: dict[str, Any]) -> Iterator[Any]:
-    """From now on every pass that has an emulated kernel runs it."""
+    """From now on every pass that has an emulated kernel runs it, one of the tiled rows unless told."""
 
-    def force() -> None:
+    def force(rows: str = "emulated_sm80") -> None:
         for name, row in emulated.items():
-            _C.force_kernel(row["pass"], name)
+            if row["isa"] == rows:
+                _C.force_kernel(row["pass"], name)
 
     yield force
     for row in emulated.values():
@@ -132,13 +137,17 @@ def without_keep(sample: Sample) -> Sample:
 def test_second_order(spec: Spec, dtype: torch.dtype, emulate: Any) -> None:
     sample = spec.build(dtype, "small")
     emulate()
+    check_second_order(sample)
+
+
+def check_second_order(sample: Sample) -> None:
     sample = with_keep(sample, sample.call(operator)[2])
     tangents = tangents_of(sample)
     actual = double_backward(without_keep(sample), tangents, operator)
     for name, moved in jvp(without_keep(sample), tangents, operator).items():
         assert name not in actual or torch.equal(actual[name], moved), f"{name} of jvp and of double backward differ"
     failed = [x.report for x in compare_second_order(sample, tangents, actual) if x.ratio > 1]
-    assert not failed, f"{sample.name}, {dtype}:\n" + "\n".join(failed)
+    assert not failed, f"{sample.name}, {sample.query.dtype}:\n" + "\n".join(failed)
 
 
 @pytest.mark.parametrize("name", ["varlen_causal", "varlen_bias"])
@@ -153,9 +162,12 @@ def test_second_order_of_packed_sequences(name: str, emulate: Any) -> None:
 @pytest.mark.parametrize("average_heads", [False, True])
 @pytest.mark.parametrize("spec", [x for x in SINGLE if not x.varlen], ids=lambda x: x.name)
 def test_weights(spec: Spec, average_heads: bool, dtype: torch.dtype, emulate: Any) -> None:
-    sample = spec.build(dtype, "small")
+    check_weights(spec.build(dtype, "small"), average_heads, emulate)
+
+
+def check_weights(sample: Sample, average_heads: bool, force: Callable[[], None]) -> None:
     _, logsumexp, rng_state = sample.call(operator)
-    emulate()
+    force()
     rows = {"row_begin": 1, "row_end": sample.query.shape[2]} if sample.query.shape[2] > 1 else {}
     weights = torch.ops.attention_ext.attention_weights(
         sample.query,
@@ -168,23 +180,116 @@ def test_weights(spec: Spec, average_heads: bool, dtype: torch.dtype, emulate: A
     )
     expected = with_keep(sample, rng_state).map(torch.Tensor.double).call(reference.attention).weights
     expected = expected[:, :, rows.get("row_begin", 0) :]
-    eps = max(torch.finfo(dtype).eps, 1e-13)
+    eps = max(torch.finfo(sample.query.dtype).eps, 1e-13)
     torch.testing.assert_close(
         weights.double(), expected.mean(1) if average_heads else expected, rtol=50 * eps, atol=eps
     )
 
 
+# The plain rows, which serve what the tiled ones leave
+
+
+def eight(spec: Spec) -> Spec:
+    return dataclasses.replace(spec, head_dims=(8, 8)) if spec.head_dims == "same" else spec
+
+
+LEFT = [
+    Spec("few_columns", lengths=(9, 37), head_dims=(72, 40), heads=(2, 1), causal="bottom_right"),
+    Spec("beyond_tiles", lengths=(5, 9), head_dims=(264, 264), batch=1, mask="float 1hqk", layout="offset"),
+    Spec("beyond_tiles_and_odd", lengths=(6, 7), head_dims=(300, 9), batch=1, layout="strided", sinks=True),
+    Spec("beyond_tiles_in_value", lengths=(5, 7), head_dims=(8, 300), batch=1, alibi="heads", dropout_p=0.2),
+    Spec("beyond_registers", lengths=(3, 5), head_dims=(520, 9), batch=1, alibi="heads"),
+    Spec("beyond_registers_in_value", lengths=(3, 5), head_dims=(9, 520), batch=1, softcap=3.0),
+    Spec("masks_of_many_tiles", lengths=(7, 70), head_dims=(8, 8), heads=(2, 1), mask="float 11qk"),
+    Spec("masks_shared_by_keys", lengths=(7, 70), head_dims=(8, 8), batch=1, mask="float bhq1"),
+    Spec("masks_shared_by_queries", lengths=(7, 70), head_dims=(8, 8), batch=1, mask="float h1k"),
+]
+
+
+@pytest.mark.parametrize("spec", [*map(eight, [*SINGLE, *HARD]), *LEFT, *EMPTY], ids=lambda x: x.name)
+def test_simt_backward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
+    sample = spec.build(dtype, "small")
+    emulate("emulated_simt")
+    rng_state = sample.call(operator)[2]
+    check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator))
+
+
+@pytest.mark.parametrize("spec", [*map(eight, SECOND[:-2]), *LEFT], ids=lambda x: x.name)
+def test_simt_second_order(spec: Spec, dtype: torch.dtype, emulate: Any) -> None:
+    sample = spec.build(dtype, "small")
+    emulate("emulated_simt")
+    check_second_order(sample)
+
+
+@pytest.mark.parametrize("name", ["varlen_causal", "varlen_bias"])
+def test_simt_second_order_of_packed_sequences(name: str, emulate: Any) -> None:
+    sample = NAMED[name].build(torch.float64)
+    expected = double_backward(sample, tangents_of(sample), operator)
+    emulate("emulated_simt")
+    for output, x in double_backward(sample, tangents_of(sample), operator).items():
+        torch.testing.assert_close(x, expected[output], rtol=1e-10, atol=1e-12, msg=output)
+
+
+@pytest.mark.parametrize("average_heads", [False, True])
+@pytest.mark.parametrize("spec", [*(eight(x) for x in SINGLE if not x.varlen), *LEFT], ids=lambda x: x.name)
+def test_simt_weights(spec: Spec, average_heads: bool, dtype: torch.dtype, emulate: Any) -> None:
+    check_weights(spec.build(dtype, "small"), average_heads, functools.partial(emulate, "emulated_simt"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_simt_rows_that_repeat_gather_no_rounding_of_out(dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
+    spec = Spec("repeated", lengths=(64, 9), head_dims=(8, 8), batch=1, mask="float h1k", alibi="heads")
+    sample = spec.build(dtype)
+    query, grad_out = (x[:, :, :1].expand_as(x).contiguous() for x in (sample.query, sample.grad_out))
+    sample = sample.replace(query=query, grad_out=grad_out)
+    emulate("emulated_simt")
+    check_accuracy(sample, evaluate(sample, operator))
+
+
+def test_simt_masked_keys_may_hold_anything(emulate: Any) -> None:
+    sample = Spec("masked", lengths=(5, 9), head_dims=(8, 8), mask="bool b11k").build(torch.float32)
+    hidden = ~sample.options["attn_mask"][:, 0, 0]
+    assert hidden.any()
+    emulate("emulated_simt")
+    expected = double_backward(sample, tangents_of(sample), operator)
+    key, value = (x.masked_fill(hidden[:, None, :, None], torch.nan) for x in (sample.key, sample.value))
+    actual = double_backward(sample.replace(key=key, value=value), tangents_of(sample), operator)
+    assert [name for name, x in expected.items() if not torch.equal(x, actual[name])] == []
+
+
+def test_simt_serves_what_others_refuse(emulate: Any) -> None:
+    sample = Spec("refused", lengths=(3, 5), head_dims=(264, 8)).build(torch.float32)
+    emulate()
+    with pytest.raises(NotImplementedError, match="serves head_dim and head_dim_v up to 256"):
+        sample.call(operator)
+    emulate("emulated_simt")
+    sample.call(operator)
+
+
+def test_table_prefers_tiles(tmp_path: Path) -> None:
+    """The GPU's own table, with planners that do nothing: a program, because it needs a torch with CUDA otherwise."""
+    program = CSRC.parent / "tests" / "emulator" / "table_main.cpp"
+    compiler = os.environ.get("CXX", "g++").split()
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+    subprocess.run([*compiler, *flags, str(program), "-o", str(tmp_path / "table")], check=True)
+    subprocess.run([tmp_path / "table"], check=True)
+
+
 # What holds for every kernel
 
 
+ROWS = "emulated_sm80", "emulated_simt"
 ALL = NAMED["everything"], NAMED["varlen_causal"], Spec("long", lengths=(70, 150), head_dims=(40, 64), batch=1)
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda x: x.name)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_schedules_agree(spec: Spec, dtype: torch.dtype, emulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", ROWS)
+def test_schedules_agree(
+    spec: Spec, dtype: torch.dtype, rows: str, emulate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = spec.build(dtype, "small")
-    emulate()
+    emulate(rows)
     outputs = []
     for schedule in SCHEDULES:
         monkeypatch.setenv("ATTENTION_EXT_SCHEDULE", schedule)
@@ -193,13 +298,14 @@ def test_schedules_agree(spec: Spec, dtype: torch.dtype, emulate: Any, monkeypat
         assert [name for name, x in other.items() if not torch.equal(x, outputs[0][name])] == []
 
 
-def test_dropout_bits_are_those_of_the_cpu(emulate: Any) -> None:
+@pytest.mark.parametrize("rows", ROWS)
+def test_dropout_bits_are_those_of_the_cpu(rows: str, emulate: Any) -> None:
     sample = Spec("bits", lengths=(70, 150), head_dims=(8, 8), dropout_p=0.3).build(torch.float32)
     _, logsumexp, rng_state = sample.call(operator)
     options = operator_options(sample.options)
     arguments = (sample.query, sample.key, logsumexp, rng_state)
     on_cpu = torch.ops.attention_ext.attention_weights(*arguments, **options)
-    emulate()
+    emulate(rows)
     assert torch.equal(on_cpu == 0, torch.ops.attention_ext.attention_weights(*arguments, **options) == 0)
 
 
@@ -213,9 +319,12 @@ def test_dropout_bits_are_those_of_the_cpu(emulate: Any) -> None:
     ],
     ids=["causal", "window", "key_lengths"],
 )
-def test_hidden_keys_change_nothing(changes: dict[str, Any], unseen: slice, dtype: torch.dtype, emulate: Any) -> None:
+@pytest.mark.parametrize("rows", ROWS)
+def test_hidden_keys_change_nothing(
+    changes: dict[str, Any], unseen: slice, dtype: torch.dtype, rows: str, emulate: Any
+) -> None:
     sample = Spec("unread", head_dims=(33, 40), **changes).build(dtype)
-    emulate()
+    emulate(rows)
     expected = evaluate(sample, operator)
     key, value = sample.key.clone(), sample.value.clone()
     key[:, :, unseen] = value[:, :, unseen] = torch.nan

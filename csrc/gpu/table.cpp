@@ -51,6 +51,11 @@ const GpuKernel kKernels[] = {
     row<plan_weights<GpuPlan>, not_in_buckets>("sm80/weights", Pass::kWeights),
     row<plan_jvp<GpuPlan>, not_in_moving_buckets>("sm80/jvp", Pass::kJvp),
     row<plan_double_backward<GpuPlan>, not_in_moving_buckets>("sm80/double_backward", Pass::kDoubleBackward),
+    row<plan_simt_forward<GpuPlan>, serves_every_problem>("simt/forward", Pass::kForward),
+    row<plan_simt_backward<GpuPlan>, serves_every_problem>("simt/backward", Pass::kBackward),
+    row<plan_simt_weights<GpuPlan>, serves_every_problem>("simt/weights", Pass::kWeights),
+    row<plan_simt_jvp<GpuPlan>, serves_every_problem>("simt/jvp", Pass::kJvp),
+    row<plan_simt_double_backward<GpuPlan>, serves_every_problem>("simt/double_backward", Pass::kDoubleBackward),
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the files of csrc/gpu/units compile: one pass for one dtype each, planned for a stream (by nvcc) or for the
-// emulator (by any other compiler).
+// What the files of csrc/gpu/units compile: one pass for one dtype each, and simt.cu all of them, planned for a stream
+// (by nvcc) or for the emulator (by any other compiler).
 #pragma once
 
 #include "gpu/plan.h"
@@ -19,6 +19,17 @@ template <class Plan, class Element>
 Plan plan_jvp(const AttentionProblem& problem);
 template <class Plan, class Element>
 Plan plan_double_backward(const AttentionProblem& problem);
+
+template <class Plan>
+Plan plan_simt_forward(const AttentionProblem& problem);
+template <class Plan>
+Plan plan_simt_backward(const AttentionProblem& problem);
+template <class Plan>
+Plan plan_simt_weights(const AttentionProblem& problem);
+template <class Plan>
+Plan plan_simt_jvp(const AttentionProblem& problem);
+template <class Plan>
+Plan plan_simt_double_backward(const AttentionProblem& problem);
 
 // pass(element) for the dtype of the problem
 template <class Plan, class Pass>

@@ -13,6 +13,12 @@ const CpuKernel kKernels[] = {
     {"emulated_sm80/weights", Pass::kWeights, not_in_buckets, plan_weights<Plan>, true},
     {"emulated_sm80/jvp", Pass::kJvp, not_in_moving_buckets, plan_jvp<Plan>, true},
     {"emulated_sm80/double_backward", Pass::kDoubleBackward, not_in_moving_buckets, plan_double_backward<Plan>, true},
+    {"emulated_simt/forward", Pass::kForward, serves_every_problem, plan_simt_forward<Plan>, true},
+    {"emulated_simt/backward", Pass::kBackward, serves_every_problem, plan_simt_backward<Plan>, true},
+    {"emulated_simt/weights", Pass::kWeights, serves_every_problem, plan_simt_weights<Plan>, true},
+    {"emulated_simt/jvp", Pass::kJvp, serves_every_problem, plan_simt_jvp<Plan>, true},
+    {"emulated_simt/double_backward", Pass::kDoubleBackward, serves_every_problem, plan_simt_double_backward<Plan>,
+     true},
 };
 
 const bool kAdded = (add_cpu_kernels(kKernels), true);

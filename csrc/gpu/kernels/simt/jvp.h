@@ -1,0 +1,77 @@
+// How out and logsumexp move along tangents of the inputs, a warp for each query.
+#pragma once
+
+#include <type_traits>
+
+#include "gpu/kernels/simt/pair.h"
+
+namespace attention_ext {
+namespace {
+namespace simt {
+
+// ProblemType: JvpProblem or DoubleBackwardProblem, whose gradients begin with the same pass.
+template <class T, class ProblemType>
+struct Jvp {
+  using Problem = ProblemType;
+  static constexpr bool kForGradients = std::is_same_v<ProblemType, DoubleBackwardProblem>;
+  static constexpr int kThreads = simt::kThreads;
+  static constexpr size_t kSharedBytes = 0;
+
+  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kWarps); }
+
+  ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
+    const QueryTileIndex at(p, kWarps);
+    const Head head(p, at.batch, at.head);
+    const int q = static_cast<int>(at.tile) * kWarps + warp_index();
+    if (q >= head.length_q) return;
+    const int64_t row = row_of(p, head.sequence, head.head) + q;
+    T mean = 0, delta = 0;
+    for_each_part<T>(p.head_dim_v, [&](RowSum<T> sums) {
+      mean = walk(p, head, q, sums);
+      delta += close_row(p, head, q, mean, sums);
+    });
+    if (lane_index() != 0) return;
+    static_cast<T*>(p.logsumexp_tangent)[row] = mean;
+    if constexpr (kForGradients) BackwardMemory<T>(p, workspace).delta_tangent[row] = delta;
+  }
+
+ private:
+  // (P S') value + P value' to sums, after dropout. Returns rowsum(P S'), before it.
+  ATTENTION_DEVICE static T walk(const Problem& p, const Head& head, int q, RowSum<T>& sums) {
+    const Pairs<T> pairs(p, head);
+    const PairTangents<T> tangents(pairs, p.tangent);
+    const HeadRows value = key_rows(head, p.value, p.head_dim_v);
+    const T logsumexp = LogsumexpRows<T>(p, head, p.logsumexp).row(q);
+    T mean = sink_mean(p, pairs, logsumexp);
+    const Span keys(visible_keys(p, head.sequence, {q, q + 1}));
+    for (int k = keys.begin; k < keys.end; ++k) {
+      const auto score = pairs.score(q, k);
+      const T prob = weight_of<Rules::kAll>(score.score, T(1), logsumexp);
+      if (prob == T(0)) continue;  // hidden keys may hold anything
+      const T product = prob * tangents.score(score, q, k).score, kept = pairs.kept(q, k);
+      mean += product;
+      if (kept == T(0)) continue;
+      sums.add(product * kept, value, k);
+      if (tangents.value) sums.add(prob * kept, tangents.value, k);
+    }
+    return mean;
+  }
+
+  ATTENTION_DEVICE static T sink_mean(const Problem& p, const Pairs<T>& pairs, T logsumexp) {
+    if (!p.tangent.sinks) return T(0);
+    const double prob = exp2_of((pairs.sink() - static_cast<double>(logsumexp)) * kLog2E);
+    return static_cast<T>(prob * p.tangent.sinks[pairs.head.sequence.batch * p.heads + pairs.head.head]);
+  }
+
+  // Sums become out'. Returns rowsum(grad_out * out') of these columns, where gradients need it.
+  ATTENTION_DEVICE static T close_row(const Problem& p, const Head& head, int q, T mean, RowSum<T>& sums) {
+    sums.add(-mean, query_rows(head, p.out, p.head_dim_v), q);
+    sums.store(T(1), query_rows(head, p.out_tangent, p.head_dim_v), q);
+    if constexpr (kForGradients) return sums.dot(query_rows(head, p.grad_out, p.head_dim_v), q);
+    return T(0);
+  }
+};
+
+}  // namespace simt
+}  // namespace
+}  // namespace attention_ext

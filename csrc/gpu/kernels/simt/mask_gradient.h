@@ -1,0 +1,91 @@
+// grad_attn_mask: a block of threads owns a tile of it, a warp for each query and a lane for each key, and walks
+// everything that was broadcast along the mask.
+#pragma once
+
+#include "gpu/kernels/mask_gradient.h"
+#include "gpu/kernels/simt/pair.h"
+
+namespace attention_ext {
+namespace {
+namespace simt {
+
+template <class T, Order kOrder>
+struct MaskGradient {
+  using Problem = ProblemOf<kOrder>;
+  static constexpr int kThreads = simt::kThreads;
+  static constexpr size_t kSharedBytes = kThreads * sizeof(T);
+
+  static int64_t blocks(const BackwardProblem& p) {
+    return batches(p).blocks() * heads(p).blocks() * query_tiles(p).blocks() * key_tiles(p).blocks();
+  }
+
+  ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
+    int64_t index = block_index();
+    const auto part_of = [&](const BroadcastAxis& axis) {
+      const int64_t own = index % axis.blocks();
+      index /= axis.blocks();
+      return axis.part(own);
+    };
+    const Range k = part_of(key_tiles(p)), q = part_of(query_tiles(p)), h = part_of(heads(p)), b = part_of(batches(p));
+    const BackwardMemory<T> memory(p, workspace);
+    T sum = 0;
+    for (int64_t batch = b.begin; batch < b.end; ++batch) {
+      for (int64_t head = h.begin; head < h.end; ++head) {
+        const Head of(p, batch, head);
+        const PairGradients<T, kOrder> gradients(p, of, memory);
+        for (int64_t tile = q.begin; tile < q.end; ++tile) {
+          sum += walk(p, gradients, static_cast<int>(tile) * kWarps + warp_index(), k);
+        }
+      }
+    }
+    store(p, sum, b.begin, h.begin, q.begin * kWarps + warp_index(), k.begin * kWarpSize + lane_index());
+  }
+
+ private:
+  ATTENTION_INLINE static BroadcastAxis batches(const BackwardProblem& p) {
+    return {p.batch, p.grad_attn_mask.stride_b == 0};
+  }
+  ATTENTION_INLINE static BroadcastAxis heads(const BackwardProblem& p) {
+    return {p.heads, p.grad_attn_mask.stride_h == 0};
+  }
+  ATTENTION_INLINE static BroadcastAxis query_tiles(const BackwardProblem& p) {
+    return {ceil_div(p.max_seqlen_q, kWarps), p.grad_attn_mask.stride_row == 0};
+  }
+  ATTENTION_INLINE static BroadcastAxis key_tiles(const BackwardProblem& p) {
+    return {ceil_div(p.max_seqlen_k, kWarpSize), p.grad_attn_mask.stride_col == 0};
+  }
+
+  // The sum over those keys that are this lane's.
+  ATTENTION_DEVICE static T walk(const Problem& p, const PairGradients<T, kOrder>& gradients, int q, Range key_tiles) {
+    const Head& head = gradients.pairs.head;
+    if (q >= head.length_q) return T(0);
+    const RowNumbers<T> row = gradients.rows.row(q);
+    const Range seen = visible_keys(p, head.sequence, {q, q + 1});
+    const Span keys({maximum(key_tiles.begin * kWarpSize, seen.begin), minimum(key_tiles.end * kWarpSize, seen.end)});
+    T sum = 0;
+    for (int k = keys.begin; k < keys.end; ++k) {
+      const T gradient = gradients(q, k, row).score;
+      if (k % kWarpSize == lane_index()) sum += gradient;
+    }
+    return sum;
+  }
+
+  // Through shared memory, where sums over the tile's queries and keys are made in order.
+  ATTENTION_DEVICE static void store(const Problem& p, T sum, int64_t b, int64_t h, int64_t q, int64_t k) {
+    const View& to = p.grad_attn_mask;
+    const int rows = to.stride_row == 0 ? kWarps : 1, columns = to.stride_col == 0 ? kWarpSize : 1;
+    T* own = reinterpret_cast<T*>(shared_memory()) + thread_index();
+    *own = sum;
+    synchronize_block();
+    if (warp_index() % rows != 0 || lane_index() % columns != 0 || q >= p.max_seqlen_q || k >= p.max_seqlen_k) return;
+    T total = 0;
+    for (int m = 0; m < rows; ++m) {
+      for (int n = 0; n < columns; ++n) total += own[m * kWarpSize + n];
+    }
+    static_cast<T*>(to.data)[b * to.stride_b + h * to.stride_h + q * to.stride_row + k * to.stride_col] = total;
+  }
+};
+
+}  // namespace simt
+}  // namespace
+}  // namespace attention_ext

@@ -1,0 +1,74 @@
+// Which row of the GPU's table a call takes, with planners that plan nothing.
+#include "gpu/table.cpp"
+
+#include <cstdio>
+
+namespace attention_ext {
+
+#define PLANS_NOTHING(planner, ...)       \
+  template <__VA_ARGS__>                  \
+  Plan planner(const AttentionProblem&) { \
+    return {};                            \
+  }
+PLANS_NOTHING(plan_forward, class Plan, class Element)
+PLANS_NOTHING(plan_decode, class Plan, class Element)
+PLANS_NOTHING(plan_backward, class Plan, class Element)
+PLANS_NOTHING(plan_weights, class Plan, class Element)
+PLANS_NOTHING(plan_jvp, class Plan, class Element)
+PLANS_NOTHING(plan_double_backward, class Plan, class Element)
+PLANS_NOTHING(plan_simt_forward, class Plan)
+PLANS_NOTHING(plan_simt_backward, class Plan)
+PLANS_NOTHING(plan_simt_weights, class Plan)
+PLANS_NOTHING(plan_simt_jvp, class Plan)
+PLANS_NOTHING(plan_simt_double_backward, class Plan)
+
+}  // namespace attention_ext
+
+namespace {
+
+using attention_ext::DType;
+using attention_ext::Pass;
+
+struct Case {
+  Pass pass;
+  DType dtype;
+  int64_t head_dim, head_dim_v;
+  const char* row;
+};
+
+const Case kCases[] = {
+    {Pass::kForward, DType::kFloat32, 256, 256, "sm80/forward"},
+    {Pass::kForward, DType::kFloat32, 264, 8, "simt/forward"},
+    {Pass::kForward, DType::kFloat16, 8, 264, "simt/forward"},
+    {Pass::kBackward, DType::kBFloat16, 72, 256, "sm80/backward"},
+    {Pass::kBackward, DType::kBFloat16, 300, 300, "simt/backward"},
+    {Pass::kWeights, DType::kFloat64, 256, 0, "sm80/weights"},
+    {Pass::kWeights, DType::kFloat64, 257, 0, "simt/weights"},
+    {Pass::kJvp, DType::kFloat64, 128, 128, "sm80/jvp"},
+    {Pass::kJvp, DType::kFloat64, 129, 8, "simt/jvp"},
+    {Pass::kJvp, DType::kFloat32, 129, 8, "sm80/jvp"},
+    {Pass::kDoubleBackward, DType::kFloat64, 128, 128, "sm80/double_backward"},
+    {Pass::kDoubleBackward, DType::kFloat64, 8, 130, "simt/double_backward"},
+    {Pass::kDoubleBackward, DType::kFloat16, 256, 256, "sm80/double_backward"},
+};
+
+}  // namespace
+
+int main() {
+  int wrong = 0;
+  for (const Case& c : kCases) {
+    attention_ext::AttentionProblem problem;
+    problem.head_dim = c.head_dim;
+    problem.head_dim_v = c.head_dim_v;
+    problem.dtype = c.dtype;
+    problem.max_seqlen_q = problem.max_seqlen_k = 64;
+    for (const int capability : {80, 90}) {
+      const attention_ext::GpuKernel* kernel = attention_ext::select_gpu_kernel(c.pass, problem, capability);
+      if (kernel && std::strcmp(kernel->name, c.row) == 0) continue;
+      std::printf("head_dim %lld and %lld: expected %s, got %s\n", static_cast<long long>(c.head_dim),
+                  static_cast<long long>(c.head_dim_v), c.row, kernel ? kernel->name : "none");
+      ++wrong;
+    }
+  }
+  return wrong > 0;
+}
