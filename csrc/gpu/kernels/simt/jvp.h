@@ -66,7 +66,7 @@ struct Jvp {
   // Sums become out'. Returns rowsum(grad_out * out') of these columns, where gradients need it.
   ATTENTION_DEVICE static T close_row(const Problem& p, const Head& head, int q, T mean, RowSum<T>& sums) {
     sums.add(-mean, query_rows(head, p.out, p.head_dim_v), q);
-    sums.store(T(1), query_rows(head, p.out_tangent, p.head_dim_v), q);
+    if (p.out_tangent) sums.store(T(1), query_rows(head, p.out_tangent, p.head_dim_v), q);
     if constexpr (kForGradients) return sums.dot(query_rows(head, p.grad_out, p.head_dim_v), q);
     return T(0);
   }
