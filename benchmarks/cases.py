@@ -149,6 +149,18 @@ def _derivative_cases() -> list[Case]:
     ]
 
 
+def _flex_cases() -> list[Case]:
+    cases = []
+    for dtype in (FLOAT32, BFLOAT16):
+        sizes: dict[str, Any] = {"group": "flex", "dtype": dtype, "passes": ("forward",)}
+        cases += [
+            Case("H8 L1024 d64", **sizes),
+            Case("H8 L1024 d64 causal", is_causal=True, **sizes),
+            Case("H4 L2048 d64 window 256", heads=4, length_q=2048, is_causal=True, window=(255, 0), **sizes),
+        ]
+    return cases
+
+
 def _tiny_cases() -> list[Case]:
     return [
         Case("H1 L4 d8", "tiny", FLOAT32, heads=1, length_q=4, head_dim=8),
@@ -156,4 +168,4 @@ def _tiny_cases() -> list[Case]:
     ]
 
 
-CASES = [*_main_cases(), *_odd_cases(), *_long_cases(), *_derivative_cases(), *_tiny_cases()]
+CASES = [*_main_cases(), *_odd_cases(), *_long_cases(), *_derivative_cases(), *_flex_cases(), *_tiny_cases()]

@@ -32,7 +32,7 @@ from passes import PASSES
 from attention_ext import info
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = ["main", "odd", "long", "derivatives", "tiny", "modules", "memory"]
+GROUPS = ["main", "odd", "long", "derivatives", "flex", "tiny", "modules", "memory"]
 
 
 def run_case(case: cases.Case, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from cases import Case, Window
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attention_ext
 
@@ -73,6 +74,8 @@ def build(case: Case) -> Ways:
         return Ways(inputs, ours, {})
     if case.group == "derivatives":
         return Ways(inputs, ours, {"sdpa, math": _differentiable_twice(case)})
+    if case.group == "flex":
+        return Ways(inputs, ours, {"flex_attention": _flex(case, inputs)})
     return Ways(inputs, ours, _theirs(case, fixed_mask, options))
 
 
@@ -100,6 +103,27 @@ def _differentiable_twice(case: Case) -> Way:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(query, key, value, is_causal=case.is_causal)
 
+    return way
+
+
+def _flex(case: Case, inputs: list[Tensor]) -> Way:
+    """Compiled before it is timed. On CPUs it is for inference only."""
+    left = case.window and case.window[0]
+    reach = case.length_q if left is None else left
+
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key <= reach)
+
+    block_mask = None
+    if case.is_causal:
+        block_mask = create_block_mask(is_visible, None, None, case.length_q, case.length_k, device="cpu")
+    compiled = torch.compile(flex_attention)
+
+    def way(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return compiled(query, key, value, block_mask=block_mask)
+
+    with torch.no_grad():
+        way(*inputs)
     return way
 
 

@@ -75,10 +75,11 @@ def test_names_are_unique(cases: Any) -> None:
     assert len(names) == len(set(names))
 
 
+@torch.compiler.set_stance("force_eager")
 def test_every_case_agrees_with_torch(modules: Any) -> None:
     """Small twins of the cases: ours and each of torch's ways compute the same, in every pass."""
     for case in modules["cases"].CASES:
-        if case.group not in ("main", "derivatives") or case.dtype != torch.float32 or case.dropout_p:
+        if case.group not in ("main", "derivatives", "flex") or case.dtype != torch.float32 or case.dropout_p:
             continue
         small = dataclasses.replace(
             case,

@@ -152,9 +152,9 @@ template <class C>
 BothWays<C> both_ways(Source from, const Tile& tile, int64_t width, const BothWaysMemory<C>& memory) {
   using T = typename C::Scalar;
   const int64_t queries = tile.vectors * kLanes<T>;
-  const auto rows = rows_of<C>(from, tile.q.size(), queries, width, memory.rows);
+  const auto rows = tile_rows<C>(from, tile, width, memory.rows);
   const Matrix<typename C::Element> columns{memory.columns, kQueries<T>};
-  transpose_rows<C>(rows, tile.vectors, ceil_div(width, C::kPair), columns);
+  transpose_rows<C>(rows, tile.q.size(), tile.vectors, ceil_div(width, C::kPair), columns);
   return {as_operand(columns), lanes_of<C>(rows, queries, round_up(width, kLanes<T>), memory.lanes)};
 }
 

@@ -197,7 +197,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
   void open_rows_of(const Tile& tile) {
     const int64_t queries = tile.vectors * kLanes<T>, row = row_of(p_, sequence_, tile.head) + tile.q.begin;
     const auto lanes = [&](const View& view, Element* rows, Element* pairs) {
-      return lanes_of<C>(rows_of<C>(query_rows(view, tile), tile.q.size(), queries, p_.head_dim, rows), queries,
+      return lanes_of<C>(tile_rows<C>(query_rows(view, tile), tile, p_.head_dim, rows), queries,
                          gradient_shape_.columns, pairs);
     };
     query_lanes_ = lanes(p_.query, memory_.query_rows, memory_.query_lanes);

@@ -77,8 +77,8 @@ class SoftmaxRun : protected QueryRun<C, Job> {
     const Tile& tile = tiles_[i];
     const int64_t queries = tile.vectors * kLanes<T>;
     const Source source = source_of(p_.query, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
-    const auto rows = rows_of<C>(source, tile.q.size(), queries, p_.head_dim, scratch_.query_rows);
-    transpose_rows<C>(rows, tile.vectors, shape_.depth, query_columns(i));
+    const auto rows = tile_rows<C>(source, tile, p_.head_dim, scratch_.query_rows);
+    transpose_rows<C>(rows, tile.q.size(), tile.vectors, shape_.depth, query_columns(i));
     const double sink = p_.sinks ? p_.sinks[sequence_.batch * p_.sinks_stride_b + tile.head] : -__builtin_inf();
     for (int64_t lane = 0; lane < queries; lane += kLanes<T>) {
       store(row_state(i).maximum + lane, splat<T>(static_cast<T>(sink)));

@@ -197,8 +197,8 @@ class JvpRun : protected QueryRun<C, Job> {
  private:
   void open_columns(const View& view, const Tile& tile, Matrix<Element> to) {
     const Source source = source_of(view, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
-    const auto rows = rows_of<C>(source, tile.q.size(), tile.vectors * kLanes<T>, p_.head_dim, scratch_.query_rows);
-    transpose_rows<C>(rows, tile.vectors, shape_.depth, to);
+    const auto rows = tile_rows<C>(source, tile, p_.head_dim, scratch_.query_rows);
+    transpose_rows<C>(rows, tile.q.size(), tile.vectors, shape_.depth, to);
   }
 
   Scores<T> drop(const Scores<T>& whole, const Tile& tile, Range k) const {

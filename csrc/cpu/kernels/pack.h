@@ -104,16 +104,21 @@ Matrix<const typename C::Element> lanes_of(Matrix<const typename C::Element> row
   }
 }
 
-// B operand whose depth runs over columns: (depth, rows), from `vectors` vectors of rows.
+// B operand whose depth runs over columns: (depth, rows), from `count` rows. Those that fill the last of the vectors
+// are 0.
 template <class C>
-void transpose_rows(Matrix<const typename C::Element> rows, int64_t vectors, int64_t depth,
+void transpose_rows(Matrix<const typename C::Element> rows, int64_t count, int64_t vectors, int64_t depth,
                     Matrix<typename C::Element> to) {
   using Element = typename C::Element;
   constexpr int kSide = kLanes<Element>;
   for (int64_t r = 0; r < vectors * kSide; r += kSide) {
     for (int64_t c = 0; c < depth; c += kSide) {
       Vec<Element> block[kSide];
-      unroll<kSide>(UNROLLED(i) { block[i] = load(rows.row(r + i) + c); });
+      if (r + kSide <= count) {
+        unroll<kSide>(UNROLLED(i) { block[i] = load(rows.row(r + i) + c); });
+      } else {
+        unroll<kSide>(UNROLLED(i) { block[i] = r + i < count ? load(rows.row(r + i) + c) : Vec<Element>{}; });
+      }
       transpose(block);
       unroll<kSide>(UNROLLED(i) { store(to.row(c + i) + r, block[i]); });
     }

@@ -37,6 +37,14 @@ ATTENTION_INLINE const T* row_pointer(const void* per_query, const AttentionProb
   return per_query ? static_cast<const T*>(per_query) + row_of(p, s, head) : nullptr;
 }
 
+// The queries of a tile, with rows of 0 for spare lanes only where C pairs rows.
+template <class C>
+Matrix<const typename C::Element> tile_rows(const Source& from, const Tile& tile, int64_t columns,
+                                            typename C::Element* buffer) {
+  const int64_t padded = C::kPair == 1 ? tile.q.size() : tile.vectors * kLanes<typename C::Scalar>;
+  return rows_of<C>(from, tile.q.size(), padded, columns, buffer);
+}
+
 // One number per query of a tile, 0 for spare lanes.
 template <class T>
 void load_rows(const T* per_query, const Tile& tile, T* to) {
