@@ -59,7 +59,8 @@ def test_explain_names_every_row(which: str, dtype: torch.dtype, device: str) ->
     query = torch.randn(1, 2, 70, 64, dtype=dtype, device=device)
     lines = explain(query, query, query, window=(5, None), which=which).strip().split("\n")
     names = [line.split(":")[0] for line in lines]
-    assert names == [row["name"] for row in ROWS if (row["device"], row["pass"]) == (device, which)]
+    rows = _C.kernels()  # now: tests of emulated kernels may have added theirs
+    assert names == [row["name"] for row in rows if (row["device"], row["pass"]) == (device, which)]
     assert sum(line.endswith(": chosen") for line in lines) == 1
 
 
