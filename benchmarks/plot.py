@@ -70,8 +70,9 @@ def draw_memory(axes: Axes, rows: list[compare.Row]) -> None:
     axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(xlabel="length", ylabel="MiB", title="Peak extra memory")
-    axes.legend(loc="lower right", title=rows[0]["case"].replace("), ", "),\n"), title_fontsize=7, fontsize=8)
+    axes.set(xlabel="length", ylabel="MiB")
+    axes.set_title("Peak extra memory\n" + rows[0]["case"].replace("), ", "),\n"), fontsize=7)
+    axes.legend(loc="lower right", fontsize=8)
 
 
 def save(figure: Any, facts: dict[str, Any], path: Path) -> None:
@@ -89,7 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=IMAGES, help="the folder of the pictures")
     options = parser.parse_args(arguments)
     measured = json.loads(options.file.read_text())
-    timed = [row for row in measured["results"] if row.get("torch_s") and row["pass"] != "inference"]
+    timed = [
+        row
+        for row in measured["results"]
+        if row.get("torch_s") and row["pass"] != "inference" and row["group"] != "flex"  # cases of main, other rivals
+    ]
     memory = [row for row in measured["results"] if row["group"] == "memory" and "training step" in row["case"]]
     overview = [
         row
