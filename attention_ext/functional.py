@@ -89,7 +89,7 @@ def attention(
     Source: "Attention Is All You Need" (arXiv:1706.03762); online softmax as in "FlashAttention" (arXiv:2205.14135).
     """
     if fits(query, key, value, enable_gqa):
-        # Every argument that is passed costs a tenth of a microsecond, so what has its default is not.
+        # Every argument that is passed costs the dispatcher time, also a default: what has its default is not passed.
         options: dict[str, Any] = {}
         if attn_mask is not None:
             options["attn_mask"] = attn_mask
