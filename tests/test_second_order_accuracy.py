@@ -47,14 +47,14 @@ LONG = [
     ),
     Spec("both", lengths=(1024, 1024), head_dims=(64, 64), batch=1, heads=(1, 1), causal="top_left"),
     # more keys than a tile holds the scores of, from the first key on and from within
-    Spec("beyond_held", lengths=(70, 7500), head_dims=(16, 16), heads=(2, 1), batch=1, dropout_p=0.1),
+    Spec("beyond_held", lengths=(70, 8200), head_dims=(16, 16), heads=(2, 1), batch=1, dropout_p=0.1),
     Spec(
         "beyond_held_window",
-        lengths=(70, 8000),
+        lengths=(70, 8800),
         head_dims=(16, 16),
         batch=1,
         heads=(1, 1),
-        window=(7400, None),
+        window=(8200, None),
         alignment="bottom_right",
     ),
 ]

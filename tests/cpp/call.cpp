@@ -219,11 +219,11 @@ JvpProblem Call::jvp() const {
   return p;
 }
 
-DoubleBackwardProblem Call::double_backward() {
+DoubleBackwardProblem Call::double_backward(bool with_out_tangent) {
   DoubleBackwardProblem p;
   fill(p);
   p.tangent = tangents();
-  p.out_tangent = out_tangent.view;
+  if (with_out_tangent) p.out_tangent = out_tangent.view;
   p.logsumexp_tangent = logsumexp_tangent.view.data;
   return p;
 }

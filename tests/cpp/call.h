@@ -35,7 +35,7 @@ struct Call {
   BackwardProblem backward();
   WeightsProblem weights_problem() const;
   JvpProblem jvp() const;
-  DoubleBackwardProblem double_backward();
+  DoubleBackwardProblem double_backward(bool with_out_tangent = true);
 
   // The call in double with every input moved by `step` tangents.
   Call moved(double step) const;

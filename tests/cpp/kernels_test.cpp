@@ -144,13 +144,15 @@ void test_jvp(const std::string& what, const CpuKernel& kernel, Call& call, Expe
   compare_moves(what + " logsumexp", call.logsumexp_tangent, moves.logsumexp, call.dtype);
 }
 
-void test_double_backward(const std::string& what, const CpuKernel& kernel, Call& call, Expected& moves) {
-  std::vector<Guarded*> outputs{&call.out_tangent.memory, &call.logsumexp_tangent.memory, &call.grad_query.memory,
-                                &call.grad_key.memory, &call.grad_value.memory};
+void test_double_backward(const std::string& what, const CpuKernel& kernel, Call& call, Expected& moves,
+                          bool with_out_tangent) {
+  std::vector<Guarded*> outputs{&call.logsumexp_tangent.memory, &call.grad_query.memory, &call.grad_key.memory,
+                                &call.grad_value.memory};
+  if (with_out_tangent) outputs.push_back(&call.out_tangent.memory);
   if (call.spec.alibi) outputs.push_back(&call.grad_slopes);
   if (call.spec.sinks) outputs.push_back(&call.grad_sinks);
-  run_in_every_order(what, kernel, outputs, [&] { return call.double_backward(); });
-  compare_moves(what + " out", call.out_tangent, moves.out, call.dtype);
+  run_in_every_order(what, kernel, outputs, [&] { return call.double_backward(with_out_tangent); });
+  if (with_out_tangent) compare_moves(what + " out", call.out_tangent, moves.out, call.dtype);
   compare_moves(what + " logsumexp", call.logsumexp_tangent, moves.logsumexp, call.dtype);
   compare_moves(what + " grad_query", call.grad_query, moves.grad_query, call.dtype);
   compare_moves(what + " grad_key", call.grad_key, moves.grad_key, call.dtype);
@@ -175,7 +177,9 @@ void test_kernel(const CpuKernel& kernel, Call& call, Expected& expected, Expect
       if (!refuses(call.jvp())) test_jvp(what, kernel, call, moves);
       break;
     case Pass::kDoubleBackward:
-      if (!refuses(call.double_backward())) test_double_backward(what, kernel, call, moves);
+      if (refuses(call.double_backward())) break;
+      test_double_backward(what, kernel, call, moves, true);
+      test_double_backward(what + " without out's", kernel, call, moves, false);
       break;
   }
 }
@@ -190,6 +194,49 @@ void test_case(const Case& spec) {
         if ((kernel.pass == Pass::kForward) == forward) test_kernel(kernel, call, expected, moves);
       }
     }
+  }
+}
+
+// A thread's memory is bounded, whatever the length.
+template <class Problem>
+void test_scratch(const CpuKernel& kernel) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t head_dim : {64, 128, 256}) {
+      for (const int64_t length : {2048, 65536}) {
+        double number = 0;
+        const View view{&number, dtype, 1, 1, 1, 1};
+        Problem p;
+        p.batch = p.heads = p.kv_heads = 1;
+        p.seqlen_q = p.max_seqlen_q = p.seqlen_k = p.max_seqlen_k = length;
+        p.head_dim = p.head_dim_v = head_dim;
+        p.dtype = dtype;
+        p.query = p.key = p.value = p.attn_mask = view;
+        p.softcap = 1;
+        if constexpr (requires { p.grad_query; }) p.grad_query = p.grad_key = p.grad_value = view;
+        if constexpr (requires { p.tangent; }) {
+          p.tangent.query = p.tangent.key = p.tangent.value = p.tangent.attn_mask = view;
+        }
+        if (kernel.why_not(p) != nullptr) continue;
+        const size_t bytes = kernel.plan(p).scratch_bytes;
+        check(bytes <= size_t{4} << 20,
+              std::string(kernel.name) + " takes " + std::to_string(bytes) + " bytes a thread");
+      }
+    }
+  }
+}
+
+void test_scratch_of(const CpuKernel& kernel) {
+  switch (kernel.pass) {
+    case Pass::kForward:
+      return test_scratch<ForwardProblem>(kernel);
+    case Pass::kBackward:
+      return test_scratch<BackwardProblem>(kernel);
+    case Pass::kWeights:
+      return test_scratch<WeightsProblem>(kernel);
+    case Pass::kJvp:
+      return test_scratch<JvpProblem>(kernel);
+    case Pass::kDoubleBackward:
+      return test_scratch<DoubleBackwardProblem>(kernel);
   }
 }
 
@@ -280,6 +327,7 @@ std::vector<Case> cases() {
 }  // namespace
 
 void test_kernels(int every) {
+  for (const CpuKernel& kernel : cpu_kernels()) test_scratch_of(kernel);
   int number = 0;
   for (const Case& spec : cases()) {
     if (number++ % every == 0) test_case(spec);

@@ -53,11 +53,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
 
   DoubleBackwardTiles(const DoubleBackwardProblem& p, const RunShape<C>& run, const BackwardShape<C>& shape,
                       const DoubleBackwardShared<C>& shared, const DoubleBackwardScratch<C>& scratch)
-      : Jvp(p, run, scratch),
-        gradient_shape_(shape),
-        shared_(shared),
-        memory_(scratch),
-        makes_out_(makes_out_tangent<T>(p)) {}
+      : Jvp(p, run, scratch), gradient_shape_(shape), shared_(shared), memory_(scratch) {}
 
   void walk_group(const GradientJobs& jobs, int64_t job) {
     group_ = jobs.group_of(job);
@@ -86,7 +82,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
   }
 
   // The derivatives of a softcap would have to be held with its scores.
-  bool scores_held() const { return opened_.end - first_key() <= held_keys<T>(p_) && p_.softcap == 0; }
+  bool scores_held() const { return opened_.end - first_key() <= memory_.held_keys && p_.softcap == 0; }
   int64_t first_key() const { return seen_.begin / kKeys * kKeys; }
 
   // Where the matrices of some keys lie between the two parts.
@@ -96,7 +92,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     return {{memory_.held_weight + at, kQueries<T>}, {memory_.held_moved + at, kQueries<T>}};
   }
   Gradients gradients(Range k, int64_t lane) const {
-    if (makes_out_) return {grad_score(), grad_moved()};
+    if (memory_.makes_out) return {grad_score(), grad_moved()};
     const int64_t at = (k.begin - first_key()) * kQueries<T> + lane;
     return {{memory_.held_grad + at, kQueries<T>}, {memory_.held_grad_moved + at, kQueries<T>}};
   }
@@ -108,7 +104,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
 
   void open_keys(Range k) {
     this->open_score_keys(k);
-    makes_out_ ? this->open_values(k) : this->open_value_rows(k);
+    memory_.makes_out ? this->open_values(k) : this->open_value_rows(k);
   }
 
   // The first part.
@@ -117,7 +113,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     if (!open_block(p_, tile, keys, Matrix<T>{memory_.bias, kQueries<T>}, block)) return;
     const Scores<T> scores = this->scores(block.k, lane);
     this->make_scores(i, tile, lane, block, scores, bend_of<T>(block, memory_.slope, nullptr), this->mean(i) + lane);
-    if (makes_out_) {
+    if (memory_.makes_out) {
       this->add_to_out(i, tile, lane, block.k, scores);
     } else {
       const Gradients gradients = this->gradients(block.k, lane);
@@ -153,7 +149,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     const Tile& tile = tiles_[i];
     T* delta_tangent = shared_.delta_tangent + row_of(p_, sequence_, tile.head) + tile.q.begin;
     this->close_mean(i);
-    if (makes_out_) {
+    if (memory_.makes_out) {
       this->close_out(i);
       dot_rows(source_of(this->sums(i)), query_rows(p_.grad_out, tile), tile.q.size(), p_.head_dim_v, delta_tangent);
     } else {
@@ -219,7 +215,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     if (p_.tangent.key) {
       key_tangent_lanes_ = lanes_of<C>(key_tangent_, padded, gradient_shape_.columns, memory_.key_tangent_lanes);
     }
-    if (makes_out_) this->open_value_rows(k);
+    if (memory_.makes_out) this->open_value_rows(k);
   }
 
   void gradient_block(const Tile& tile, int64_t lane, Range keys) {
@@ -234,7 +230,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
       alignas(64) T known[kQueries<T>] = {};
       this->make_scores(0, tile, lane, block, scores, bend, known);
     }
-    if (makes_out_) multiply_values(tile, lane, k, gradients);
+    if (memory_.makes_out) multiply_values(tile, lane, k, gradients);
     differentiate(scores, gradients, tile, lane, k);
     if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_moved()));
     if (p_.grad_alibi_slopes) {
@@ -327,7 +323,6 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
   const BackwardShape<C>& gradient_shape_;
   const DoubleBackwardShared<C>& shared_;
   const DoubleBackwardScratch<C>& memory_;
-  const bool makes_out_;
   int64_t group_ = 0;
   Matrix<const Element> key_lanes_, key_tangent_lanes_;
   Matrix<const Element> query_lanes_, query_tangent_lanes_;

@@ -7,26 +7,9 @@
 namespace attention_ext {
 namespace {
 
-// What a tile holds of its blocks: beyond L2, but reading them is still cheaper than the products that make them.
-constexpr int64_t kHeldBytes = 7 << 19;
-
-// Keys of which so many matrices are held.
-template <class T>
-ATTENTION_INLINE int64_t most_held_keys(int64_t matrices) {
-  return kHeldBytes / (matrices * kQueries<T> * static_cast<int64_t>(sizeof(T))) / kKeys * kKeys;
-}
-
-// Where out' is made it gives D', and P and P S' are held. Where it is not asked for, dP and dP' may give D' instead,
-// if all four can be held: to make them twice would cost more than out'.
-template <class T>
-ATTENTION_INLINE bool makes_out_tangent(const DoubleBackwardProblem& p) {
-  return p.out_tangent || p.max_seqlen_k > most_held_keys<T>(4);
-}
-
-template <class T>
-ATTENTION_INLINE int64_t held_keys(const DoubleBackwardProblem& p) {
-  return minimum(most_held_keys<T>(makes_out_tangent<T>(p) ? 2 : 4), round_up(p.max_seqlen_k, kKeys));
-}
+// What a job may take, so that a thread's memory does not grow with the length. A tile holds matrices of its blocks in
+// what is left of it: beyond L2, but reading them is still cheaper than the products that make them.
+constexpr int64_t kMostScratchBytes = 4 << 20;
 
 ATTENTION_INLINE GradientJobs double_backward_jobs(const BackwardProblem& p) {
   return {p, p.max_seqlen_q, p.grad_attn_mask.stride_row};
@@ -52,16 +35,20 @@ struct DoubleBackwardScratch : JvpScratch<C> {
   using T = typename C::Scalar;
   using Element = typename C::Element;
   Element *key_lanes, *key_tangent_lanes, *query_lanes, *query_tangent_rows, *query_tangent_lanes;
-  T *held_weight, *held_moved, *held_grad, *held_grad_moved;
   T *weight_tangent, *grad_score, *grad_moved, *curve, *grad_query;
   T *row_mean, *row_delta, *row_delta_tangent, *row_centred;  // per lane of the tile
   BothWaysMemory<C> grad_out;
+
+  // Where out' is made it gives D', and P and P S' are held. Where it is not asked for, dP and dP' may give D' instead,
+  // if all four can be held: to make them twice would cost more than out'.
+  bool makes_out;
+  int64_t held_keys;
+  T *held_weight, *held_moved, *held_grad, *held_grad_moved;
 
   DoubleBackwardScratch(Arena& arena, const DoubleBackwardProblem& p, const RunShape<C>& run,
                         const BackwardShape<C>& shape)
       : JvpScratch<C>(arena, p, p.tangent, run), grad_out(arena, p.head_dim_v) {
     const int64_t padded_keys = shape.keys + kTileRows, block = padded_keys * kQueries<T>;
-    const int64_t held = (held_keys<T>(p) + kTileRows) * kQueries<T>;
     const int64_t query = kQueries<T> * round_up(shape.depth, kLanes<Element>);
     const int64_t lanes = C::kPair == 1 ? 0 : padded_keys * shape.columns;
     key_lanes = arena.take<Element>(lanes);
@@ -69,10 +56,6 @@ struct DoubleBackwardScratch : JvpScratch<C> {
     query_lanes = arena.take<Element>(C::kPair == 1 ? 0 : query);
     query_tangent_rows = arena.take<Element>(p.tangent.query ? query : 0);
     query_tangent_lanes = arena.take<Element>(p.tangent.query && C::kPair != 1 ? query : 0);
-    held_weight = arena.take<T>(held);
-    held_moved = arena.take<T>(held);
-    held_grad = arena.take<T>(makes_out_tangent<T>(p) ? 0 : held);
-    held_grad_moved = arena.take<T>(makes_out_tangent<T>(p) ? 0 : held);
     weight_tangent = arena.take<T>(block);
     grad_score = arena.take<T>(block);
     grad_moved = arena.take<T>(block);
@@ -82,6 +65,22 @@ struct DoubleBackwardScratch : JvpScratch<C> {
     row_delta = arena.take<T>(kQueries<T>);
     row_delta_tangent = arena.take<T>(kQueries<T>);
     row_centred = arena.take<T>(kQueries<T>);
+
+    const int64_t left = kMostScratchBytes - static_cast<int64_t>(arena.used());
+    makes_out = p.out_tangent || p.max_seqlen_k > most_held_keys(left, 4);
+    held_keys = minimum(most_held_keys(left, makes_out ? 2 : 4), round_up(p.max_seqlen_k, kKeys));
+    const int64_t held = (held_keys + kTileRows) * kQueries<T>;
+    held_weight = arena.take<T>(held);
+    held_moved = arena.take<T>(held);
+    held_grad = arena.take<T>(makes_out ? 0 : held);
+    held_grad_moved = arena.take<T>(makes_out ? 0 : held);
+  }
+
+ private:
+  // Whole blocks of which so many matrices, with their spare rows, fit.
+  static int64_t most_held_keys(int64_t bytes, int64_t matrices) {
+    const int64_t rows = bytes / (matrices * kQueries<T> * static_cast<int64_t>(sizeof(T)));
+    return maximum<int64_t>(rows - kTileRows - 1, 0) / kKeys * kKeys;
   }
 };
 
