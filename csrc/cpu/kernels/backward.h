@@ -1,8 +1,9 @@
 // Gradients of every input from grad_out and grad_logsumexp, in three or four phases:
-//   rows     delta = rowsum(grad_out * out) - grad_logsumexp; the sums of grad_query become 0
+//   rows     delta = rowsum(grad_out * out) - grad_logsumexp; what is summed apart becomes 0
 //   delta    only where a 16-bit out is too coarse: the same from sums that were never rounded (delta.h)
 //   blocks   weights again from logsumexp, block by block, then the five products
-//   queries  what was summed apart becomes grad_query and the gradients of slopes and sinks
+//   queries  what was summed apart becomes grad_query (unless one block held all keys) and the gradients of slopes and
+//            sinks
 // A job of the blocks finishes keys: key blocks outside, the queries that see them inside. Nothing depends on which
 // thread runs what: sums that jobs share are kept apart until the last phase.
 #pragma once
@@ -30,21 +31,22 @@ struct BackwardShared {
   BackwardShared(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape, int64_t groups)
       : delta(take_rows<T>(arena, p)),
         slope_sums(arena, p, groups),
-        query_sums(arena, p, p.grad_query ? groups : 0, p.heads, p.seqlen_q, shape.columns) {}
+        query_sums(arena, p, shape.adds_queries ? groups : 0, p.heads, p.seqlen_q, shape.columns) {}
 };
 
 template <class C>
 void run_backward_rows(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
   const auto& p = static_cast<const BackwardProblem&>(problem);
+  const BackwardShape<C> shape(p);
   const int64_t groups = backward_jobs<C>(p).groups;
   Arena arena(shared_memory);
-  const BackwardShared<C> shared(arena, p, BackwardShape<C>(p), groups);
+  const BackwardShared<C> shared(arena, p, shape, groups);
   const int64_t head = job % p.heads;
   const Sequence s = sequence_of(p, job / p.heads);
   write_delta(p, s, head, shared.delta);
   for (int64_t group = 0; group < groups; ++group) {
     if (p.grad_alibi_slopes) shared.slope_sums.of(group, s, head) = 0.0;
-    if (p.grad_query) shared.query_sums.clear(group, s, head, s.begin_q, s.length_q);
+    if (shape.adds_queries) shared.query_sums.clear(group, s, head, s.begin_q, s.length_q);
   }
 }
 
@@ -78,7 +80,9 @@ class BackwardBlocks {
       const int64_t groups = minimum(groups_of(rows), jobs.groups);
       if (group_ >= groups) continue;
       for (kv_head_ = h.begin; kv_head_ < h.end; ++kv_head_) {
-        for (int64_t k = group_ * kKeys; k < rows; k += groups * kKeys) block({k, minimum(k + kKeys, rows)});
+        int64_t k = group_ * kKeys;
+        do block({k, minimum(k + kKeys, rows)});  // also without keys: grad_query is 0 then
+        while ((k += groups * kKeys) < rows);
       }
     }
   }
@@ -96,21 +100,35 @@ class BackwardBlocks {
       k.begin -= unseen_;
       opened_ = k;
       open_keys(k);
-      for (int64_t g = 0; g < p_.group_size(); ++g) {
-        for (int64_t t = 0; t < ceil_div(sequence_.length_q, kQueries<T>); ++t) {
-          const Tile tile = tile_of<T>(sequence_, kv_head_ * p_.group_size() + g, t);
-          for_each_part<C>(p_, tile, k, [&](const Tile& part, int64_t, Range keys) { tile_block(part, keys); });
-        }
+    }
+    for (int64_t g = 0; g < p_.group_size(); ++g) {
+      for (int64_t t = 0; t < ceil_div(sequence_.length_q, kQueries<T>); ++t) {
+        walk_tile(tile_of<T>(sequence_, kv_head_ * p_.group_size() + g, t), k);
       }
     }
-    if (p_.grad_key) write(p_.grad_key, rows, p_.head_dim, grad_key(rows.begin), p_.scale);
-    if (p_.grad_value) write(p_.grad_value, rows, p_.head_dim_v, grad_value(rows.begin), dropout_.kept_scale);
+    const int64_t row = sequence_.begin_k + rows.begin;
+    if (p_.grad_key) write(p_.grad_key, kv_head_, row, rows, p_.head_dim, grad_key(rows.begin), p_.scale);
+    if (p_.grad_value) {
+      write(p_.grad_value, kv_head_, row, rows, p_.head_dim_v, grad_value(rows.begin), dropout_.kept_scale);
+    }
   }
 
-  void write(const View& to, Range rows, int64_t columns, Matrix<T> from, double factor) const {
+  void walk_tile(const Tile& tile, Range k) {
+    const bool finishes = p_.grad_query && !shape_.adds_queries;
+    const Matrix<T> sums{scratch_.grad_query, shape_.columns};
+    if (finishes) clear_block(sums, kQueries<T>, shape_.columns / kLanes<T>);
+    for_each_part<C>(p_, tile, k, [&](const Tile& part, int64_t lane, Range keys) {
+      tile_block(part, keys, shape_.adds_queries ? grad_query_sums(part) : rows_from(sums, lane));
+    });
+    if (finishes) {
+      write(p_.grad_query, tile.head, sequence_.begin_q + tile.q.begin, tile.q, p_.head_dim, sums, p_.scale);
+    }
+  }
+
+  void write(const View& to, int64_t head, int64_t row, Range rows, int64_t columns, Matrix<T> from,
+             double factor) const {
     const auto one_factor = static_cast<T>(factor);
-    write_rows(head_rows(to, kv_head_, sequence_.begin_k + rows.begin), rows.size(), columns, as_operand(from),
-               &one_factor, 0);
+    write_rows(head_rows(to, head, row), rows.size(), columns, as_operand(from), &one_factor, 0);
   }
 
   void open_keys(Range k) {
@@ -121,7 +139,7 @@ class BackwardBlocks {
     key_lanes_ = lanes_of<C>(key_, padded, shape_.columns, scratch_.key_lanes);
   }
 
-  void tile_block(const Tile& tile, Range keys) {
+  void tile_block(const Tile& tile, Range keys, Matrix<T> grad_query) {
     Block<T> block;
     if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
     const Range k = block.k;
@@ -165,9 +183,8 @@ class BackwardBlocks {
     }
     if (p_.grad_query) {
       const auto by_key = weights_by_keys<C>(grad_score, k.size(), tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_columns(by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair),
-                  rows_from(grad_query_sums(tile.head), tile.q.begin), round_up(tile.q.size(), 2),
-                  shape_.columns / kLanes<T>, Start::kAdd);
+      multiply<C>(by_columns(by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair), grad_query,
+                  round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd);
     }
   }
 
@@ -181,8 +198,8 @@ class BackwardBlocks {
   Matrix<T> grad_value(int64_t k) const {
     return {scratch_.grad_value + (k - rows_.begin) * shape_.value_columns, shape_.value_columns};
   }
-  Matrix<T> grad_query_sums(int64_t head) const {
-    return shared_.query_sums.of(group_, sequence_, head, sequence_.begin_q);
+  Matrix<T> grad_query_sums(const Tile& tile) const {
+    return rows_from(shared_.query_sums.of(group_, sequence_, tile.head, sequence_.begin_q), tile.q.begin);
   }
 
   const BackwardProblem& p_;
@@ -215,11 +232,12 @@ template <class C>
 void run_backward_queries(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
   using T = typename C::Scalar;
   const auto& p = static_cast<const BackwardProblem&>(problem);
+  const BackwardShape<C> shape(p);
   Arena arena(shared_memory);
-  const BackwardShared<C> shared(arena, p, BackwardShape<C>(p), backward_jobs<C>(p).groups);
+  const BackwardShared<C> shared(arena, p, shape, backward_jobs<C>(p).groups);
   const int64_t head = job % p.heads;
   const Sequence s = sequence_of(p, job / p.heads);
-  if (p.grad_query) shared.query_sums.write(p.grad_query, p.head_dim, s, head, s.begin_q, s.length_q, p.scale);
+  if (shape.adds_queries) shared.query_sums.write(p.grad_query, p.head_dim, s, head, s.begin_q, s.length_q, p.scale);
   if (p.grad_alibi_slopes) p.grad_alibi_slopes[s.batch * p.heads + head] = shared.slope_sums.total(s, head);
   if (p.grad_sinks) {
     const T* delta = shared.delta + row_of(p, s, head);

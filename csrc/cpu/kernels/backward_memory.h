@@ -50,6 +50,7 @@ struct BackwardShape {
   int64_t depth, value_depth;      // elements
   int64_t columns, value_columns;  // numbers, whole vectors
   int64_t keys;                    // rows of a block
+  bool adds_queries;               // grad_query is a sum over blocks; else one block holds all keys and finishes it
 
   explicit BackwardShape(const BackwardProblem& p) {
     depth = ceil_div(p.head_dim, C::kPair);
@@ -57,6 +58,7 @@ struct BackwardShape {
     columns = round_up(p.head_dim, kLanes<T>);
     value_columns = round_up(p.head_dim_v, kLanes<T>);
     keys = minimum(kKeys, round_up(p.max_seqlen_k, kTileRows));
+    adds_queries = p.grad_query && p.max_seqlen_k > kKeys;
   }
 };
 
@@ -163,7 +165,7 @@ struct BackwardScratch {
   using T = typename C::Scalar;
   using Element = typename C::Element;
   Element *key_rows, *key_lanes, *value_rows, *weight_rows;
-  T *weight, *grad_score, *slope, *bias, *grad_key, *grad_value, *logsumexp, *delta;
+  T *weight, *grad_score, *slope, *bias, *grad_query, *grad_key, *grad_value, *logsumexp, *delta;
   BothWaysMemory<C> query, grad_out;
 
   BackwardScratch(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape)
@@ -178,6 +180,7 @@ struct BackwardScratch {
     grad_score = arena.take<T>(block);
     slope = arena.take<T>(p.softcap > 0 ? block : 0);
     bias = arena.take<T>(p.attn_mask ? block : 0);
+    grad_query = arena.take<T>(shape.adds_queries ? 0 : kQueries<T> * shape.columns);
     grad_key = arena.take<T>((shape.keys + 1) * shape.columns);
     grad_value = arena.take<T>((shape.keys + 1) * shape.value_columns);
     logsumexp = arena.take<T>(kQueries<T>);
