@@ -139,6 +139,7 @@ class BackwardBlocks {
     key_lanes_ = lanes_of<C>(key_, padded, shape_.columns, scratch_.key_lanes);
   }
 
+  // While a product runs, the rows that come next are on their way: the next tile's, and those to be written.
   void tile_block(const Tile& tile, Range keys, Matrix<T> grad_query) {
     Block<T> block;
     if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
@@ -152,9 +153,11 @@ class BackwardBlocks {
     load_rows(shared_.delta + row_of(p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.delta);
 
     const Matrix<T> weight{scratch_.weight, kQueries<T>}, grad_score{scratch_.grad_score, kQueries<T>};
-    multiply<C>(by_rows(rows_from(key_, skip)), query.columns, shape_.depth, weight, rows, tile.vectors, Start::kZero);
+    const int64_t next = row + tile.q.size(), unread = minimum(tile.q.size(), sequence_.length_q - tile.q.end);
+    multiply<C>(by_rows(rows_from(key_, skip)), query.columns, shape_.depth, weight, rows, tile.vectors, Start::kZero,
+                RowsAhead(head_rows(p_.query, tile.head, next), unread, p_.head_dim));
     multiply<C>(by_rows(rows_from(value_, skip)), grad_out.columns, shape_.value_depth, grad_score, rows, tile.vectors,
-                Start::kZero);
+                Start::kZero, RowsAhead(head_rows(p_.grad_out, tile.head, next), unread, p_.head_dim_v));
 
     const Matrix<T> slope{block.mods.softcap ? scratch_.slope : nullptr, kQueries<T>};
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
@@ -171,20 +174,24 @@ class BackwardBlocks {
     clear_spare_row(grad_score, k.size(), tile.vectors);
 
     const int64_t queries = ceil_div(tile.q.size(), C::kPair);
+    const int64_t finished = unread > 0 ? 0 : rows_.size(), first_key = sequence_.begin_k + rows_.begin;
     if (p_.grad_value) {
       const auto by_query = weights_by_queries<C>(weight, rows, tile.vectors, scratch_.weight_rows);
       multiply<C>(by_rows(by_query), grad_out.lanes, queries, grad_value(k.begin), rows,
-                  shape_.value_columns / kLanes<T>, Start::kAdd);
+                  shape_.value_columns / kLanes<T>, Start::kAdd,
+                  RowsAhead(head_rows(p_.grad_value, kv_head_, first_key), finished, p_.head_dim_v));
     }
     if (p_.grad_key) {
       const auto by_query = weights_by_queries<C>(grad_score, rows, tile.vectors, scratch_.weight_rows);
       multiply<C>(by_rows(by_query), query.lanes, queries, grad_key(k.begin), rows, shape_.columns / kLanes<T>,
-                  Start::kAdd);
+                  Start::kAdd, RowsAhead(head_rows(p_.grad_key, kv_head_, first_key), finished, p_.head_dim));
     }
     if (p_.grad_query) {
       const auto by_key = weights_by_keys<C>(grad_score, k.size(), tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_columns(by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair), grad_query,
-                  round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd);
+      multiply<C>(
+          by_columns(by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair), grad_query,
+          round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd,
+          RowsAhead(head_rows(p_.grad_query, tile.head, row), shape_.adds_queries ? 0 : tile.q.size(), p_.head_dim));
     }
   }
 

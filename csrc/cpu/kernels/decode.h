@@ -108,8 +108,8 @@ class DecodeJob {
   // their way, and the next block's keys while the values are summed.
   void block(Range k) {
     const int64_t rows = shape_.group * sequence_.length_q;
-    RowsAhead values(source(p_.value, k.begin), k.size(), p_.head_dim_v,
-                     k.size() / kLanes<T> * rows * (shape_.width / kLanes<T>));
+    RowsAhead values = RowsAhead(source(p_.value, k.begin), k.size(), p_.head_dim_v)
+                           .in_steps(k.size() / kLanes<T> * rows * (shape_.width / kLanes<T>));
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
       const int64_t keys = minimum<int64_t>(kLanes<T>, k.size() - i);
       with_rows(source(p_.key, k.begin + i), keys, p_.head_dim, scratch_.key_rows,
@@ -127,8 +127,9 @@ class DecodeJob {
     for (int64_t g = 0; g < shape_.group; ++g) {
       for (int64_t q = 0; q < sequence_.length_q; ++q) softmax_row(g, q, k);
     }
-    RowsAhead next_keys(source(p_.key, k.end), minimum(kKeys, end_ - k.end), p_.head_dim,
-                        k.size() * row_groups(rows, kTogether<T>) * ceil_div(shape_.columns, kColumnsTogether));
+    RowsAhead next_keys =
+        RowsAhead(source(p_.key, k.end), minimum(kKeys, end_ - k.end), p_.head_dim)
+            .in_steps(k.size() * row_groups(rows, kTogether<T>) * ceil_div(shape_.columns, kColumnsTogether));
     for (int64_t i = 0; i < k.size(); i += kValueRows) {
       const int64_t keys = minimum(kValueRows, k.size() - i);
       with_rows(source(p_.value, k.begin + i), keys, p_.head_dim_v, scratch_.value_rows,

@@ -9,35 +9,6 @@
 namespace attention_ext {
 namespace {
 
-// Rows on their way from memory while products of earlier ones are made, a few lines at each of `steps`: reading is
-// what bounds decoding, and a burst of lines would hold up the products instead.
-class RowsAhead {
- public:
-  RowsAhead(const Source& from, int64_t rows, int64_t columns, int64_t steps)
-      : row_(from.data),
-        row_bytes_(from.stride_col == 1 ? columns * size_of(from.dtype) : 0),
-        stride_bytes_(from.stride_row * size_of(from.dtype)),
-        rows_(row_bytes_ > 0 ? rows : 0),
-        lines_a_step_(ceil_div(rows_ * ceil_div(row_bytes_, kLineBytes), maximum<int64_t>(steps, 1))) {}
-
-  ATTENTION_INLINE void step() {
-    for (int64_t line = 0; line < lines_a_step_ && rows_ > 0; ++line) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      at_ += kLineBytes;
-      if (at_ >= row_bytes_) {
-        at_ = 0;
-        row_ += stride_bytes_;
-        --rows_;
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kLineBytes = 64;
-  const char* row_;
-  int64_t row_bytes_, stride_bytes_, rows_, lines_a_step_, at_ = 0;
-};
-
 // A vector of dot products of kRows queries and as many keys as fill it: lanes (query, key). Each number of a key is
 // read and widened once for all the queries.
 template <class T, int kRows, class Storage>

@@ -34,6 +34,7 @@ void dot_rows(Source a, Source b, int64_t rows, int64_t columns, T* sums) {
 class DeltaJob : SoftmaxRun<FloatCompute, DeltaJob> {
   using Softmax = SoftmaxRun<FloatCompute, DeltaJob>;
   friend QueryRun<FloatCompute, DeltaJob>;
+  friend Softmax;
 
  public:
   static void run(const AttentionProblem& problem, void* shared_memory, void* scratch_memory, int64_t job) {
@@ -49,14 +50,17 @@ class DeltaJob : SoftmaxRun<FloatCompute, DeltaJob> {
            float* delta)
       : Softmax(p, shape, scratch), p_(p), delta_(delta) {}
 
+  Source grad_out_rows(const Tile& tile) const {
+    return source_of(p_.grad_out, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
+  }
+  RowsAhead rows_to_close(const Tile& tile) const { return {grad_out_rows(tile), tile.q.size(), p_.head_dim_v}; }
+
   void close_tile(int64_t i) {
     const Tile& tile = tiles_[i];
     const int64_t row = row_of(p_, sequence_, tile.head) + tile.q.begin;
     const auto* grad_logsumexp = static_cast<const float*>(p_.grad_logsumexp);
     close_sums(i);
-    dot_rows(source_of(sums(i)),
-             source_of(p_.grad_out, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin), tile.q.size(),
-             p_.head_dim_v, delta_ + row);
+    dot_rows(source_of(sums(i)), grad_out_rows(tile), tile.q.size(), p_.head_dim_v, delta_ + row);
     for (int64_t r = 0; r < tile.q.size(); ++r) {
       delta_[row + r] = delta_[row + r] * scratch_.factor[r] - (grad_logsumexp ? grad_logsumexp[row + r] : 0.0f);
     }

@@ -41,7 +41,8 @@ struct ForwardScratch {
   }
 };
 
-// Job provides close_tile(i), with sums(i) and row_state(i) complete.
+// Job provides close_tile(i), with sums(i) and row_state(i) complete, and rows_to_close(tile), the rows of a tensor
+// that it reads or writes then.
 template <class C, class Job>
 class SoftmaxRun : protected QueryRun<C, Job> {
   using Run = QueryRun<C, Job>;
@@ -109,12 +110,13 @@ class SoftmaxRun : protected QueryRun<C, Job> {
       softmax_block<C, vectors, rules>(block, score, row_state(i, lane), scratch_.factor, pairs);
     });
     if (shape_.columns == 0) return;
+    const bool closes = visible_keys(p_, sequence_, tile.q).end <= opened_.end;
     if (dropout_.present) drop(p_, dropout_, tile, k, score);
     const bool paired = C::kPair == 2 && pairs.data;
     const auto weight = paired ? as_operand(pairs) : weights_by_keys<C>(score, k.size(), tile.vectors, scratch_.weight);
     multiply<C>(by_columns(weight), rows_from(value_, skip / C::kPair), ceil_div(k.size(), C::kPair),
                 rows_from(sums(i), lane), tile.vectors * kLanes<T>, shape_.columns / kLanes<T>, Start::kScaleAndAdd,
-                scratch_.factor);
+                closes ? this->self().rows_to_close(tile) : RowsAhead(), scratch_.factor);
   }
 
   Matrix<Element> query_columns(int64_t i) const {
@@ -129,6 +131,7 @@ class ForwardJob : SoftmaxRun<C, ForwardJob<C>> {
   using Softmax = SoftmaxRun<C, ForwardJob<C>>;
   using T = typename C::Scalar;
   friend QueryRun<C, ForwardJob<C>>;
+  friend Softmax;
 
  public:
   static void run(const AttentionProblem& problem, void*, void* scratch, int64_t job) {
@@ -142,6 +145,12 @@ class ForwardJob : SoftmaxRun<C, ForwardJob<C>> {
   ForwardJob(const ForwardProblem& p, const RunShape<C>& shape, const ForwardScratch<C>& scratch)
       : Softmax(p, shape, scratch), p_(p) {}
 
+  Source out_rows(const Tile& tile) const {
+    const Sequence& s = this->sequence_;
+    return source_of(p_.out, s.tensor_batch, tile.head, s.begin_q + tile.q.begin);
+  }
+  RowsAhead rows_to_close(const Tile& tile) const { return {out_rows(tile), tile.q.size(), p_.head_dim_v}; }
+
   void close_tile(int64_t i) {
     const Tile& tile = this->tiles_[i];
     const Sequence& s = this->sequence_;
@@ -152,8 +161,7 @@ class ForwardJob : SoftmaxRun<C, ForwardJob<C>> {
                      tile.q.size() - lane);
     }
     this->close_sums(i);
-    write_rows(source_of(p_.out, s.tensor_batch, tile.head, s.begin_q + tile.q.begin), tile.q.size(), p_.head_dim_v,
-               as_operand(this->sums(i)), this->scratch_.factor);
+    write_rows(out_rows(tile), tile.q.size(), p_.head_dim_v, as_operand(this->sums(i)), this->scratch_.factor);
   }
 
   const ForwardProblem& p_;

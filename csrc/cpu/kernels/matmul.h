@@ -2,7 +2,7 @@
 // cache. A is read a number at a time and broadcast, B and C by vectors; so every operand is read as it lies.
 #pragma once
 
-#include "cpu/vec/memory.h"
+#include "cpu/kernels/source.h"
 
 namespace attention_ext {
 namespace {
@@ -110,8 +110,10 @@ ATTENTION_INLINE void multiply_tile(Broadcast<typename C::Element> a, Matrix<con
 // cache.
 template <class C, int kVectors>
 void multiply_strip(Broadcast<typename C::Element> a, Matrix<const typename C::Element> b, int64_t depth,
-                    Matrix<typename C::Scalar> c, int64_t rows, Start start, const typename C::Scalar* factor) {
+                    Matrix<typename C::Scalar> c, int64_t rows, Start start, RowsAhead& ahead,
+                    const typename C::Scalar* factor) {
   for (int64_t m = 0; m < rows; m += kTileRows) {
+    ahead.step();
     const Broadcast<typename C::Element> a_tile{a.data + m * a.row, a.row, a.step};
     const Matrix<typename C::Scalar> c_tile{c.row(m), c.stride};
     const auto* f = factor ? factor + m : nullptr;
@@ -128,19 +130,20 @@ void multiply_strip(Broadcast<typename C::Element> a, Matrix<const typename C::E
   }
 }
 
-// depth counts elements; columns are vectors of the scalar.
+// depth counts elements; columns are vectors of the scalar. ahead: rows that are needed next.
 template <class C>
 void multiply(Broadcast<typename C::Element> a, Matrix<const typename C::Element> b, int64_t depth,
-              Matrix<typename C::Scalar> c, int64_t rows, int64_t vectors, Start start,
+              Matrix<typename C::Scalar> c, int64_t rows, int64_t vectors, Start start, RowsAhead ahead = {},
               const typename C::Scalar* factor = nullptr) {
   const int64_t strips = ceil_div(vectors, kTileVectors);
+  ahead = ahead.in_steps(strips * ceil_div(rows, kTileRows));
   for (int64_t strip = 0, first = 0; strip < strips; ++strip) {
     const int64_t width =
         (vectors - first) / (strips - strip) + ((vectors - first) % (strips - strip) != 0);  // even widths
     const Matrix<const typename C::Element> b_strip{b.data + first * kLanes<typename C::Scalar>, b.stride};
     const Matrix<typename C::Scalar> c_strip{c.data + first * kLanes<typename C::Scalar>, c.stride};
     unroll<kTileVectors>(UNROLLED(n) {
-      if (width == n + 1) multiply_strip<C, n + 1>(a, b_strip, depth, c_strip, rows, start, factor);
+      if (width == n + 1) multiply_strip<C, n + 1>(a, b_strip, depth, c_strip, rows, start, ahead, factor);
     });
     first += width;
   }

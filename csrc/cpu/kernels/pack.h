@@ -9,41 +9,10 @@
 namespace attention_ext {
 namespace {
 
-// A matrix of a tensor: element (row, column) at data[row * stride_row + column * stride_col] of `dtype`.
-struct Source {
-  const char* data;
-  DType dtype;
-  int64_t stride_row, stride_col;
-};
-
-ATTENTION_INLINE int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    case DType::kBool:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
-// Rows from `row` on of the head's matrix.
-ATTENTION_INLINE Source source_of(const View& view, int64_t b, int64_t h, int64_t row) {
-  const int64_t offset = b * view.stride_b + h * view.stride_h + row * view.stride_row;
-  return {static_cast<const char*>(view.data) + offset * size_of(view.dtype), view.dtype, view.stride_row,
-          view.stride_col};
-}
-
 template <class T>
 ATTENTION_INLINE Source source_of(Matrix<T> m) {
   return {reinterpret_cast<const char*>(m.data), sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, m.stride, 1};
 }
-
-// Rows of (batch, length, heads, head_dim) memory lie pages apart, where the hardware does not see them coming: loops
-// over rows fetch that many ahead.
-constexpr int64_t kRowsAhead = 8;
 
 template <class T>
 ATTENTION_INLINE bool stored_as(DType dtype) {

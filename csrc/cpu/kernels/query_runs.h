@@ -71,6 +71,8 @@ class QueryRun {
     }
   }
 
+  Job& self() { return static_cast<Job&>(*this); }
+
   RunShape<C> shape_;
   Sequence sequence_{};
   int64_t kv_head_ = 0;
@@ -80,8 +82,6 @@ class QueryRun {
   int64_t unseen_ = 0;  // of those, the first ones that no tile sees
 
  private:
-  Job& self() { return static_cast<Job&>(*this); }
-
   // Heads of a group run innermost, so that the tiles of a job see nearly the same keys.
   void open_tiles(int64_t run) {
     const int64_t tiles = ceil_div(sequence_.length_q, kQueries<T>) * problem_.group_size();
