@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+import attention_ext
 from attention_ext.testing import (
     DIFFERENTIABLE,
     EMPTY,
@@ -192,3 +195,26 @@ def test_gradients_accumulate(device: str) -> None:
     once = torch.autograd.grad(asking.call(operator)[0].sum(), asking.query)[0]
     assert asking.query.grad is not None
     torch.testing.assert_close(asking.query.grad, 2 * once)
+
+
+def _vm_flags(address: int) -> list[str]:
+    """The kernel's flags of the memory mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(mapping[1], 16) <= address < int(mapping[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with huge pages")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_gradients_ask_for_huge_pages(dtype: torch.dtype) -> None:
+    query = torch.randn(1, 2, 1600, 8, dtype=dtype)
+    mask = torch.zeros(2, 1600, 1600, dtype=dtype, requires_grad=True)
+    (grad,) = torch.autograd.grad(attention_ext.attention(query, query, query, mask).sum(), mask)
+    weights = attention_ext.attention_weights(query, query)
+    for large in (grad, weights):
+        assert large.nbytes >= 4 << 20
+        assert "hg" in _vm_flags(large.data_ptr() + large.nbytes // 2)

@@ -1,5 +1,7 @@
 #include "torch/gradients.h"
 
+#include "torch/huge_pages.h"
+
 namespace attention_ext {
 
 namespace {
@@ -20,6 +22,11 @@ Tensor sum_per_head(const Tensor& sums, const Tensor& argument) {
   return (argument.dim() == 1 ? sums.sum(0) : sums).to(argument.scalar_type());
 }
 
+Tensor cast(const Tensor& gradient, at::ScalarType dtype) {
+  if (gradient.scalar_type() == dtype) return gradient;
+  return on_huge_pages(at::empty(gradient.sizes(), gradient.options().dtype(dtype))).copy_(gradient);
+}
+
 }  // namespace
 
 GradientBuffers::GradientBuffers(BackwardProblem& problem, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -30,7 +37,8 @@ GradientBuffers::GradientBuffers(BackwardProblem& problem, const Tensor& query, 
   if (wanted[1]) problem.grad_key = make_heads_like(key_, key);
   if (wanted[2]) problem.grad_value = make_heads_like(value_, value);
   if (wanted[3]) {
-    mask_ = at::zeros(options.attn_mask->sizes(), query.options().dtype(accumulate_type(query.scalar_type())));
+    const auto dtype = accumulate_type(query.scalar_type());
+    mask_ = on_huge_pages(at::empty(options.attn_mask->sizes(), query.options().dtype(dtype))).zero_();
     problem.grad_attn_mask = broadcast_view_of(mask_);
   }
   if (wanted[4]) problem.grad_alibi_slopes = make_per_head(slopes_, problem, query.options());
@@ -48,7 +56,7 @@ ops::Gradients GradientBuffers::results() const {
   return {or_none(query_),
           or_none(key_),
           or_none(value_),
-          or_none(mask_.defined() ? mask_.to(options_.attn_mask->scalar_type()) : mask_),
+          or_none(mask_.defined() ? cast(mask_, options_.attn_mask->scalar_type()) : mask_),
           or_none(slopes_.defined() ? sum_per_head(slopes_, *options_.alibi_slopes) : slopes_),
           or_none(sinks_.defined() ? sum_per_head(sinks_, *options_.sinks) : sinks_)};
 }
