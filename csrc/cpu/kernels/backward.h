@@ -174,24 +174,28 @@ class BackwardBlocks {
     clear_spare_row(grad_score, k.size(), tile.vectors);
 
     const int64_t queries = ceil_div(tile.q.size(), C::kPair);
-    const int64_t finished = unread > 0 ? 0 : rows_.size(), first_key = sequence_.begin_k + rows_.begin;
+    const bool last = unread <= 0;
+    const int64_t first_key = sequence_.begin_k + rows_.begin;
     if (p_.grad_value) {
       const auto by_query = weights_by_queries<C>(weight, rows, tile.vectors, scratch_.weight_rows);
       multiply<C>(by_rows(by_query), grad_out.lanes, queries, grad_value(k.begin), rows,
                   shape_.value_columns / kLanes<T>, Start::kAdd,
-                  RowsAhead(head_rows(p_.grad_value, kv_head_, first_key), finished, p_.head_dim_v));
+                  RowsAhead(head_rows(p_.grad_value, kv_head_, first_key), last ? rows_.size() : 0, p_.head_dim_v));
     }
     if (p_.grad_key) {
       const auto by_query = weights_by_queries<C>(grad_score, rows, tile.vectors, scratch_.weight_rows);
       multiply<C>(by_rows(by_query), query.lanes, queries, grad_key(k.begin), rows, shape_.columns / kLanes<T>,
-                  Start::kAdd, RowsAhead(head_rows(p_.grad_key, kv_head_, first_key), finished, p_.head_dim));
+                  Start::kAdd,
+                  last ? RowsAhead(head_rows(p_.grad_key, kv_head_, first_key), rows_.size(), p_.head_dim)
+                       : next_mask_rows(p_.grad_attn_mask, tile, k));
     }
     if (p_.grad_query) {
       const auto by_key = weights_by_keys<C>(grad_score, k.size(), tile.vectors, scratch_.weight_rows);
-      multiply<C>(
-          by_columns(by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair), grad_query,
-          round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd,
-          RowsAhead(head_rows(p_.grad_query, tile.head, row), shape_.adds_queries ? 0 : tile.q.size(), p_.head_dim));
+      multiply<C>(by_columns(by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair), grad_query,
+                  round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd,
+                  shape_.adds_queries
+                      ? next_mask_rows(p_.attn_mask, tile, k)
+                      : RowsAhead(head_rows(p_.grad_query, tile.head, row), tile.q.size(), p_.head_dim));
     }
   }
 

@@ -103,7 +103,7 @@ class SoftmaxRun : protected QueryRun<C, Job> {
     const int64_t skip = k.begin - opened_.begin;
     const Matrix<T> score{scratch_.score, kQueries<T>};
     multiply<C>(by_rows(rows_from(key_, skip)), as_operand(columns_from(query_columns(i), lane)), shape_.depth, score,
-                round_up(k.size(), 2), tile.vectors, Start::kZero);
+                round_up(k.size(), 2), tile.vectors, Start::kZero, next_mask_rows(p_.attn_mask, tile, k));
     // Weights go straight into pairs, unless some must be dropped first.
     Matrix<Element> pairs{dropout_.present ? nullptr : scratch_.weight, kQueries<T>};
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {

@@ -54,7 +54,6 @@ void add_to_mask_gradient(const View& grad_mask, const Tile& tile, Range k, Matr
       unroll<kLanes<T>>(UNROLLED(i) {
         if (i < queries) {
           T* row = to + (lane + i) * head.stride_row + r * head.stride_col;
-          __builtin_prefetch(row + kQueries<T> * head.stride_row, 1, 2);  // the next tile's
           store_strided<T>(row, head.stride_col, load_strided<T>(row, head.stride_col, keys) + block[i], keys);
         }
       });

@@ -80,12 +80,16 @@ Staged stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range
         const Vec<T> row = load_mask<T>(mask + k0 * stride_k, stride_k, count);
         unroll<kLanes<T>>(UNROLLED(i) { block[i] = splat<T>(row[i()]); });
       } else {
-        unroll<kLanes<T>>(UNROLLED(i) {  // lanes past the end repeat the last query
-          const int64_t row = minimum(q.begin + v * kLanes<T> + i, q.end - 1);
-          const Storage* from = mask + row * stride_q + k0 * stride_k;
-          __builtin_prefetch(from + kQueries<T> * stride_q, 0, 2);  // the next tile's
-          block[i] = load_mask<T>(from, stride_k, count);
-        });
+        const int64_t first = q.begin + v * kLanes<T>;
+        const Storage* from = mask + first * stride_q + k0 * stride_k;
+        if (stride_k == 1 && count == kLanes<T> && first + kLanes<T> <= q.end) {
+          unroll<kLanes<T>>(UNROLLED(i) { block[i] = load_mask<T>(from + i * stride_q, 1, kLanes<T>); });
+        } else {
+          unroll<kLanes<T>>(UNROLLED(i) {  // lanes past the end repeat the last query
+            const int64_t row = minimum<int64_t>(i, q.end - 1 - first);
+            block[i] = load_mask<T>(from + row * stride_q, stride_k, count);
+          });
+        }
         transpose(block);
       }
       unroll<kLanes<T>>(UNROLLED(i) {
@@ -119,6 +123,14 @@ Staged stage_mask(const View& mask, const Tile& tile, Range k, Matrix<T> to) {
                            mask.stride_col, tile.q, k, to);
   });
   return staged;
+}
+
+// Of attn_mask or its gradient, keys k of the queries after a tile.
+ATTENTION_INLINE RowsAhead next_mask_rows(const View& mask, const Tile& tile, Range k) {
+  if (!mask || mask.stride_row == 0) return {};
+  Source rows = source_of(mask, tile.sequence.batch, tile.head, tile.q.end);
+  rows.data += k.begin * rows.stride_col * size_of(rows.dtype);
+  return {rows, minimum(tile.q.size(), tile.sequence.length_q - tile.q.end), k.size()};
 }
 
 // The mods that these rules leave; the others are known to be absent.
