@@ -151,11 +151,12 @@ def check_second_order(sample: Sample) -> None:
     assert not failed, f"{sample.name}, {sample.query.dtype}:\n" + "\n".join(failed)
 
 
+@pytest.mark.parametrize("kernel", ["emulated_sm80", "emulated_simt"])
 @pytest.mark.parametrize("name", ["varlen_causal", "varlen_bias"])
-def test_second_order_of_packed_sequences(name: str, emulate: Any) -> None:
+def test_second_order_of_packed_sequences(name: str, kernel: str, emulate: Any) -> None:
     sample = NAMED[name].build(torch.float64)
     expected = double_backward(sample, tangents_of(sample), operator)
-    emulate()
+    emulate(kernel)
     for output, x in double_backward(sample, tangents_of(sample), operator).items():
         torch.testing.assert_close(x, expected[output], rtol=1e-10, atol=1e-12, msg=output)
 
@@ -220,15 +221,6 @@ def test_simt_second_order(spec: Spec, dtype: torch.dtype, emulate: Any) -> None
     sample = spec.build(dtype, "small")
     emulate("emulated_simt")
     check_second_order(sample)
-
-
-@pytest.mark.parametrize("name", ["varlen_causal", "varlen_bias"])
-def test_simt_second_order_of_packed_sequences(name: str, emulate: Any) -> None:
-    sample = NAMED[name].build(torch.float64)
-    expected = double_backward(sample, tangents_of(sample), operator)
-    emulate("emulated_simt")
-    for output, x in double_backward(sample, tangents_of(sample), operator).items():
-        torch.testing.assert_close(x, expected[output], rtol=1e-10, atol=1e-12, msg=output)
 
 
 @pytest.mark.parametrize("average_heads", [False, True])

@@ -16,7 +16,7 @@ struct MergeParts {
   static constexpr int kThreads = 128, kQueries = kThreads / kWarpSize;
   static constexpr size_t kSharedBytes = 0;
 
-  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries); }
+  static int64_t blocks(const AttentionProblem& p) { return QueryTileIndex::count(p, kQueries); }
 
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void* workspace) {
     const QueryTileIndex at(p, kQueries);

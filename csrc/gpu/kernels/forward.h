@@ -47,12 +47,11 @@ class Forward {
   static constexpr size_t kSharedBytes = QueryTile::kBytes + Shape::kStages * KeyTiles::kBytes;
 
   static int64_t blocks(const AttentionProblem& p) {
-    return p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries) *
-           (kPart == Part::kSplit ? PartMemory<T>::parts(p) : 1);
+    return QueryTileIndex::count(p, kQueries) * (kPart == Part::kSplit ? PartMemory<T>::parts(p) : 1);
   }
 
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void* workspace) {
-    const int64_t whole = p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries);
+    const int64_t whole = QueryTileIndex::count(p, kQueries);
     const QueryTileIndex at(p, kQueries, block_index() % whole);
     const Head head(p, at.batch, at.head);
     const Range q = at.queries(head.sequence, kQueries);

@@ -3,18 +3,10 @@
 #pragma once
 
 #include "gpu/kernels/gradient.h"
+#include "gpu/kernels/mask_tiles.h"
 
 namespace attention_ext {
 namespace {
-
-// Along one dimension: the blocks of threads that own a part of the mask, or everything for the only one of them.
-struct BroadcastAxis {
-  int64_t count;
-  bool broadcast;
-
-  ATTENTION_INLINE int64_t blocks() const { return broadcast ? 1 : count; }
-  ATTENTION_INLINE Range part(int64_t block) const { return broadcast ? Range{0, count} : Range{block, block + 1}; }
-};
 
 template <class C, int kDim, Order kOrder>
 class MaskGradient {
@@ -33,50 +25,30 @@ class MaskGradient {
   static constexpr size_t kSharedBytes =
       maximum(QueryTiles::kBytes + KeyTiles::kBytes, (kKeys + 1) * kQueries * sizeof(T));
 
-  static int64_t blocks(const BackwardProblem& p) {
-    return batches(p).blocks() * heads(p).blocks() * query_tiles(p).blocks() * key_tiles(p).blocks();
-  }
+  static int64_t blocks(const BackwardProblem& p) { return MaskTiles(p, kQueries, kKeys).blocks(); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
-    int64_t index = block_index();
-    const auto part_of = [&](const BroadcastAxis& axis) {
-      const int64_t own = index % axis.blocks();
-      index /= axis.blocks();
-      return axis.part(own);
-    };
-    const Range k = part_of(key_tiles(p)), q = part_of(query_tiles(p)), h = part_of(heads(p)), b = part_of(batches(p));
-    MaskGradient(p, BackwardMemory<T>(p, workspace)).walk(b, h, q, k);
+    MaskGradient(p, BackwardMemory<T>(p, workspace)).walk(MaskTiles(p, kQueries, kKeys).part(block_index()));
   }
 
  private:
-  ATTENTION_INLINE static BroadcastAxis batches(const BackwardProblem& p) {
-    return {p.batch, p.grad_attn_mask.stride_b == 0};
-  }
-  ATTENTION_INLINE static BroadcastAxis heads(const BackwardProblem& p) {
-    return {p.heads, p.grad_attn_mask.stride_h == 0};
-  }
-  ATTENTION_INLINE static BroadcastAxis query_tiles(const BackwardProblem& p) {
-    return {ceil_div(p.max_seqlen_q, kQueries), p.grad_attn_mask.stride_row == 0};
-  }
-  ATTENTION_INLINE static BroadcastAxis key_tiles(const BackwardProblem& p) {
-    return {ceil_div(p.max_seqlen_k, kKeys), p.grad_attn_mask.stride_col == 0};
-  }
-
   ATTENTION_DEVICE MaskGradient(const Problem& p, const BackwardMemory<T>& memory)
       : p_(p), memory_(memory), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kRules>(p)) {}
 
-  ATTENTION_DEVICE void walk(Range batches, Range heads, Range query_tiles, Range key_tiles) {
+  ATTENTION_DEVICE void walk(const MaskPart& part) {
     sums_.clear();
-    for (int64_t b = batches.begin; b < batches.end; ++b) {
-      for (int64_t h = heads.begin; h < heads.end; ++h) {
+    for (int64_t b = part.batches.begin; b < part.batches.end; ++b) {
+      for (int64_t h = part.heads.begin; h < part.heads.end; ++h) {
         const Head head(p_, b, h);
-        for (int64_t i = query_tiles.begin; i < query_tiles.end; ++i) {
+        for (int64_t i = part.query_tiles.begin; i < part.query_tiles.end; ++i) {
           const Range q{i * kQueries, minimum((i + 1) * kQueries, head.sequence.length_q)};
-          for (int64_t j = key_tiles.begin; j < key_tiles.end; ++j) add_block(head, q, {j * kKeys, (j + 1) * kKeys});
+          for (int64_t j = part.key_tiles.begin; j < part.key_tiles.end; ++j) {
+            add_block(head, q, {j * kKeys, (j + 1) * kKeys});
+          }
         }
       }
     }
-    store(batches.begin, heads.begin, query_tiles.begin * kQueries, key_tiles.begin * kKeys);
+    store(part.batches.begin, part.heads.begin, part.query_tiles.begin * kQueries, part.key_tiles.begin * kKeys);
   }
 
   ATTENTION_DEVICE void add_block(const Head& head, Range q, Range k) {

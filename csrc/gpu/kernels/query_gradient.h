@@ -30,7 +30,7 @@ class QueryGradient {
  public:
   static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
 
-  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kQueries); }
+  static int64_t blocks(const AttentionProblem& p) { return QueryTileIndex::count(p, kQueries); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     const QueryTileIndex at(p, kQueries);

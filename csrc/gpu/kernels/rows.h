@@ -16,6 +16,9 @@ struct QueryTileIndex {
     batch = index / p.heads % p.batch;
     tile = tiles - 1 - index / p.heads / p.batch;
   }
+  static int64_t count(const AttentionProblem& p, int queries) {
+    return p.batch * p.heads * ceil_div(p.max_seqlen_q, queries);
+  }
   ATTENTION_DEVICE Range queries(const Sequence& s, int queries) const {
     return {tile * queries, minimum((tile + 1) * queries, s.length_q)};
   }

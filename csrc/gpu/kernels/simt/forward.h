@@ -8,18 +8,11 @@ namespace {
 namespace simt {
 
 template <class T>
-struct Forward {
-  using Problem = ForwardProblem;
-  static constexpr int kThreads = simt::kThreads;
-  static constexpr size_t kSharedBytes = 0;
-
-  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kWarps); }
-
+struct Forward : QueryKernel<ForwardProblem> {
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void*) {
-    const QueryTileIndex at(p, kWarps);
-    const Head head(p, at.batch, at.head);
-    const int q = static_cast<int>(at.tile) * kWarps + warp_index();
-    if (q < head.length_q) for_each_part<T>(p.head_dim_v, [&](RowSum<T> sums) { walk(p, head, q, sums); });
+    Forward::with_query(p, [&](const Head& head, int q) {
+      for_each_part<T>(p.head_dim_v, [&](RowSum<T> sums) { walk(p, head, q, sums); });
+    });
   }
 
  private:

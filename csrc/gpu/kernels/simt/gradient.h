@@ -11,51 +11,37 @@ namespace simt {
 
 // rowsum(grad_out * out) - grad_logsumexp, from weights that were never rounded where core/delta.h asks for that.
 template <class T>
-struct Delta {
-  using Problem = BackwardProblem;
-  static constexpr int kThreads = simt::kThreads;
-  static constexpr size_t kSharedBytes = 0;
-
-  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kWarps); }
-
+struct Delta : QueryKernel<BackwardProblem> {
   ATTENTION_DEVICE static void run(const BackwardProblem& p, void* workspace) {
-    const QueryTileIndex at(p, kWarps);
-    const Head head(p, at.batch, at.head);
-    const int q = static_cast<int>(at.tile) * kWarps + warp_index();
-    if (q >= head.length_q) return;
-    const BackwardMemory<T> memory(p, workspace);
-    const PairGradients<T, Order::kFirst> gradients(p, head, memory);
-    T sum = 0;
-    if (needs_exact_delta(p)) {
-      const RowNumbers<T> row{gradients.rows.logsumexp.row(q), T(0), T(0), T(0)};
-      const Span keys(visible_keys(p, head.sequence, {q, q + 1}));
-      for (int k = keys.begin; k < keys.end; ++k) sum += gradients(q, k, row).score;
-    } else {
-      sum = dot<T>(gradients.grad_out, q, query_rows(head, p.out, p.head_dim_v), q);
-    }
-    if (lane_index() == 0) memory.store_delta(p, row_of(p, head.sequence, head.head) + q, sum);
+    Delta::with_query(p, [&](const Head& head, int q) {
+      const BackwardMemory<T> memory(p, workspace);
+      const PairGradients<T, Order::kFirst> gradients(p, head, memory);
+      T sum = 0;
+      if (needs_exact_delta(p)) {
+        const RowNumbers<T> row{gradients.rows.logsumexp.row(q), T(0), T(0), T(0)};
+        const Span keys(visible_keys(p, head.sequence, {q, q + 1}));
+        for (int k = keys.begin; k < keys.end; ++k) sum += gradients(q, k, row).score;
+      } else {
+        sum = dot<T>(gradients.grad_out, q, query_rows(head, p.out, p.head_dim_v), q);
+      }
+      if (lane_index() == 0) memory.store_delta(p, row_of(p, head.sequence, head.head) + q, sum);
+    });
   }
 };
 
 // grad_query, and what the head's slope receives from each block of threads.
 template <class T, Order kOrder>
-struct QueryGradient {
+struct QueryGradient : QueryKernel<ProblemOf<kOrder>> {
   using Problem = ProblemOf<kOrder>;
-  static constexpr int kThreads = simt::kThreads;
   static constexpr size_t kSharedBytes = kWarps * sizeof(double);
-
-  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kWarps); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     const BackwardMemory<T> memory(p, workspace);
-    const QueryTileIndex at(p, kWarps);
-    const Head head(p, at.batch, at.head);
-    const int q = static_cast<int>(at.tile) * kWarps + warp_index();
     double slope = 0;
-    if (q < head.length_q) {
+    QueryGradient::with_query(p, [&](const Head& head, int q) {
       const PairGradients<T, kOrder> gradients(p, head, memory);
       for_each_part<T>(p.grad_query ? p.head_dim : 0, [&](RowSum<T> sums) { slope = walk(p, gradients, q, sums); });
-    }
+    });
     if (p.grad_alibi_slopes) {
       sum_block<kThreads>(lane_index() == 0 ? slope : 0.0, memory.slope_sums + block_index());
     }

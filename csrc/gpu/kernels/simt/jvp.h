@@ -11,28 +11,22 @@ namespace simt {
 
 // ProblemType: JvpProblem or DoubleBackwardProblem, whose gradients begin with the same pass.
 template <class T, class ProblemType>
-struct Jvp {
+struct Jvp : QueryKernel<ProblemType> {
   using Problem = ProblemType;
   static constexpr bool kForGradients = std::is_same_v<ProblemType, DoubleBackwardProblem>;
-  static constexpr int kThreads = simt::kThreads;
-  static constexpr size_t kSharedBytes = 0;
-
-  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.heads * ceil_div(p.max_seqlen_q, kWarps); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
-    const QueryTileIndex at(p, kWarps);
-    const Head head(p, at.batch, at.head);
-    const int q = static_cast<int>(at.tile) * kWarps + warp_index();
-    if (q >= head.length_q) return;
-    const int64_t row = row_of(p, head.sequence, head.head) + q;
-    T mean = 0, delta = 0;
-    for_each_part<T>(p.head_dim_v, [&](RowSum<T> sums) {
-      mean = walk(p, head, q, sums);
-      delta += close_row(p, head, q, mean, sums);
+    Jvp::with_query(p, [&](const Head& head, int q) {
+      T mean = 0, delta = 0;
+      for_each_part<T>(p.head_dim_v, [&](RowSum<T> sums) {
+        mean = walk(p, head, q, sums);
+        delta += close_row(p, head, q, mean, sums);
+      });
+      if (lane_index() != 0) return;
+      const int64_t row = row_of(p, head.sequence, head.head) + q;
+      static_cast<T*>(p.logsumexp_tangent)[row] = mean;
+      if constexpr (kForGradients) BackwardMemory<T>(p, workspace).delta_tangent[row] = delta;
     });
-    if (lane_index() != 0) return;
-    static_cast<T*>(p.logsumexp_tangent)[row] = mean;
-    if constexpr (kForGradients) BackwardMemory<T>(p, workspace).delta_tangent[row] = delta;
   }
 
  private:

@@ -2,7 +2,7 @@
 // everything that was broadcast along the mask.
 #pragma once
 
-#include "gpu/kernels/mask_gradient.h"
+#include "gpu/kernels/mask_tiles.h"
 #include "gpu/kernels/simt/pair.h"
 
 namespace attention_ext {
@@ -15,46 +15,26 @@ struct MaskGradient {
   static constexpr int kThreads = simt::kThreads;
   static constexpr size_t kSharedBytes = kThreads * sizeof(T);
 
-  static int64_t blocks(const BackwardProblem& p) {
-    return batches(p).blocks() * heads(p).blocks() * query_tiles(p).blocks() * key_tiles(p).blocks();
-  }
+  static int64_t blocks(const BackwardProblem& p) { return MaskTiles(p, kWarps, kWarpSize).blocks(); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
-    int64_t index = block_index();
-    const auto part_of = [&](const BroadcastAxis& axis) {
-      const int64_t own = index % axis.blocks();
-      index /= axis.blocks();
-      return axis.part(own);
-    };
-    const Range k = part_of(key_tiles(p)), q = part_of(query_tiles(p)), h = part_of(heads(p)), b = part_of(batches(p));
+    const MaskPart part = MaskTiles(p, kWarps, kWarpSize).part(block_index());
     const BackwardMemory<T> memory(p, workspace);
     T sum = 0;
-    for (int64_t batch = b.begin; batch < b.end; ++batch) {
-      for (int64_t head = h.begin; head < h.end; ++head) {
+    for (int64_t batch = part.batches.begin; batch < part.batches.end; ++batch) {
+      for (int64_t head = part.heads.begin; head < part.heads.end; ++head) {
         const Head of(p, batch, head);
         const PairGradients<T, kOrder> gradients(p, of, memory);
-        for (int64_t tile = q.begin; tile < q.end; ++tile) {
-          sum += walk(p, gradients, static_cast<int>(tile) * kWarps + warp_index(), k);
+        for (int64_t tile = part.query_tiles.begin; tile < part.query_tiles.end; ++tile) {
+          sum += walk(p, gradients, static_cast<int>(tile) * kWarps + warp_index(), part.key_tiles);
         }
       }
     }
-    store(p, sum, b.begin, h.begin, q.begin * kWarps + warp_index(), k.begin * kWarpSize + lane_index());
+    store(p, sum, part.batches.begin, part.heads.begin, part.query_tiles.begin * kWarps + warp_index(),
+          part.key_tiles.begin * kWarpSize + lane_index());
   }
 
  private:
-  ATTENTION_INLINE static BroadcastAxis batches(const BackwardProblem& p) {
-    return {p.batch, p.grad_attn_mask.stride_b == 0};
-  }
-  ATTENTION_INLINE static BroadcastAxis heads(const BackwardProblem& p) {
-    return {p.heads, p.grad_attn_mask.stride_h == 0};
-  }
-  ATTENTION_INLINE static BroadcastAxis query_tiles(const BackwardProblem& p) {
-    return {ceil_div(p.max_seqlen_q, kWarps), p.grad_attn_mask.stride_row == 0};
-  }
-  ATTENTION_INLINE static BroadcastAxis key_tiles(const BackwardProblem& p) {
-    return {ceil_div(p.max_seqlen_k, kWarpSize), p.grad_attn_mask.stride_col == 0};
-  }
-
   // The sum over those keys that are this lane's.
   ATTENTION_DEVICE static T walk(const Problem& p, const PairGradients<T, kOrder>& gradients, int q, Range key_tiles) {
     const Head& head = gradients.pairs.head;

@@ -25,6 +25,25 @@ ATTENTION_DEVICE auto with_element(DType dtype, F&& f) {
   }
 }
 
+// Kernels with a warp for each query.
+template <class ProblemType>
+struct QueryKernel {
+  using Problem = ProblemType;
+  static constexpr int kThreads = simt::kThreads;
+  static constexpr size_t kSharedBytes = 0;
+
+  static int64_t blocks(const AttentionProblem& p) { return QueryTileIndex::count(p, kWarps); }
+
+  // Calls f(head, q) with the query of this warp, unless the sequence has ended.
+  template <class F>
+  ATTENTION_DEVICE static void with_query(const AttentionProblem& p, F&& f) {
+    const QueryTileIndex at(p, kWarps);
+    const Head head(p, at.batch, at.head);
+    const int q = static_cast<int>(at.tile) * kWarps + warp_index();
+    if (q < head.length_q) f(head, q);
+  }
+};
+
 // Of one head, from row 0 of a sequence on.
 struct HeadRows {
   View view;
