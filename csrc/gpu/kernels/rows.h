@@ -16,7 +16,7 @@ struct QueryTileIndex {
     batch = index / p.heads % p.batch;
     tile = tiles - 1 - index / p.heads / p.batch;
   }
-  static int64_t count(const AttentionProblem& p, int queries) {
+  ATTENTION_INLINE static int64_t count(const AttentionProblem& p, int queries) {
     return p.batch * p.heads * ceil_div(p.max_seqlen_q, queries);
   }
   ATTENTION_DEVICE Range queries(const Sequence& s, int queries) const {
