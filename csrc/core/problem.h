@@ -10,6 +10,20 @@ namespace attention_ext {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kBool };
 
+// Bytes of a number.
+ATTENTION_INLINE int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kBool:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
 constexpr int64_t kUnlimited = INT64_MAX / 4;  // a window side without a limit; adding lengths to it cannot overflow
 
 // A 4-D array (batch, heads, row, column) that somebody else owns. Strides count elements; 0 where broadcast.

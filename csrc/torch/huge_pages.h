@@ -1,3 +1,4 @@
+// Fresh memory that is cheap to write to for the first time.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -18,19 +18,6 @@ using Half = __fp16;
 using Half = _Float16;
 #endif
 
-inline int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    case DType::kBool:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
 inline DType accumulate_type(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
 inline const char* name_of(DType dtype) {

@@ -14,24 +14,16 @@ struct Source {
   int64_t stride_row, stride_col;
 };
 
-ATTENTION_INLINE int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    case DType::kBool:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
 // Rows from `row` on of the head's matrix.
 ATTENTION_INLINE Source source_of(const View& view, int64_t b, int64_t h, int64_t row) {
   const int64_t offset = b * view.stride_b + h * view.stride_h + row * view.stride_row;
   return {static_cast<const char*>(view.data) + offset * size_of(view.dtype), view.dtype, view.stride_row,
           view.stride_col};
+}
+
+// The columns from `first` on.
+ATTENTION_INLINE Source columns_from(const Source& from, int64_t first) {
+  return {from.data + first * from.stride_col * size_of(from.dtype), from.dtype, from.stride_row, from.stride_col};
 }
 
 // Rows of (batch, length, heads, head_dim) memory lie pages apart, where the hardware does not see them coming: loops

@@ -128,9 +128,8 @@ Staged stage_mask(const View& mask, const Tile& tile, Range k, Matrix<T> to) {
 // Of attn_mask or its gradient, keys k of the queries after a tile.
 ATTENTION_INLINE RowsAhead next_mask_rows(const View& mask, const Tile& tile, Range k) {
   if (!mask || mask.stride_row == 0) return {};
-  Source rows = source_of(mask, tile.sequence.batch, tile.head, tile.q.end);
-  rows.data += k.begin * rows.stride_col * size_of(rows.dtype);
-  return {rows, minimum(tile.q.size(), tile.sequence.length_q - tile.q.end), k.size()};
+  const Source rows = source_of(mask, tile.sequence.batch, tile.head, tile.q.end);
+  return {columns_from(rows, k.begin), minimum(tile.q.size(), tile.sequence.length_q - tile.q.end), k.size()};
 }
 
 // The mods that these rules leave; the others are known to be absent.

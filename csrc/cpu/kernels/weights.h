@@ -59,8 +59,7 @@ class WeightsJob {
         add_head({s, h, q, ceil_div(q.size(), kLanes<T>)}, keys, splat<T>(T(1) / static_cast<T>(heads.size())));
       }
       const Source to = source_of(p_.weights, s.batch, head, q.begin - p_.row_begin);
-      write_transposed({to.data + k * to.stride_col * size_of(to.dtype), to.dtype, to.stride_row, to.stride_col},
-                       q.size(), keys.size(), as_operand(mean));
+      write_transposed(columns_from(to, k), q.size(), keys.size(), as_operand(mean));
     }
   }
 
