@@ -2,13 +2,15 @@
 // A test is a function; CHECK counts and reports, it does not stop.
 #pragma once
 
+#include <atomic>
 #include <cstdio>
 #include <string>
 
 namespace attention_ext::test {
 
+// Threads of a kernel check the guards of their memory.
 struct Tally {
-  long checks = 0, failures = 0;
+  std::atomic<long> checks = 0, failures = 0;
 };
 
 inline Tally& tally() {

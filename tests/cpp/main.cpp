@@ -10,6 +10,6 @@ int main(int count, char** words) {
   test_headers();
   test_vectors();
   test_kernels(count > 1 ? std::atoi(words[1]) : 1);
-  std::printf("%ld checks, %ld failures\n", tally().checks, tally().failures);
+  std::printf("%ld checks, %ld failures\n", tally().checks.load(), tally().failures.load());
   return tally().failures == 0 ? 0 : 1;
 }
