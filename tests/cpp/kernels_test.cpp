@@ -200,14 +200,16 @@ void test_case(const Case& spec) {
 // A thread's memory is bounded, whatever the length.
 template <class Problem>
 void test_scratch(const CpuKernel& kernel) {
+  int planned = 0;
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     for (const int64_t head_dim : {64, 128, 256}) {
-      for (const int64_t length : {2048, 65536}) {
+      for (const auto& [length_q, length_k] : {std::pair{2048, 2048}, {65536, 65536}, {1, 65536}}) {
         double number = 0;
         const View view{&number, dtype, 1, 1, 1, 1};
         Problem p;
         p.batch = p.heads = p.kv_heads = 1;
-        p.seqlen_q = p.max_seqlen_q = p.seqlen_k = p.max_seqlen_k = length;
+        p.seqlen_q = p.max_seqlen_q = length_q;
+        p.seqlen_k = p.max_seqlen_k = length_k;
         p.head_dim = p.head_dim_v = head_dim;
         p.dtype = dtype;
         p.query = p.key = p.value = p.attn_mask = view;
@@ -220,9 +222,11 @@ void test_scratch(const CpuKernel& kernel) {
         const size_t bytes = kernel.plan(p).scratch_bytes;
         check(bytes <= size_t{4} << 20,
               std::string(kernel.name) + " takes " + std::to_string(bytes) + " bytes a thread");
+        ++planned;
       }
     }
   }
+  check(planned > 0, std::string(kernel.name) + " was never planned");
 }
 
 void test_scratch_of(const CpuKernel& kernel) {
