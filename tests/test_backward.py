@@ -210,11 +210,14 @@ def _vm_flags(address: int) -> list[str]:
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with huge pages")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_gradients_ask_for_huge_pages(dtype: torch.dtype) -> None:
+def test_large_results_ask_for_huge_pages(dtype: torch.dtype) -> None:
     query = torch.randn(1, 2, 1600, 8, dtype=dtype)
     mask = torch.zeros(2, 1600, 1600, dtype=dtype, requires_grad=True)
-    (grad,) = torch.autograd.grad(attention_ext.attention(query, query, query, mask).sum(), mask)
+    (grad_mask,) = torch.autograd.grad(attention_ext.attention(query, query, query, mask).sum(), mask)
     weights = attention_ext.attention_weights(query, query)
-    for large in (grad, weights):
+    many = torch.randn(1, 2, 160_000, 8, dtype=dtype, requires_grad=True)
+    out = attention_ext.attention(many, query[:, :, :3], query[:, :, :3])
+    (grad_query,) = torch.autograd.grad(out.sum(), many)
+    for large in (grad_mask, weights, out, grad_query):
         assert large.nbytes >= 4 << 20
         assert "hg" in _vm_flags(large.data_ptr() + large.nbytes // 2)

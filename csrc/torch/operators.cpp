@@ -4,7 +4,6 @@
 
 #include "torch/device.h"
 #include "torch/gradients.h"
-#include "torch/huge_pages.h"
 
 namespace attention_ext {
 
@@ -134,7 +133,6 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
   fill_problem(problem, converted, op, sizes, query, key, nullptr, &rng_state, options);
   Tensor weights = empty_weights(query, sizes, average_heads, rows);
   if (weights.numel() == 0) return weights;
-  on_huge_pages(weights);
   problem.weights = view_of(average_heads ? weights.unsqueeze(1) : weights);
   problem.average_heads = average_heads;
   problem.row_begin = rows.begin.expect_int();

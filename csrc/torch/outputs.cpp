@@ -1,5 +1,7 @@
 #include "torch/outputs.h"
 
+#include "torch/huge_pages.h"
+
 namespace attention_ext {
 
 using at::Tensor;
@@ -10,7 +12,7 @@ Tensor empty_heads(const Tensor& query, const SymInt& batch, const SymInt& heads
   const SymInt sizes[4] = {batch, heads, length, head_dim};
   const SymInt row = heads * head_dim;
   const SymInt strides[4] = {length * row, head_dim, row, 1};
-  return at::empty_strided_symint({sizes, 4}, {strides, 4}, query.options());
+  return on_huge_pages(at::empty_strided_symint({sizes, 4}, {strides, 4}, query.options()));
 }
 
 namespace {
@@ -45,8 +47,8 @@ Tensor not_made(const Tensor& query) { return at::empty({0}, query.options()); }
 Tensor empty_weights(const Tensor& query, const Sizes& sizes, bool average_heads, const Rows& rows) {
   const SymInt full[4] = {sizes.batch, sizes.heads, rows.end - rows.begin, sizes.seqlen_k};
   const SymInt averaged[3] = {full[0], full[2], full[3]};
-  return average_heads ? at::empty_symint({averaged, 3}, query.options())
-                       : at::empty_symint({full, 4}, query.options());
+  return on_huge_pages(average_heads ? at::empty_symint({averaged, 3}, query.options())
+                                     : at::empty_symint({full, 4}, query.options()));
 }
 
 }  // namespace attention_ext
