@@ -302,6 +302,18 @@ def test_dropout_bits_are_those_of_the_cpu(rows: str, emulate: Any) -> None:
     assert torch.equal(on_cpu == 0, torch.ops.attention_ext.attention_weights(*arguments, **options) == 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("lengths", "rows"), [((33, 65), ROWS[0]), ((3, 600), ROWS[0]), ((9, 40), ROWS[1])], ids=str)
+def test_logsumexp_knows_no_dropout(lengths: tuple[int, int], rows: str, dtype: torch.dtype, emulate: Any) -> None:
+    """Kernels that know when compiled that nothing is dropped make the same bits as those that do not."""
+    sample = Spec("dropped", lengths=lengths, head_dims=(64, 64), dropout_p=0.5).build(dtype)
+    emulate(rows)
+    if lengths[0] < 16 and rows == ROWS[0]:
+        _C.force_kernel("forward", "emulated_sm80/decode")
+    _, logsumexp, _ = sample.call(operator)
+    assert torch.equal(logsumexp, sample.replace(dropout_p=0.0).call(operator)[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("changes", "unseen"),

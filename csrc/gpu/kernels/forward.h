@@ -53,14 +53,31 @@ class Forward {
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void* workspace) {
     const int64_t whole = QueryTileIndex::count(p, kQueries);
     const QueryTileIndex at(p, kQueries, block_index() % whole);
-    const Head head(p, at.batch, at.head);
+    const Head head = head_of(p, at);
     const Range q = at.queries(head.sequence, kQueries);
     if (!q.empty()) Forward(p, head, q, block_index() / whole).walk(workspace);
   }
 
  private:
   ATTENTION_DEVICE Forward(const ForwardProblem& p, const Head& head, Range q, int64_t part)
-      : p_(p), head_(head), q_(q), part_(part), row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows) {}
+      : p_(p),
+        head_(head),
+        q_(q),
+        part_(part),
+        row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows),
+        exponential_(exponential_of(p)) {}
+
+  // The scale waits for the exponential wherever it can, so that dropout, which alone calls for Rules::kAll too,
+  // changes no bit of logsumexp.
+  ATTENTION_DEVICE static Head head_of(const ForwardProblem& p, const QueryTileIndex& at) {
+    Head head(p, at.batch, at.head);
+    if (is_linear(p)) head.mods.scale = 1.0;
+    return head;
+  }
+  ATTENTION_DEVICE static Exponential<T> exponential_of(const ForwardProblem& p) {
+    const bool linear = kRules == Rules::kBand || is_linear(p);
+    return {linear ? static_cast<T>(p.scale) : T(1), !linear};
+  }
 
   ATTENTION_DEVICE void walk(void* workspace) {
     const TileSet<QueryTile, 1> query(shared_memory());
@@ -111,7 +128,7 @@ class Forward {
         s = block.score(s, block.query(m, n, i), block.key(m, n, i)).score;
       });
       T worth[2];
-      any |= softmax_rows<kRules>(score.tile[m], block.linear(), rows_[m], worth);
+      any |= softmax_rows(score.tile[m], exponential_, rows_[m], worth);
       for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[m][n].number[i] *= worth[i / 2]; });
     }
     // Keys that are hidden from all these rows may hold anything.
@@ -172,6 +189,7 @@ class Forward {
   const Range q_;
   const int64_t part_;
   const int row_;  // of the tile, the warp's first
+  const Exponential<T> exponential_;
   Sums sums_;
   RowState<T> rows_[kRowTiles];
 };

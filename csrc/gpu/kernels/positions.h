@@ -29,9 +29,13 @@ ATTENTION_DEVICE constexpr T infinity() {
 // window and lengths.
 enum class Rules : uint8_t { kBand, kAll };
 
+// Whether scores are dot products times a scale, which can then wait for the exponential.
+ATTENTION_INLINE bool is_linear(const AttentionProblem& p) {
+  return p.softcap == 0 && !p.attn_mask && !p.alibi_slopes && p.scale > 0;
+}
+
 inline Rules rules_of(const AttentionProblem& p) {
-  const bool plain = p.softcap == 0 && !p.attn_mask && !p.alibi_slopes && p.dropout_p == 0 && p.scale > 0;
-  return plain ? Rules::kBand : Rules::kAll;
+  return is_linear(p) && p.dropout_p == 0 ? Rules::kBand : Rules::kAll;
 }
 
 // One head of one sequence.

@@ -33,24 +33,40 @@ ATTENTION_DEVICE T finite_or_zero(T maximum) {
 
 // exp(linear * score - base). Where mods add to scores, a bias of -1e10 or -1e30 as many models mask would leave no
 // digit of log2(e) * base: there differences come first.
+template <class T>
+class Exponential {
+  static constexpr T kUnit = static_cast<T>(kLog2E);
+
+ public:
+  ATTENTION_DEVICE Exponential(T linear, bool mods_add)
+      : linear_(linear), early_(mods_add ? T(1) : kUnit), late_(mods_add ? kUnit : T(1)) {}
+
+  ATTENTION_DEVICE T linear() const { return linear_; }
+  ATTENTION_DEVICE T operator()(T score, T base) const {
+    return exp2_of(multiply_add(score, linear_ * early_, -base * early_) * late_);
+  }
+
+ private:
+  T linear_, early_, late_;
+};
+
 template <Rules kRules, class T>
 ATTENTION_DEVICE T weight_of(T score, T linear, T base) {
-  constexpr T kUnit = static_cast<T>(kLog2E);
-  if constexpr (kRules == Rules::kAll) return exp2_of((score - base) * kUnit);
-  return exp2_of(multiply_add(score, linear * kUnit, -base * kUnit));
+  return Exponential<T>(linear, kRules == Rules::kAll)(score, base);
 }
 
 // Scores of 16 rows become unnormalised weights; `worth` is what earlier sums of the rows are worth now. True where the
 // block holds any weight for this lane.
-template <Rules kRules, class T, int kTiles>
-ATTENTION_DEVICE bool softmax_rows(Fragment<T> (&score)[kTiles], T linear, RowState<T>& state, T (&worth)[2]) {
+template <class T, int kTiles>
+ATTENTION_DEVICE bool softmax_rows(Fragment<T> (&score)[kTiles], const Exponential<T>& exponential, RowState<T>& state,
+                                   T (&worth)[2]) {
   bool any = false;
   ATTENTION_UNROLL
   for (int r = 0; r < 2; ++r) {
     T top = -infinity<T>();
     ATTENTION_UNROLL
     for (int n = 0; n < kTiles; ++n) top = larger(larger(score[n].number[2 * r], score[n].number[2 * r + 1]), top);
-    const T now = larger(largest_of_group(top) * linear, state.maximum[r]), base = finite_or_zero(now);
+    const T now = larger(largest_of_group(top) * exponential.linear(), state.maximum[r]), base = finite_or_zero(now);
     worth[r] = exp2_of((state.maximum[r] - base) * static_cast<T>(kLog2E));
     state.maximum[r] = now;
     T sum = 0;
@@ -58,7 +74,7 @@ ATTENTION_DEVICE bool softmax_rows(Fragment<T> (&score)[kTiles], T linear, RowSt
     for (int n = 0; n < kTiles; ++n) {
       ATTENTION_UNROLL
       for (int i = 2 * r; i < 2 * r + 2; ++i) {
-        score[n].number[i] = weight_of<kRules>(score[n].number[i], linear, base);
+        score[n].number[i] = exponential(score[n].number[i], base);
         sum += score[n].number[i];
       }
     }
