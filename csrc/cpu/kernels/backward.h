@@ -158,7 +158,42 @@ class BackwardBlocks {
                 RowsAhead(head_rows(p_.query, tile.head, next), unread, p_.head_dim));
     multiply<C>(by_rows(rows_from(value_, skip)), grad_out.columns, shape_.value_depth, grad_score, rows, tile.vectors,
                 Start::kZero, RowsAhead(head_rows(p_.grad_out, tile.head, next), unread, p_.head_dim_v));
+    const GradientOperands<C> operands = score_gradients(block, tile, weight, grad_score);
 
+    const int64_t queries = ceil_div(tile.q.size(), C::kPair);
+    const bool last = unread <= 0;
+    const int64_t first_key = sequence_.begin_k + rows_.begin;
+    if (p_.grad_value) {
+      multiply<C>(by_rows(operands.weight_by_query), grad_out.lanes, queries, grad_value(k.begin), rows,
+                  shape_.value_columns / kLanes<T>, Start::kAdd,
+                  RowsAhead(head_rows(p_.grad_value, kv_head_, first_key), last ? rows_.size() : 0, p_.head_dim_v));
+    }
+    if (p_.grad_key) {
+      multiply<C>(by_rows(operands.by_query), query.lanes, queries, grad_key(k.begin), rows, shape_.columns / kLanes<T>,
+                  Start::kAdd,
+                  last ? RowsAhead(head_rows(p_.grad_key, kv_head_, first_key), rows_.size(), p_.head_dim)
+                       : next_mask_rows(p_.grad_attn_mask, tile, k));
+    }
+    if (p_.grad_query) {
+      multiply<C>(by_columns(operands.by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair),
+                  grad_query, round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd,
+                  shape_.adds_queries
+                      ? next_mask_rows(p_.attn_mask, tile, k)
+                      : RowsAhead(head_rows(p_.grad_query, tile.head, row), tile.q.size(), p_.head_dim));
+    }
+  }
+
+  // From dot products in `weight` and grad_out . value in `grad_score`.
+  GradientOperands<C> score_gradients(const Block<T>& block, const Tile& tile, Matrix<T> weight, Matrix<T> grad_score) {
+    const Range k = block.k;
+    GradientOperands<C> operands;
+    if (!dropout_.present && !p_.grad_attn_mask && !p_.grad_alibi_slopes) {
+      with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
+        operands = plain_gradient_operands<C, vectors, rules>(block, scratch_.logsumexp, scratch_.delta, weight,
+                                                              grad_score, scratch_.pairs);
+      });
+      return operands;
+    }
     const Matrix<T> slope{block.mods.softcap ? scratch_.slope : nullptr, kQueries<T>};
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
       probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, {slope, {}});
@@ -170,33 +205,7 @@ class BackwardBlocks {
           slope_gradient(block, tile.vectors, as_operand(grad_score));
     }
     if (slope.data) multiply_elements(slope, grad_score, k.size(), tile.vectors);
-    clear_spare_row(weight, k.size(), tile.vectors);
-    clear_spare_row(grad_score, k.size(), tile.vectors);
-
-    const int64_t queries = ceil_div(tile.q.size(), C::kPair);
-    const bool last = unread <= 0;
-    const int64_t first_key = sequence_.begin_k + rows_.begin;
-    if (p_.grad_value) {
-      const auto by_query = weights_by_queries<C>(weight, rows, tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_rows(by_query), grad_out.lanes, queries, grad_value(k.begin), rows,
-                  shape_.value_columns / kLanes<T>, Start::kAdd,
-                  RowsAhead(head_rows(p_.grad_value, kv_head_, first_key), last ? rows_.size() : 0, p_.head_dim_v));
-    }
-    if (p_.grad_key) {
-      const auto by_query = weights_by_queries<C>(grad_score, rows, tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_rows(by_query), query.lanes, queries, grad_key(k.begin), rows, shape_.columns / kLanes<T>,
-                  Start::kAdd,
-                  last ? RowsAhead(head_rows(p_.grad_key, kv_head_, first_key), rows_.size(), p_.head_dim)
-                       : next_mask_rows(p_.grad_attn_mask, tile, k));
-    }
-    if (p_.grad_query) {
-      const auto by_key = weights_by_keys<C>(grad_score, k.size(), tile.vectors, scratch_.weight_rows);
-      multiply<C>(by_columns(by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair), grad_query,
-                  round_up(tile.q.size(), 2), shape_.columns / kLanes<T>, Start::kAdd,
-                  shape_.adds_queries
-                      ? next_mask_rows(p_.attn_mask, tile, k)
-                      : RowsAhead(head_rows(p_.grad_query, tile.head, row), tile.q.size(), p_.head_dim));
-    }
+    return gradient_operands<C>(weight, grad_score, k.size(), tile.vectors, scratch_.pairs);
   }
 
   Source head_rows(const View& view, int64_t head, int64_t row) const {

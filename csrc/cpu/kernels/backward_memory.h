@@ -160,22 +160,37 @@ BothWays<C> both_ways(Source from, const Tile& tile, int64_t width, const BothWa
   return {as_operand(columns), lanes_of<C>(rows, queries, round_up(width, kLanes<T>), memory.lanes)};
 }
 
+// Room for weights and score gradients as the products read them where C pairs; else they stay where they were made.
+template <class C>
+struct GradientPairs {
+  Matrix<typename C::Element> weight_by_query, by_query, by_key;
+
+  GradientPairs(Arena& arena, int64_t padded_keys) {
+    if constexpr (C::kPair == 2) {
+      constexpr int64_t kWide = kQueries<typename C::Scalar>, kHalf = kWide / 2;
+      weight_by_query = {arena.take<typename C::Element>(padded_keys * kHalf), kHalf};
+      by_query = {arena.take<typename C::Element>(padded_keys * kHalf), kHalf};
+      by_key = {arena.take<typename C::Element>(padded_keys / 2 * kWide), kWide};
+    }
+  }
+};
+
 template <class C>
 struct BackwardScratch {
   using T = typename C::Scalar;
   using Element = typename C::Element;
-  Element *key_rows, *key_lanes, *value_rows, *weight_rows;
+  Element *key_rows, *key_lanes, *value_rows;
   T *weight, *grad_score, *slope, *bias, *grad_query, *grad_key, *grad_value, *logsumexp, *delta;
   BothWaysMemory<C> query, grad_out;
+  GradientPairs<C> pairs;
 
   BackwardScratch(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape)
-      : query(arena, p.head_dim), grad_out(arena, p.head_dim_v) {
+      : query(arena, p.head_dim), grad_out(arena, p.head_dim_v), pairs(arena, shape.keys + kTileRows) {
     const int64_t padded_keys = shape.keys + kTileRows, block = padded_keys * kQueries<T>;
     const bool paired = C::kPair != 1;
     key_rows = arena.take<Element>(padded_keys * round_up(shape.depth, kLanes<Element>));
     key_lanes = arena.take<Element>(paired ? padded_keys * shape.columns : 0);
     value_rows = arena.take<Element>(padded_keys * round_up(shape.value_depth, kLanes<Element>));
-    weight_rows = arena.take<Element>(paired ? block : 0);
     weight = arena.take<T>(block);
     grad_score = arena.take<T>(block);
     slope = arena.take<T>(p.softcap > 0 ? block : 0);

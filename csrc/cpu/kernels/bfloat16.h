@@ -27,6 +27,11 @@ struct BFloat16Compute {
     store(to, U32(_mm512_permutexvar_epi16(side_by_side, __m512i(rounded(first, second)))));
   }
 
+  // neighbouring lanes side by side: those of first, then those of second, as paired_queries has them
+  ATTENTION_INLINE static void store_neighbours(uint32_t* to, F32 first, F32 second) {
+    store(to, rounded(first, second));
+  }
+
   static Matrix<const uint32_t> paired_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns,
                                             uint32_t* buffer, int64_t unseen) {
     const auto* data = reinterpret_cast<const uint16_t*>(from.data);
@@ -81,7 +86,7 @@ struct BFloat16Compute {
       for (int64_t v = 0; v < vectors; v += 2) {
         const float* from = weight.row(k) + v * kLanes<float>;
         const F32 second = v + 1 < vectors ? load(from + kLanes<float>) : F32{};
-        store(buffer + k * stride + v / 2 * kLanes<uint32_t>, rounded(load(from), second));
+        store_neighbours(buffer + k * stride + v / 2 * kLanes<uint32_t>, load(from), second);
       }
     }
     return {buffer, stride};

@@ -1,7 +1,10 @@
-// What a block of score gradients gives to the inputs that are not matrices: attn_mask and ALiBi slopes.
+// A block of weights and score gradients: how they are made, how the products read them, and what they give to the
+// inputs that are not matrices, attn_mask and ALiBi slopes.
 #pragma once
 
+#include "cpu/kernels/backward_memory.h"
 #include "cpu/kernels/dropout.h"
+#include "cpu/kernels/probability.h"
 
 namespace attention_ext {
 namespace {
@@ -19,6 +22,72 @@ void score_gradient(const AttentionProblem& p, const Dropout& dropout, const Til
     store(g, whole == Vec<T>{} ? Vec<T>{} : whole * (grad - load(delta + lane)));
     store(w, kept ? whole : Vec<T>{});
   });
+}
+
+// Weights and score gradients of a block as the products read them.
+template <class C>
+struct GradientOperands {
+  Matrix<const typename C::Element> weight_by_query, by_query, by_key;
+};
+
+// Of weights and score gradients that are done.
+template <class C>
+GradientOperands<C> gradient_operands(Matrix<typename C::Scalar> weight, Matrix<typename C::Scalar> grad, int64_t keys,
+                                      int64_t vectors, const GradientPairs<C>& pairs) {
+  clear_spare_row(weight, keys, vectors);
+  clear_spare_row(grad, keys, vectors);
+  const int64_t rows = round_up(keys, 2);
+  return {weights_by_queries<C>(weight, rows, vectors, pairs.weight_by_query.data),
+          weights_by_queries<C>(grad, rows, vectors, pairs.by_query.data),
+          weights_by_keys<C>(grad, keys, vectors, pairs.by_key.data)};
+}
+
+// All of it at once, from dot products in `weight` and grad_out . value in `grad`, where nothing is dropped and nothing
+// else wants the gradients: what C pairs is never stored unpaired.
+template <class C, int kVectors, Rules kRules>
+GradientOperands<C> plain_gradient_operands(const Block<typename C::Scalar>& block, const typename C::Scalar* logsumexp,
+                                            const typename C::Scalar* delta, Matrix<typename C::Scalar> weight,
+                                            Matrix<typename C::Scalar> grad, const GradientPairs<C>& pairs) {
+  using T = typename C::Scalar;
+  constexpr int64_t kStep = kLanes<T>;
+  const Probability<C, kVectors, kRules> probability(block, logsumexp);
+  const int64_t rows = block.k.size();
+  const auto make = [&](int64_t r, auto n, Vec<T>& w, Vec<T>& g) __attribute__((always_inline)) {
+    const Weights<T> made = probability(r, n, load(weight.row(r) + n * kStep));
+    w = made.weight;
+    g = load(grad.row(r) + n * kStep) - load(delta + n * kStep);
+    g = w == Vec<T>{} ? Vec<T>{} : w * g * made.slope;
+  };
+  if constexpr (C::kPair == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      unroll<kVectors>(UNROLLED(n) {
+        Vec<T> w, g;
+        make(r, n, w, g);
+        store(weight.row(r) + n * kStep, w);
+        store(grad.row(r) + n * kStep, g);
+      });
+    }
+    return gradient_operands<C>(weight, grad, rows, kVectors, pairs);
+  } else {
+    for (int64_t r = 0; r < rows; r += 2) {
+      unroll<(kVectors + 1) / 2>(UNROLLED(both) {
+        Vec<T> w[2][2] = {}, g[2][2] = {};  // (row, vector), 0 beyond the last of each
+        unroll<2>(UNROLLED(v) {
+          constexpr auto kN = std::integral_constant<int, 2 * both + v>{};
+          if constexpr (kN < kVectors) {
+            make(r, kN, w[0][v], g[0][v]);
+            if (r + 1 < rows) make(r + 1, kN, w[1][v], g[1][v]);
+            C::store_pair(pairs.by_key.row(r / 2) + kN * kStep, g[0][v], g[1][v]);
+          }
+        });
+        unroll<2>(UNROLLED(i) {
+          C::store_neighbours(pairs.weight_by_query.row(r + i) + both * kStep, w[i][0], w[i][1]);
+          C::store_neighbours(pairs.by_query.row(r + i) + both * kStep, g[i][0], g[i][1]);
+        });
+      });
+    }
+    return {as_operand(pairs.weight_by_query), as_operand(pairs.by_query), as_operand(pairs.by_key)};
+  }
 }
 
 template <class T>

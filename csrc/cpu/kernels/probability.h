@@ -24,33 +24,64 @@ struct Derivatives {
   Matrix<T> slope, curve;
 };
 
-// Dot products become weights in place. `bend`, as far as it has room, receives the derivatives of the scores.
+// A vector of weights, and the derivatives of their scores by scale * dot.
+template <class T>
+struct Weights {
+  Vec<T> weight, slope, curve;
+};
+
+// Dot products of a block become weights, a vector of queries at a time.
+template <class C, int kVectors, Rules kRules>
+class Probability {
+  using T = typename C::Scalar;
+
+ public:
+  ATTENTION_INLINE Probability(const Block<T>& block, const T* logsumexp)
+      : block_(block),
+        mods_(mods_of<kRules>(block.mods)),
+        unit_(splat<T>(static_cast<T>(kModifies<kRules> ? kLog2E : block.mods.scale * kLog2E))) {
+    unroll<kVectors>(UNROLLED(n) { base_[n] = load(logsumexp + n * kLanes<T>); });
+    far_ = kModifies<kRules> && far_from_zero<T>(base_);
+  }
+
+  // Of key r and the queries of vector n.
+  template <class N>
+  ATTENTION_INLINE Weights<T> operator()(int64_t r, N n, Vec<T> dot) const {
+    const Vec<T> log2e = splat<T>(static_cast<T>(kLog2E));
+    Weights<T> out{dot, splat<T>(1), Vec<T>{}};
+    if constexpr (kModifies<kRules>) {
+      const auto at = block_.at(r, n);
+      const auto modified = mods_.template operator()<VectorOps<T>>(dot, at);
+      out = {mods_.template hide<VectorOps<T>>(modified.score, at), modified.slope, modified.curve};
+    }
+    out.weight = C::exponential(far_ ? (out.weight - base_[n]) * log2e : fma(out.weight, unit_, -base_[n] * log2e));
+    if constexpr (kRules == Rules::kBand) {
+      out.weight = block_.mods.band.template keep<VectorOps<T>>(block_.at(r, n)) ? out.weight : Vec<T>{};
+    }
+    return out;
+  }
+
+ private:
+  const Block<T>& block_;
+  const ScoreMods mods_;
+  const Vec<T> unit_;
+  Vec<T> base_[kVectors];
+  bool far_;
+};
+
+// The same for a whole block, in place. `bend`, as far as it has room, receives the derivatives.
 template <class C, int kVectors, Rules kRules>
 void probability_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,
                        const typename C::Scalar* logsumexp, const Derivatives<typename C::Scalar>& bend) {
   using T = typename C::Scalar;
-  const T unit = static_cast<T>(kModifies<kRules> ? kLog2E : block.mods.scale * kLog2E);
-  const Vec<T> log2e = splat<T>(static_cast<T>(kLog2E));
-  const ScoreMods mods = mods_of<kRules>(block.mods);
-  Vec<T> base[kVectors];
-  unroll<kVectors>(UNROLLED(n) { base[n] = load(logsumexp + n * kLanes<T>); });
-  const bool far = kModifies<kRules> && far_from_zero<T>(base);
+  const Probability<C, kVectors, kRules> probability(block, logsumexp);
   for (int64_t r = 0; r < block.k.size(); ++r) {
     unroll<kVectors>(UNROLLED(n) {
       T* lanes = score.row(r) + n * kLanes<T>;
-      Vec<T> s = load(lanes);
-      if constexpr (kModifies<kRules>) {
-        const auto at = block.at(r, n);
-        const auto modified = mods.template operator()<VectorOps<T>>(s, at);
-        s = mods.template hide<VectorOps<T>>(modified.score, at);
-        if (bend.slope.data) store(bend.slope.row(r) + n * kLanes<T>, modified.slope);
-        if (bend.curve.data) store(bend.curve.row(r) + n * kLanes<T>, modified.curve);
-      }
-      Vec<T> weight = C::exponential(far ? (s - base[n]) * log2e : fma(s, splat<T>(unit), -base[n] * log2e));
-      if constexpr (kRules == Rules::kBand) {
-        weight = block.mods.band.template keep<VectorOps<T>>(block.at(r, n)) ? weight : Vec<T>{};
-      }
-      store(lanes, weight);
+      const Weights<T> made = probability(r, n, load(lanes));
+      store(lanes, made.weight);
+      if (bend.slope.data) store(bend.slope.row(r) + n * kLanes<T>, made.slope);
+      if (bend.curve.data) store(bend.curve.row(r) + n * kLanes<T>, made.curve);
     });
   }
 }
