@@ -144,8 +144,8 @@ def _long_cases() -> list[Case]:
 def _derivative_cases() -> list[Case]:
     passes = ("jvp", "double_backward", "hessian_vector_product")
     return [
-        Case(f"H4 L{length} d64", "derivatives", FLOAT32, heads=4, length_q=length, passes=passes)
-        for length in (256, 1024, 2048, 4096)
+        Case(f"H{heads} L{length} d64", "derivatives", FLOAT32, heads=heads, length_q=length, passes=passes)
+        for heads, length in ((4, 256), (4, 1024), (8, 1024), (4, 2048), (4, 4096))
     ]
 
 

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import native
 import torch
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-BUILD = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
 FMA_ITERATIONS = 40_000  # half a millisecond or so
 READ_BYTES = 256 * 2**20
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    file = BUILD / f"peak-{name}.so"
-    if not file.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        subprocess.run([os.environ.get("CXX", "c++"), *FLAGS, str(SOURCE), "-o", str(part)], check=True)
-        part.rename(file)
-    loaded = ctypes.CDLL(str(file))
+    loaded = native.library("peak")
     for function in ("float32_rate", "float64_rate", "bfloat16_rate"):
         getattr(loaded, function).argtypes = [ctypes.c_int64]
         getattr(loaded, function).restype = ctypes.c_double

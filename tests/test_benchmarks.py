@@ -55,6 +55,20 @@ def test_files_are_drawn(measured: Path, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_parts_add_up_to_a_limit() -> None:
+    """What a pass can reach at most is below the peak, for every shape and pass."""
+    lines = [
+        line.strip("| ").split(" | ") for line in run("parts.py", "--dtype", "float32", "--repeats", 1).splitlines()
+    ]
+    titles, _, *rows = lines
+    assert [row[:3] for row in rows[:2]] == [["H1 L1024 d64", "float32", x] for x in ("forward", "backward")]
+    for row in rows:
+        cells = {name: float(text.rstrip("%")) for name, text in list(zip(titles, row, strict=True))[3:]}
+        whole = cells["products"] + cells["softmax"] + cells["rows"]
+        assert cells["at most"] == pytest.approx(1e4 / whole, rel=0.01)
+        assert min(cells.values()) > 0
+
+
 @pytest.fixture(scope="module")
 def modules() -> Any:
     """The benchmarks' own modules, by name."""

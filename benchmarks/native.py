@@ -1,0 +1,31 @@
+"""C++ of the benchmarks, compiled on first use for the machine that it runs on."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "benchmarks"
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """What `name`.cpp of this folder compiles to, again whenever it or a header that it may include changes."""
+    source = Path(__file__).with_name(name).with_suffix(".cpp")
+    texts = [source, *sorted((ROOT / "csrc" / "core").glob("*.h")), *sorted((ROOT / "csrc" / "cpu").rglob("*.h"))]
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for text in texts:
+        digest.update(text.read_bytes())
+    file = BUILD / f"{name}-{digest.hexdigest()[:16]}.so"
+    if not file.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        subprocess.run([os.environ.get("CXX", "c++"), *FLAGS, str(source), "-o", str(part)], check=True)
+        part.rename(file)
+    return ctypes.CDLL(str(file))
