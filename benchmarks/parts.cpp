@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
-#include <new>
 
 #if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include "cpu/vec/avx512.h"
@@ -103,9 +102,12 @@ class Parts {
     return {memory_.take<X>(rows * columns), columns};
   }
 
-  static constexpr size_t kBytes = 4 << 20;
-  std::unique_ptr<char[]> bytes_{new (std::align_val_t(4096)) char[kBytes]()};
-  Arena memory_{bytes_.get()};
+  struct alignas(4096) Room {
+    char bytes[4 << 20] = {};
+  };
+
+  std::unique_ptr<Room> room_ = std::make_unique<Room>();
+  Arena memory_{room_->bytes};
   int64_t columns_, depth_, keys_;
   Block<T> block_{.k = {}, .mods = {}, .rules = Rules::kNone, .bias = {}, .first_distance = {}};
   Matrix<Element> query_ = matrix<Element>(kQueries<T>, columns_), key_ = matrix<Element>(keys_, columns_),
