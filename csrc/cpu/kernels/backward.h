@@ -172,7 +172,9 @@ class BackwardBlocks {
       multiply<C>(by_rows(operands.by_query), query.lanes, queries, grad_key(k.begin), rows, shape_.columns / kLanes<T>,
                   Start::kAdd,
                   last ? RowsAhead(head_rows(p_.grad_key, kv_head_, first_key), rows_.size(), p_.head_dim)
-                       : next_mask_rows(p_.grad_attn_mask, tile, k));
+                  : p_.grad_attn_mask
+                      ? next_mask_rows(p_.grad_attn_mask, tile, k)
+                      : RowsAhead(source_of(grad_query), shape_.adds_queries ? tile.q.size() : 0, shape_.columns));
     }
     if (p_.grad_query) {
       multiply<C>(by_columns(operands.by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair),
