@@ -170,11 +170,7 @@ class BackwardBlocks {
     }
     if (p_.grad_key) {
       multiply<C>(by_rows(operands.by_query), query.lanes, queries, grad_key(k.begin), rows, shape_.columns / kLanes<T>,
-                  Start::kAdd,
-                  last ? RowsAhead(head_rows(p_.grad_key, kv_head_, first_key), rows_.size(), p_.head_dim)
-                  : p_.grad_attn_mask
-                      ? next_mask_rows(p_.grad_attn_mask, tile, k)
-                      : RowsAhead(source_of(grad_query), shape_.adds_queries ? tile.q.size() : 0, shape_.columns));
+                  Start::kAdd, rows_after_grad_key(tile, k, grad_query, last));
     }
     if (p_.grad_query) {
       multiply<C>(by_columns(operands.by_key), rows_from(key_lanes_, skip / C::kPair), ceil_div(k.size(), C::kPair),
@@ -183,6 +179,15 @@ class BackwardBlocks {
                       ? next_mask_rows(p_.attn_mask, tile, k)
                       : RowsAhead(head_rows(p_.grad_query, tile.head, row), tile.q.size(), p_.head_dim));
     }
+  }
+
+  // Those of grad_key that a block's last tile finishes; else what this tile adds to next.
+  RowsAhead rows_after_grad_key(const Tile& tile, Range k, Matrix<T> grad_query, bool last) const {
+    if (last) {
+      return {head_rows(p_.grad_key, kv_head_, sequence_.begin_k + rows_.begin), rows_.size(), p_.head_dim};
+    }
+    if (p_.grad_attn_mask) return next_mask_rows(p_.grad_attn_mask, tile, k);
+    return {source_of(grad_query), shape_.adds_queries ? tile.q.size() : 0, shape_.columns};
   }
 
   // From dot products in `weight` and grad_out . value in `grad_score`.

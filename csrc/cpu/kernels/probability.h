@@ -48,17 +48,19 @@ class Probability {
   template <class N>
   ATTENTION_INLINE Weights<T> operator()(int64_t r, N n, Vec<T> dot) const {
     const Vec<T> log2e = splat<T>(static_cast<T>(kLog2E));
-    Weights<T> out{dot, splat<T>(1), Vec<T>{}};
+    Vec<T> score = dot, slope = splat<T>(1), curve{};
     if constexpr (kModifies<kRules>) {
       const auto at = block_.at(r, n);
       const auto modified = mods_.template operator()<VectorOps<T>>(dot, at);
-      out = {mods_.template hide<VectorOps<T>>(modified.score, at), modified.slope, modified.curve};
+      score = mods_.template hide<VectorOps<T>>(modified.score, at);
+      slope = modified.slope;
+      curve = modified.curve;
     }
-    out.weight = C::exponential(far_ ? (out.weight - base_[n]) * log2e : fma(out.weight, unit_, -base_[n] * log2e));
+    Vec<T> weight = C::exponential(far_ ? (score - base_[n]) * log2e : fma(score, unit_, -base_[n] * log2e));
     if constexpr (kRules == Rules::kBand) {
-      out.weight = block_.mods.band.template keep<VectorOps<T>>(block_.at(r, n)) ? out.weight : Vec<T>{};
+      weight = block_.mods.band.template keep<VectorOps<T>>(block_.at(r, n)) ? weight : Vec<T>{};
     }
-    return out;
+    return {weight, slope, curve};
   }
 
  private:
