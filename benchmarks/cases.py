@@ -20,6 +20,7 @@ class Case:
         mask: "half_padding" (bool, the second half of the keys), "bias" (float, per head) or "bias_grad" (with its
             gradient).
         packed: lengths of packed sequences, for attention_varlen; length_q and length_k are then their sum.
+        peaked: scores so far apart that most weights vanish, many of them below the smallest normal number.
         layout: "heads_first", "heads_last" (the memory of a projection) or "unaligned" (rows of head_dim + 1 numbers).
         passes: see `passes.PASSES`.
         bandwidth_bound: the share that counts is that of the read bandwidth, not of the multiply-adds.
@@ -44,6 +45,7 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     packed: tuple[int, ...] = ()
+    peaked: bool = False
     layout: str = "heads_first"
     passes: tuple[str, ...] = ("forward", "backward")
     bandwidth_bound: bool = False
@@ -106,6 +108,7 @@ def _main_cases() -> list[Case]:
             Case("H8 L1024 d64 softcap", "main", dtype, softcap=30.0),
             Case("H8 L1024 d64 ALiBi", "main", dtype, alibi=True),
             Case("H8 L1024 d64 sinks", "main", dtype, sinks=True),
+            Case("H8 L1024 d64 peaked", "main", dtype, peaked=True),
             Case("packed 1024 512 256 128 64 64", "main", dtype, packed=(1024, 512, 256, 128, 64, 64), is_causal=True),
             _decode("decode B8 H8/2 L4096 d128", dtype, batch=8, kv_heads=2, length_k=4096, head_dim=128),
             _decode("decode B1 H8 L8192 d64", dtype, length_k=8192),

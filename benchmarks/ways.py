@@ -31,7 +31,7 @@ class Ways:
 def build(case: Case) -> Ways:
     generator = torch.Generator().manual_seed(0)
 
-    def tensor(heads: int, length: int, dim: int) -> Tensor:
+    def tensor(heads: int, length: int, dim: int, factor: float = 1.0) -> Tensor:
         shape = (case.batch, heads, length, dim)
         if case.layout == "heads_last":
             x = torch.randn(shape[0], length, heads, dim, generator=generator).to(case.dtype).transpose(1, 2)
@@ -39,10 +39,10 @@ def build(case: Case) -> Ways:
             x = torch.randn(*shape[:3], dim + 1, generator=generator).to(case.dtype)[..., 1:]
         else:
             x = torch.randn(shape, generator=generator).to(case.dtype)
-        return x.detach().requires_grad_(case.passes != ("forward",))
+        return x.mul_(factor).detach().requires_grad_(case.passes != ("forward",))
 
     inputs = [
-        tensor(case.heads, case.length_q, case.head_dim),
+        tensor(case.heads, case.length_q, case.head_dim, 30.0 if case.peaked else 1.0),
         tensor(case.kv_heads, case.length_k, case.head_dim),
         tensor(case.kv_heads, case.length_k, case.head_dim_v),
     ]

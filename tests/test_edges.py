@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -275,6 +277,36 @@ def test_subnormal_numbers(flush: bool, device: str) -> None:
     assert out.isfinite().all()
     assert logsumexp.isfinite().all()
     assert all(x.isfinite().all() for x in far[:2])
+
+
+@pytest.mark.every_isa
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="only there are subnormal results slow, and 0"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [5, 70])
+def test_no_weight_is_subnormal(length: int, dtype: torch.dtype) -> None:
+    """Weights from 1 to far below the smallest number, with out and gradients of a value of 1."""
+    smallest = torch.finfo(dtype).tiny
+    scores = torch.linspace(0.0, 1.1 * math.log(smallest), 192, dtype=dtype).expand(1, 1, length, 192)
+    query, value = torch.zeros(1, 1, length, 16, dtype=dtype), torch.ones(1, 1, 192, 16, dtype=dtype)
+    query, key, value = (x.requires_grad_() for x in (query, torch.zeros_like(value), value))
+    out, logsumexp, rng_state = operator(query, key, value, attn_mask=scores)
+    weights = torch.ops.attention_ext.attention_weights(query, key, logsumexp, rng_state, attn_mask=scores)
+    (gradient,) = torch.autograd.grad(out.sum(), value)
+    expected = torch.softmax(scores, -1)
+    assert ((expected > 0) & (expected < smallest)).any()
+    for x, exact in ((weights, expected), (gradient[..., 0], expected.sum(2))):
+        assert ((x == 0) | (x >= smallest)).all()
+        torch.testing.assert_close(x, exact, rtol=1e-5, atol=length * smallest)
+
+
+def test_subnormal_numbers_of_the_caller_stay(threads: Callable[[int], None]) -> None:
+    threads(2)
+    x = torch.randn(1, 4, 256, 64)
+    operator(x, x, x)
+    for count in (1, 1 << 20):  # by this thread, by all
+        assert (torch.full((count,), 1e-40) * 0.5 > 0).all()
 
 
 @pytest.mark.parametrize("shift", [-1e4, -300.0, 300.0, 1e4])

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "cpu/tiny_results.h"
 #include "torch/device.h"
 #include "torch/operators.h"
 
@@ -37,16 +38,15 @@ bool is_worth_threads(const AttentionProblem& problem) {
 // Workers draw jobs from one counter; which worker runs a job has no influence on its result.
 void run_phase(const Phase& phase, const AttentionProblem& problem, char* shared, char* scratch, int64_t scratch_bytes,
                int64_t workers) {
-  if (workers == 1) {
-    for (int64_t job = 0; job < phase.jobs; ++job) phase.run(problem, shared, scratch, job);
-    return;
-  }
   std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t worker) {
+    const TinyResultsAreZero mode;
+    char* own = scratch + worker * scratch_bytes;
+    for (int64_t job = next++; job < phase.jobs; job = next++) phase.run(problem, shared, own, job);
+  };
+  if (workers == 1) return work(0);
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      char* own = scratch + worker * scratch_bytes;
-      for (int64_t job = next++; job < phase.jobs; job = next++) phase.run(problem, shared, own, job);
-    }
+    for (int64_t worker = begin; worker < end; ++worker) work(worker);
   });
 }
 

@@ -54,21 +54,30 @@ ATTENTION_INLINE Matrix<T> columns_from(Matrix<T> m, int64_t first) {
   return {m.data + first, m.stride};
 }
 
-// A[m][depth] at data[m * row + depth * step]
+// A operands. Whether rows or depth neighbour each other in memory is part of the type: a tile then reads all its rows
+// through one pointer, or through one index.
 template <class T>
-struct Broadcast {
-  const T* data;
-  int64_t row, step;
+struct ByRows {
+  Matrix<const T> a;
+  ATTENTION_INLINE const T* at(int64_t m, int64_t depth) const { return a.row(m) + depth; }
+  ATTENTION_INLINE ByRows from(int64_t m, int64_t depth) const { return {{at(m, depth), a.stride}}; }
 };
 
 template <class T>
-ATTENTION_INLINE Broadcast<T> by_rows(Matrix<const T> a) {
-  return {a.data, a.stride, 1};
+struct ByColumns {
+  Matrix<const T> a;
+  ATTENTION_INLINE const T* at(int64_t m, int64_t depth) const { return a.row(depth) + m; }
+  ATTENTION_INLINE ByColumns from(int64_t m, int64_t depth) const { return {{at(m, depth), a.stride}}; }
+};
+
+template <class T>
+ATTENTION_INLINE ByRows<T> by_rows(Matrix<const T> a) {
+  return {a};
 }
 
 template <class T>
-ATTENTION_INLINE Broadcast<T> by_columns(Matrix<const T> a) {
-  return {a.data, 1, a.stride};
+ATTENTION_INLINE ByColumns<T> by_columns(Matrix<const T> a) {
+  return {a};
 }
 
 enum class Start : uint8_t {
@@ -77,12 +86,18 @@ enum class Start : uint8_t {
   kScaleAndAdd
 };  // what becomes of C: dropped, kept, row m multiplied by factor[m]
 
-constexpr int kTileRows = 6;
+// 6 x 4 sums take 24 of 32 registers (6 x 2, 12 of 16). Narrower tiles are taller, as some cores load but one whole
+// vector a cycle and multiply two; 8 rows leave no rest of 64 queries or 192 keys.
+constexpr int kTileRows = 6, kNarrowTileRows = 8;
+template <int kVectors>
+constexpr int kRowsOf = kVectors == kTileVectors ? kTileRows : kNarrowTileRows;
 
-template <class C, int kRows, int kVectors>
-ATTENTION_INLINE void multiply_tile(Broadcast<typename C::Element> a, Matrix<const typename C::Element> b,
-                                    int64_t depth, Matrix<typename C::Scalar> c, Start start,
-                                    const typename C::Scalar* factor) {
+// Depth that a strip runs through at once, so that both operands stay in L1 from tile to tile: of 192 keys, half.
+constexpr int64_t kDepthTogether = 128;
+
+template <class C, int kRows, int kVectors, class A>
+[[gnu::noinline]] void multiply_tile(A a, Matrix<const typename C::Element> b, int64_t depth,
+                                     Matrix<typename C::Scalar> c, Start start, const typename C::Scalar* factor) {
   using T = typename C::Scalar;
   Vec<T> sum[kRows][kVectors];
   if (start == Start::kZero) {
@@ -99,52 +114,48 @@ ATTENTION_INLINE void multiply_tile(Broadcast<typename C::Element> a, Matrix<con
     Vec<T> row[kVectors];
     unroll<kVectors>(UNROLLED(n) { row[n] = C::operand(b.row(k) + n * kLanes<T>); });
     unroll<kRows>(UNROLLED(m) {
-      const Vec<T> x = C::operand_everywhere(a.data + m * a.row + k * a.step);
+      const Vec<T> x = C::operand_everywhere(a.at(m, k));
       unroll<kVectors>(UNROLLED(n) { sum[m][n] = C::multiply_add(x, row[n], sum[m][n]); });
     });
   }
   unroll<kRows>(UNROLLED(m) { unroll<kVectors>(UNROLLED(n) { store(c.row(m) + n * kLanes<T>, sum[m][n]); }); });
 }
 
-// rows: even; at the end a tile of 4 or 2. All tiles of one column strip run before the next strip, so that it stays in
-// cache.
-template <class C, int kVectors>
-void multiply_strip(Broadcast<typename C::Element> a, Matrix<const typename C::Element> b, int64_t depth,
-                    Matrix<typename C::Scalar> c, int64_t rows, Start start, RowsAhead& ahead,
-                    const typename C::Scalar* factor) {
-  for (int64_t m = 0; m < rows; m += kTileRows) {
-    ahead.step();
-    const Broadcast<typename C::Element> a_tile{a.data + m * a.row, a.row, a.step};
-    const Matrix<typename C::Scalar> c_tile{c.row(m), c.stride};
-    const auto* f = factor ? factor + m : nullptr;
-    switch (rows - m) {
-      case 2:
-        multiply_tile<C, 2, kVectors>(a_tile, b, depth, c_tile, start, f);
-        break;
-      case 4:
-        multiply_tile<C, 4, kVectors>(a_tile, b, depth, c_tile, start, f);
-        break;
-      default:
-        multiply_tile<C, kTileRows, kVectors>(a_tile, b, depth, c_tile, start, f);
+// rows: even. Tiles of 4 and 2 make up what whole ones leave.
+template <class C, int kVectors, class A>
+void multiply_strip(A a, Matrix<const typename C::Element> b, int64_t depth, Matrix<typename C::Scalar> c, int64_t rows,
+                    Start start, RowsAhead& ahead, const typename C::Scalar* factor) {
+  int64_t m = 0;
+  const auto tiles_of = [&](auto count) __attribute__((always_inline)) {
+    for (; m + count <= rows; m += count) {
+      ahead.step();
+      multiply_tile<C, count, kVectors>(a.from(m, 0), b, depth, rows_from(c, m), start, factor ? factor + m : nullptr);
     }
-  }
+  };
+  tiles_of(std::integral_constant<int, kRowsOf<kVectors>>{});
+  tiles_of(std::integral_constant<int, 4>{});
+  tiles_of(std::integral_constant<int, 2>{});
 }
 
-// depth counts elements; columns are vectors of the scalar. ahead: rows that are needed next.
-template <class C>
-void multiply(Broadcast<typename C::Element> a, Matrix<const typename C::Element> b, int64_t depth,
-              Matrix<typename C::Scalar> c, int64_t rows, int64_t vectors, Start start, RowsAhead ahead = {},
-              const typename C::Scalar* factor = nullptr) {
-  const int64_t strips = ceil_div(vectors, kTileVectors);
-  ahead = ahead.in_steps(strips * ceil_div(rows, kTileRows));
+// depth counts elements; columns are vectors of the scalar. ahead: rows that are needed next. A strip of columns and a
+// part of the depth run through all tiles before the next, so that they stay in cache.
+template <class C, class A>
+void multiply(A a, Matrix<const typename C::Element> b, int64_t depth, Matrix<typename C::Scalar> c, int64_t rows,
+              int64_t vectors, Start start, RowsAhead ahead = {}, const typename C::Scalar* factor = nullptr) {
+  const int64_t strips = ceil_div(vectors, kTileVectors), parts = maximum<int64_t>(ceil_div(depth, kDepthTogether), 1);
+  ahead = ahead.in_steps(strips * parts * ceil_div(rows, kNarrowTileRows));
   for (int64_t strip = 0, first = 0; strip < strips; ++strip) {
-    const int64_t width =
-        (vectors - first) / (strips - strip) + ((vectors - first) % (strips - strip) != 0);  // even widths
-    const Matrix<const typename C::Element> b_strip{b.data + first * kLanes<typename C::Scalar>, b.stride};
-    const Matrix<typename C::Scalar> c_strip{c.data + first * kLanes<typename C::Scalar>, c.stride};
-    unroll<kTileVectors>(UNROLLED(n) {
-      if (width == n + 1) multiply_strip<C, n + 1>(a, b_strip, depth, c_strip, rows, start, ahead, factor);
-    });
+    const int64_t width = ceil_div(vectors - first, strips - strip);  // even widths
+    const Matrix<typename C::Scalar> c_strip = columns_from(c, first * kLanes<typename C::Scalar>);
+    for (int64_t part = 0, k = 0; part < parts; ++part) {
+      const int64_t count = ceil_div(depth - k, parts - part);
+      const auto b_part = columns_from(rows_from(b, k), first * kLanes<typename C::Scalar>);
+      const Start now = part == 0 ? start : Start::kAdd;
+      unroll<kTileVectors>(UNROLLED(n) {
+        if (width == n + 1) multiply_strip<C, n + 1>(a.from(0, k), b_part, count, c_strip, rows, now, ahead, factor);
+      });
+      k += count;
+    }
     first += width;
   }
 }
