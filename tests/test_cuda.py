@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_ext import reference
+from attention_ext import explain, reference
 from attention_ext.testing import PAIRS, SINGLE, Sample, Spec, evaluate, operator, with_keep
 
 NAMED = {spec.name: spec for spec in SINGLE}
@@ -95,6 +95,24 @@ def test_each_replay_drops_other_weights(device: str) -> None:
         torch.testing.assert_close(out, with_keep(sample, rng_state).call(reference.attention).out)
     torch.manual_seed(3)
     assert all_equal(attend(sample), replays[0])
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.usefixtures("tf32")
+def test_tf32_where_torch_allows_it(device: str) -> None:
+    sample = NAMED["plain"].build(torch.float32, "large", device)
+    assert "sm80_tf32/forward: chosen" in explain(sample.query, sample.key, sample.value)
+    rounded = evaluate(sample, operator)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for name, x in evaluate(sample, operator).items():
+        torch.testing.assert_close(rounded[name], x, rtol=1e-2, atol=1e-2)
+    assert not torch.equal(rounded["out"], sample.call(operator)[0])
 
 
 def test_two_streams(device: str) -> None:

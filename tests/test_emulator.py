@@ -110,6 +110,45 @@ def test_backward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: 
     check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator))
 
 
+@pytest.mark.parametrize("rows", ["emulated_sm80", "emulated_simt"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_uneven_sequences(dtype: torch.dtype, rows: str, emulate: Any, check_accuracy: Any) -> None:
+    """Packed so unevenly that there are fewer blocks of threads than sequences times tiles of the longest."""
+    spec = Spec("uneven", varlen=True, lengths="more_keys", causal="bottom_right", alibi="heads", head_dims=(16, 16))
+    lengths = torch.tensor([(1, 130, 0, 2, 1, 1, 0, 0), (2, 70, 4, 1, 0, 200, 1, 0)], dtype=torch.int32)
+    starts_q, starts_k = torch.nn.functional.pad(lengths, (1, 0)).cumsum(1, dtype=torch.int32)
+    sample = spec.build(dtype, "large").replace(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+    emulate(rows)
+    check_accuracy(sample, evaluate(sample, operator))
+
+
+@pytest.mark.parametrize("spec", [NAMED["everything"], NAMED["bias"], SIZES[0], SIZES[1]], ids=lambda x: x.name)
+def test_tf32(spec: Spec, emulate: Any, check_accuracy: Any) -> None:
+    """Inputs of float16 are TF32 numbers, so that nothing is rounded but what float16's kernels round too."""
+    half = spec.build(torch.float16, "small")
+    single = half.map(torch.Tensor.float)
+    emulate("emulated_sm80_tf32")
+    rng_state = single.call(operator)[2]
+    dtypes = {f"grad_{name}": x.dtype for name, x in half.inputs().items()} | {"out": torch.float16}
+    actual = {name: x.to(dtypes.get(name, x.dtype)) for name, x in evaluate(single, operator).items()}
+    check_accuracy(with_keep(half, rng_state), actual)
+
+
+def test_tf32_rounds_once(emulate: Any) -> None:
+    """One product of rounded numbers, not the three that make up float32."""
+    sample = Spec("plain", lengths=(33, 65), head_dims=(64, 64)).build(torch.float32, "small")
+    exact = sample.map(torch.Tensor.double).call(operator)[0]
+
+    def error(rows: str) -> float:
+        emulate(rows)
+        return (sample.call(operator)[0] - exact).abs().max().item()
+
+    assert error("emulated_sm80") < 1e-5
+    assert 1e-5 < error("emulated_sm80_tf32") < 1e-2
+    with pytest.raises(NotImplementedError, match="serves float32 only"):
+        sample.map(torch.Tensor.half).call(operator)
+
+
 # Derivatives of second order, and the weights
 
 
@@ -259,13 +298,14 @@ def test_simt_serves_what_others_refuse(emulate: Any) -> None:
     sample.call(operator)
 
 
-def test_table_prefers_tiles(tmp_path: Path) -> None:
-    """The GPU's own table, with planners that do nothing: a program, because it needs a torch with CUDA otherwise."""
-    program = CSRC.parent / "tests" / "emulator" / "table_main.cpp"
+@pytest.mark.parametrize("name", ["table_main", "tiles_main"])
+def test_program(name: str, tmp_path: Path) -> None:
+    """The first line of each says what it checks."""
+    program = CSRC.parent / "tests" / "emulator" / f"{name}.cpp"
     compiler = os.environ.get("CXX", "g++").split()
     flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
-    subprocess.run([*compiler, *flags, str(program), "-o", str(tmp_path / "table")], check=True)
-    subprocess.run([tmp_path / "table"], check=True)
+    subprocess.run([*compiler, *flags, str(program), "-o", str(tmp_path / name)], check=True)
+    subprocess.run([tmp_path / name], check=True)
 
 
 # What holds for every kernel

@@ -42,6 +42,7 @@ struct AttentionProblem {
   int64_t seqlen_q = 0, seqlen_k = 0;  // with cu_seqlens the total lengths
   int64_t head_dim = 0, head_dim_v = 0;
   DType dtype = DType::kFloat32;  // of query, key, value, out and their gradients
+  bool allow_tf32 = false;        // GPUs may round what float32 products read to 11 bits
 
   View query, key, value;  // (b, h, q, d), (b, kv_h, k, d), (b, kv_h, k, d_v)
   View attn_mask;          // (b, h, q, k), bool (true: attend) or added to the score; q and k count within a sequence

@@ -10,7 +10,8 @@
 
 namespace attention_ext {
 
-constexpr size_t kMostSharedBytes = 163 << 10;  // of a block, on every GPU from sm_80 on but the smallest
+// Of a block, on every GPU from sm_80 on but the smallest (8.6, 8.9 and 12.x), and on those.
+constexpr size_t kMostSharedBytes = 163 << 10, kFewSharedBytes = 99 << 10;
 
 struct Launch;
 

@@ -13,6 +13,15 @@ inline const char* not_in_buckets(const AttentionProblem& p) {
   return maximum(p.head_dim, p.head_dim_v) > kMostHeadDim ? "serves head_dim and head_dim_v up to 256" : nullptr;
 }
 
+inline const char* not_float32(const AttentionProblem& p) {
+  return p.dtype != DType::kFloat32 ? "serves float32 only" : not_in_buckets(p);
+}
+
+inline const char* not_tf32(const AttentionProblem& p) {
+  if (const char* reason = not_float32(p)) return reason;
+  return p.allow_tf32 ? nullptr : "torch.backends.cuda.matmul.allow_tf32 is off";
+}
+
 // Keys of a part, where they are split: fixed, or the last bits would depend on what else is in the batch.
 constexpr int64_t kKeysPerPart = 512;
 

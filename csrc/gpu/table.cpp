@@ -20,7 +20,7 @@ size_t most_shared_bytes(int compute_capability) {
     case 89:
     case 120:
     case 121:
-      return 99 << 10;
+      return kFewSharedBytes;
     default:
       return 227 << 10;
   }
@@ -46,7 +46,9 @@ constexpr GpuKernel row(const char* name, Pass pass) {
 
 const GpuKernel kKernels[] = {
     row<plan_decode<GpuPlan>, not_decoding>("sm80/decode", Pass::kForward),
+    row<plan_forward<GpuPlan, Tf32>, not_tf32>("sm80_tf32/forward", Pass::kForward),
     row<plan_forward<GpuPlan>, not_in_buckets>("sm80/forward", Pass::kForward),
+    row<plan_backward<GpuPlan, Tf32>, not_tf32>("sm80_tf32/backward", Pass::kBackward),
     row<plan_backward<GpuPlan>, not_in_buckets>("sm80/backward", Pass::kBackward),
     row<plan_weights<GpuPlan>, not_in_buckets>("sm80/weights", Pass::kWeights),
     row<plan_jvp<GpuPlan>, not_in_moving_buckets>("sm80/jvp", Pass::kJvp),

@@ -147,6 +147,7 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   problem.head_dim = sizes.head_dim.expect_int();
   problem.head_dim_v = sizes.head_dim_v.expect_int();
   problem.dtype = dtype_of(query);
+  problem.allow_tf32 = query.is_cuda() && at::globalContext().allowTF32CuBLAS();
   problem.query = view_of(query);
   problem.key = view_of(key);
   if (value) problem.value = view_of(*value);

@@ -34,12 +34,18 @@ struct Case {
   DType dtype;
   int64_t head_dim, head_dim_v;
   const char* row;
+  bool allow_tf32 = false;
 };
 
 const Case kCases[] = {
     {Pass::kForward, DType::kFloat32, 256, 256, "sm80/forward"},
     {Pass::kForward, DType::kFloat32, 264, 8, "simt/forward"},
     {Pass::kForward, DType::kFloat16, 8, 264, "simt/forward"},
+    {Pass::kForward, DType::kFloat32, 256, 8, "sm80_tf32/forward", true},
+    {Pass::kForward, DType::kFloat32, 257, 8, "simt/forward", true},
+    {Pass::kForward, DType::kFloat64, 64, 64, "sm80/forward", true},
+    {Pass::kBackward, DType::kFloat32, 64, 64, "sm80_tf32/backward", true},
+    {Pass::kJvp, DType::kFloat32, 64, 64, "sm80/jvp", true},
     {Pass::kBackward, DType::kBFloat16, 72, 256, "sm80/backward"},
     {Pass::kBackward, DType::kBFloat16, 300, 300, "simt/backward"},
     {Pass::kWeights, DType::kFloat64, 256, 0, "sm80/weights"},
@@ -61,6 +67,7 @@ int main() {
     problem.head_dim = c.head_dim;
     problem.head_dim_v = c.head_dim_v;
     problem.dtype = c.dtype;
+    problem.allow_tf32 = c.allow_tf32;
     problem.max_seqlen_q = problem.max_seqlen_k = 64;
     for (const int capability : {80, 90}) {
       const attention_ext::GpuKernel* kernel = attention_ext::select_gpu_kernel(c.pass, problem, capability);

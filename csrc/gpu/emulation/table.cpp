@@ -13,6 +13,8 @@ const CpuKernel kKernels[] = {
     {"emulated_sm80/weights", Pass::kWeights, not_in_buckets, plan_weights<Plan>, true},
     {"emulated_sm80/jvp", Pass::kJvp, not_in_moving_buckets, plan_jvp<Plan>, true},
     {"emulated_sm80/double_backward", Pass::kDoubleBackward, not_in_moving_buckets, plan_double_backward<Plan>, true},
+    {"emulated_sm80_tf32/forward", Pass::kForward, not_float32, plan_forward<Plan, Tf32>, true},
+    {"emulated_sm80_tf32/backward", Pass::kBackward, not_float32, plan_backward<Plan, Tf32>, true},
     {"emulated_simt/forward", Pass::kForward, serves_every_problem, plan_simt_forward<Plan>, true},
     {"emulated_simt/backward", Pass::kBackward, serves_every_problem, plan_simt_backward<Plan>, true},
     {"emulated_simt/weights", Pass::kWeights, serves_every_problem, plan_simt_weights<Plan>, true},

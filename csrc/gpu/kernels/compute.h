@@ -142,6 +142,21 @@ struct SplitFloat {
   }
 };
 
+// What torch's own products are of where it allows TF32.
+struct RoundedFloat {
+  uint32_t bits;
+  RoundedFloat() = default;
+  ATTENTION_DEVICE explicit RoundedFloat(float x) : bits(round_to_tf32(x)) {}
+};
+
+struct ComputeTf32 : ComputeWide<float, RoundedFloat> {
+  ATTENTION_DEVICE static void multiply(Fragment<float>& c, const A& a, const B& b) {
+    const uint32_t rows[4] = {a.number[0].bits, a.number[2].bits, a.number[1].bits, a.number[3].bits};
+    const uint32_t columns[2] = {b.number[0].bits, b.number[1].bits};
+    multiply_16x8x8(c.number, rows, columns);
+  }
+};
+
 // 3xTF32: all products but that of the two rests.
 struct ComputeFloat : ComputeWide<float, SplitFloat> {
   ATTENTION_DEVICE static void multiply(Fragment<float>& c, const A& a, const B& b) {

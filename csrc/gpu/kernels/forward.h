@@ -45,6 +45,7 @@ class Forward {
   using Problem = ForwardProblem;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes = QueryTile::kBytes + Shape::kStages * KeyTiles::kBytes;
+  static_assert(kSharedBytes <= (Shape::kRowBytes <= 1024 ? kFewSharedBytes : kMostSharedBytes));
 
   static int64_t blocks(const AttentionProblem& p) {
     return QueryTileIndex::count(p, kQueries) * (kPart == Part::kSplit ? PartMemory<T>::parts(p) : 1);

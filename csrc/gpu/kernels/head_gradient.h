@@ -50,8 +50,8 @@ struct HeadGradient {
     const Head head(p, block_index() / p.heads, block_index() % p.heads);
     if (p.grad_alibi_slopes) {
       double sum = 0;
-      for (int64_t i = thread_index(); i < ceil_div(p.max_seqlen_q, kQueries); i += kThreads) {
-        sum += memory.slope_sums[i * p.batch * p.heads + block_index()];
+      for (int64_t tile = thread_index(); tile < ceil_div(head.length_q, kQueries); tile += kThreads) {
+        sum += memory.slope_sums[QueryTileIndex::index_of(p, kQueries, head, tile)];
       }
       sum_block<kThreads>(sum, p.grad_alibi_slopes + block_index());
     }

@@ -27,16 +27,13 @@ class KeyGradient {
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes = KeyTiles::kBytes + Shape::kStages * QueryTiles::kBytes;
 
-  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.kv_heads * ceil_div(p.max_seqlen_k, kKeys); }
+  static int64_t blocks(const AttentionProblem& p) { return KeyTileIndex::count(p, kKeys); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
-    const int64_t groups = p.batch * p.kv_heads, group = block_index() % groups, tile = block_index() / groups;
-    const Sequence s = sequence_of(p, group / p.kv_heads);
-    const int64_t rows = p.cu_seqlens_k ? s.length_k : p.seqlen_k;
-    const Range k{tile * kKeys, minimum((tile + 1) * kKeys, rows)};
-    if (!k.empty()) {
-      KeyGradient(p, BackwardMemory<T>(p, workspace), k).walk(group / p.kv_heads, group % p.kv_heads);
-    }
+    const KeyTileIndex at(p, kKeys);
+    const int64_t rows = p.cu_seqlens_k ? sequence_of(p, at.batch).length_k : p.seqlen_k;
+    const Range k{at.tile * kKeys, minimum((at.tile + 1) * kKeys, rows)};
+    if (!k.empty()) KeyGradient(p, BackwardMemory<T>(p, workspace), k).walk(at.batch, at.kv_head);
   }
 
  private:

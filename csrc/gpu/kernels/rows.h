@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gpu/kernels/positions.h"
+#include "gpu/kernels/sequence_tiles.h"
 
 namespace attention_ext {
 namespace {
@@ -11,16 +12,37 @@ struct QueryTileIndex {
   int64_t batch, head, tile;
 
   ATTENTION_DEVICE QueryTileIndex(const AttentionProblem& p, int queries, int64_t index = block_index()) {
-    const int64_t tiles = ceil_div(p.max_seqlen_q, queries);
+    const SequenceTiles tiles = SequenceTiles::of_queries(p, queries);
+    const SequenceTile own = tiles.at(tiles.count() - 1 - index / p.heads);
+    batch = own.batch;
     head = index % p.heads;
-    batch = index / p.heads % p.batch;
-    tile = tiles - 1 - index / p.heads / p.batch;
+    tile = own.index;
   }
   ATTENTION_INLINE static int64_t count(const AttentionProblem& p, int queries) {
-    return p.batch * p.heads * ceil_div(p.max_seqlen_q, queries);
+    return SequenceTiles::of_queries(p, queries).count() * p.heads;
+  }
+  // The block that owns a tile.
+  ATTENTION_DEVICE static int64_t index_of(const AttentionProblem& p, int queries, const Head& head, int64_t tile) {
+    const SequenceTiles tiles = SequenceTiles::of_queries(p, queries);
+    return (tiles.count() - 1 - tiles.place({head.sequence.batch, tile})) * p.heads + head.head;
   }
   ATTENTION_DEVICE Range queries(const Sequence& s, int queries) const {
     return {tile * queries, minimum((tile + 1) * queries, s.length_q)};
+  }
+};
+
+// Likewise a tile of keys of one key head; here the first ones are the longest of a causal call.
+struct KeyTileIndex {
+  int64_t batch, kv_head, tile;
+
+  ATTENTION_DEVICE KeyTileIndex(const AttentionProblem& p, int keys) {
+    const SequenceTile own = SequenceTiles::of_keys(p, keys).at(block_index() / p.kv_heads);
+    batch = own.batch;
+    kv_head = block_index() % p.kv_heads;
+    tile = own.index;
+  }
+  ATTENTION_INLINE static int64_t count(const AttentionProblem& p, int keys) {
+    return SequenceTiles::of_keys(p, keys).count() * p.kv_heads;
   }
 };
 

@@ -13,6 +13,7 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+struct Tf32 {};  // float in memory, rounded to 11 bits where it is multiplied
 
 namespace {
 

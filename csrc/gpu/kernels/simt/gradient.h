@@ -77,12 +77,12 @@ struct KeyGradient {
   static constexpr int kThreads = simt::kThreads;
   static constexpr size_t kSharedBytes = 0;
 
-  static int64_t blocks(const AttentionProblem& p) { return p.batch * p.kv_heads * ceil_div(p.max_seqlen_k, kWarps); }
+  static int64_t blocks(const AttentionProblem& p) { return KeyTileIndex::count(p, kWarps); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
-    const int64_t groups = p.batch * p.kv_heads, group = block_index() % groups;
-    const Head first(p, group / p.kv_heads, group % p.kv_heads * p.group_size());
-    const int k = static_cast<int>(block_index() / groups) * kWarps + warp_index();
+    const KeyTileIndex at(p, kWarps);
+    const Head first(p, at.batch, at.kv_head * p.group_size());
+    const int k = static_cast<int>(at.tile) * kWarps + warp_index();
     if (k >= (p.cu_seqlens_k ? first.length_k : p.seqlen_k)) return;
     const BackwardMemory<T> memory(p, workspace);
     for_each_part<T>(maximum(p.head_dim, p.head_dim_v), [&](RowSum<T> key_sums) {

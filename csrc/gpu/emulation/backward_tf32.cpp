@@ -1,0 +1,1 @@
+#include "gpu/units/backward_tf32.cu"

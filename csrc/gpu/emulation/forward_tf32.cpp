@@ -1,0 +1,1 @@
+#include "gpu/units/forward_tf32.cu"
