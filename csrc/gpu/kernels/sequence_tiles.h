@@ -12,9 +12,9 @@ struct SequenceTile {
   int64_t batch, index;
 };
 
-// Places for the tiles of all sequences. Those of packed sequences are total / rows + batch: sequence b takes the places
-// from begin / rows + b on, which are as many as its tiles wherever it begins. Of the longest sequence nothing is known
-// on a GPU but that it is no longer than all together, and batch times that would be far too many.
+// Places for the tiles of all sequences. Those of packed sequences are total / rows + batch: sequence b takes the
+// places from begin / rows + b on, which are as many as its tiles wherever it begins. Of the longest sequence nothing
+// is known on a GPU but that it is no longer than all together, and batch times that would be far too many.
 class SequenceTiles {
  public:
   ATTENTION_INLINE static SequenceTiles of_queries(const AttentionProblem& p, int64_t rows) {

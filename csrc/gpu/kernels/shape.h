@@ -17,8 +17,8 @@ struct Width {
   static constexpr int kRowRegisters = kDim * sizeof(typename C::Scalar) / 8;  // of a lane, for 16 rows of fragments
 };
 
-// A block of threads walks tiles of kRows keys; a warp makes scores of kColumns of them at a time. But for float64 beyond
-// head_dim 128 all of it fits the 99 KB of the smallest GPUs, and twice the 227 KB of Hopper.
+// A block of threads walks tiles of kRows keys; a warp makes scores of kColumns of them at a time. But for float64
+// beyond head_dim 128 a block fits the 99 KB of the smallest GPUs, and two of them the 227 KB of Hopper.
 template <class C, int kDim, Rules kRules>
 struct ForwardShape : Width<C, kDim> {
   using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes;
