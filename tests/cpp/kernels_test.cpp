@@ -2,6 +2,7 @@
 // Every row of the kernel table that this CPU can run: right numbers, no byte touched outside the buffers, and the same
 // bits for any order of jobs and for several threads.
 #include <atomic>
+#include <string_view>
 #include <thread>
 
 #include "call.h"
@@ -201,6 +202,7 @@ void test_case(const Case& spec) {
 template <class Problem>
 void test_scratch(const CpuKernel& kernel) {
   int planned = 0;
+  bool lacked = false;
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     for (const int64_t head_dim : {64, 128, 256}) {
       for (const auto& [length_q, length_k] : {std::pair{2048, 2048}, {65536, 65536}, {1, 65536}}) {
@@ -218,7 +220,10 @@ void test_scratch(const CpuKernel& kernel) {
         if constexpr (requires { p.tangent; }) {
           p.tangent.query = p.tangent.key = p.tangent.value = p.tangent.attn_mask = view;
         }
-        if (kernel.why_not(p) != nullptr) continue;
+        if (const char* reason = kernel.why_not(p)) {
+          lacked |= std::string_view(reason).ends_with("which this CPU lacks");
+          continue;
+        }
         const size_t bytes = kernel.plan(p).scratch_bytes;
         check(bytes <= size_t{4} << 20,
               std::string(kernel.name) + " takes " + std::to_string(bytes) + " bytes a thread");
@@ -226,7 +231,7 @@ void test_scratch(const CpuKernel& kernel) {
       }
     }
   }
-  check(planned > 0, std::string(kernel.name) + " was never planned");
+  check(planned > 0 || lacked, std::string(kernel.name) + " was never planned");
 }
 
 void test_scratch_of(const CpuKernel& kernel) {
