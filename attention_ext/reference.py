@@ -197,10 +197,13 @@ def _dense(
     total = total.masked_fill(empty, 1)
     logsumexp = (peak + torch.log(total)).masked_fill(empty, NEG_INF).squeeze(-1)
     weights = part / total
+    kept_scale = 1.0
     if dropout_p > 0:
         keep = torch.rand_like(weights) >= dropout_p if keep is None else keep
-        weights = weights.masked_fill(~keep, 0) * (1 / (1 - dropout_p) if dropout_p < 1 else 0)
-    return Result((weights @ value).to(dtype), logsumexp, weights.to(dtype))
+        weights = weights.masked_fill(~keep, 0)
+        kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    # Values are scaled, not weights: equal terms that are all rounded alike do not average out in a sum.
+    return Result((weights @ (value * kept_scale)).to(dtype), logsumexp, (weights * kept_scale).to(dtype))
 
 
 def _varlen(
