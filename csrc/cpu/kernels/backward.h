@@ -203,7 +203,7 @@ class BackwardBlocks {
     }
     const Matrix<T> slope{block.mods.softcap ? scratch_.slope : nullptr, kQueries<T>};
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, {slope, {}});
+      probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, slope);
     });
     score_gradient(p_, dropout_, tile, k, weight, grad_score, scratch_.delta);
     if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_score));

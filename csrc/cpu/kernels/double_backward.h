@@ -112,7 +112,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     Block<T> block;
     if (!open_block(p_, tile, keys, Matrix<T>{memory_.bias, kQueries<T>}, block)) return;
     const Scores<T> scores = this->scores(block.k, lane);
-    this->make_scores(i, tile, lane, block, scores, bend_of<T>(block, memory_.slope, nullptr), this->mean(i) + lane);
+    this->make_scores(i, tile, lane, block, scores, {}, this->mean(i) + lane);
     if (memory_.makes_out) {
       this->add_to_out(i, tile, lane, block.k, scores);
     } else {
@@ -225,7 +225,8 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
     const int64_t skip = k.begin - opened_.begin;
     const Scores<T> scores = this->scores(k, lane);
     const Gradients gradients = this->gradients(k, lane);
-    const Derivatives<T> bend = bend_of<T>(block, memory_.slope, memory_.curve);
+    const Bend<T> bend =
+        block.mods.softcap ? Bend<T>{{memory_.slope, kQueries<T>}, {memory_.curve, kQueries<T>}} : Bend<T>{};
     if (!scores_held()) {
       alignas(64) T known[kQueries<T>] = {};
       this->make_scores(0, tile, lane, block, scores, bend, known);
@@ -279,7 +280,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProb
   }
 
   // dS, dS' become dU, dU'.
-  void unbend(const Derivatives<T>& bend, const Tile& tile, Range k) {
+  void unbend(const Bend<T>& bend, const Tile& tile, Range k) {
     for (int64_t r = 0; r < k.size(); ++r) {
       for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
         T *g = grad_score().row(r) + lane, *gm = grad_moved().row(r) + lane;

@@ -35,7 +35,7 @@ struct DoubleBackwardScratch : JvpScratch<C> {
   using T = typename C::Scalar;
   using Element = typename C::Element;
   Element *key_lanes, *key_tangent_lanes, *query_lanes, *query_tangent_rows, *query_tangent_lanes;
-  T *weight_tangent, *grad_score, *grad_moved, *curve, *grad_query;
+  T *weight_tangent, *grad_score, *grad_moved, *slope, *curve, *grad_query;
   T *row_mean, *row_delta, *row_delta_tangent, *row_centred;  // per lane of the tile
   BothWaysMemory<C> grad_out;
 
@@ -59,6 +59,7 @@ struct DoubleBackwardScratch : JvpScratch<C> {
     weight_tangent = arena.take<T>(block);
     grad_score = arena.take<T>(block);
     grad_moved = arena.take<T>(block);
+    slope = arena.take<T>(p.softcap > 0 ? block : 0);
     curve = arena.take<T>(p.softcap > 0 ? block : 0);
     grad_query = arena.take<T>(kQueries<T> * shape.columns);
     row_mean = arena.take<T>(kQueries<T>);

@@ -14,19 +14,13 @@ RunShape<C> jvp_shape(const AttentionProblem& p, int64_t most_tiles = kTilesPerJ
   return {p, 2 * p.head_dim + p.head_dim_v, most_tiles};
 }
 
-// P and P S' of a block (key, query), before dropout.
-template <class T>
-struct Scores {
-  Matrix<T> weight, moved;
-};
-
 template <class C>
 struct JvpScratch {
   using T = typename C::Scalar;
   using Element = typename C::Element;
   Element *query_rows, *query_columns, *query_tangent_columns, *key_rows, *key_tangent_rows;
   Element *value_rows, *value_lanes, *value_tangent_rows, *value_tangent_lanes, *weight_rows;
-  T *sums, *kept_weight, *kept_moved, *slope, *bias, *bias_tangent, *mean, *logsumexp;
+  T *sums, *kept_weight, *kept_moved, *bias, *bias_tangent, *mean, *logsumexp;
   Tile* tiles;
 
   JvpScratch(Arena& arena, const AttentionProblem& p, const Tangents& tangent, const RunShape<C>& shape) {
@@ -46,7 +40,6 @@ struct JvpScratch {
     sums = arena.take<T>(shape.tiles_per_job * kQueries<T> * shape.columns);
     kept_weight = arena.take<T>(block);
     kept_moved = arena.take<T>(block);
-    slope = arena.take<T>(p.softcap > 0 ? block : 0);
     bias = arena.take<T>(p.attn_mask ? block : 0);
     bias_tangent = arena.take<T>(tangent.attn_mask ? block : 0);
     mean = arena.take<T>(shape.tiles_per_job * kQueries<T>);
@@ -83,10 +76,9 @@ class JvpRun : protected QueryRun<C, Job> {
     if (p_.tangent.key) key_tangent_ = open_rows(p_.tangent.key, k, p_.head_dim, scratch_.key_tangent_rows);
   }
 
-  // Also adds the sums of P S' to `mean` (per lane). Where scores bend, `bend` receives the slope and, if it has room,
-  // what bends the gradient along the tangent: curve times the tangent of scale * dot.
+  // Also adds the sums of P S' to `mean` (per lane), and fills `bend` if it has room.
   void make_scores(int64_t i, const Tile& tile, int64_t first_lane, const Block<T>& block, const Scores<T>& scores,
-                   const Derivatives<T>& bend, T* mean) {
+                   const Bend<T>& bend, T* mean) {
     const Range k = block.k;
     const int64_t skip = k.begin - opened_.begin;
     const auto query = as_operand(columns_from(columns(scratch_.query_columns, i), first_lane));
@@ -98,26 +90,10 @@ class JvpRun : protected QueryRun<C, Job> {
     }
     if (!p_.tangent.query && !p_.tangent.key) clear_block(scores.moved, k.size(), tile.vectors);
     load_logsumexp(row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.logsumexp);
-    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      probability_block<C, vectors, rules>(block, scores.weight, scratch_.logsumexp, bend);
-    });
     const auto score_tangent = score_tangent_of(p_, p_.tangent, tile, k, Matrix<T>{scratch_.bias_tangent, kQueries<T>});
-    const Vec<T> scale = splat<T>(static_cast<T>(p_.scale));
-    alignas(64) T by_block[kQueries<T>] = {};  // summed apart: long rows lose less that way
-    for (int64_t r = 0; r < k.size(); ++r) {
-      for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
-        T* m = scores.moved.row(r) + lane;
-        const Vec<T> prob = load(scores.weight.row(r) + lane), dot = load(m);
-        const Vec<T> by_score = prob * score_tangent(block, bend, dot, r, lane);
-        const Vec<T> product = prob == Vec<T>{} ? Vec<T>{} : by_score;
-        store(by_block + lane, load(by_block + lane) + product);
-        store(m, product);
-        if (bend.curve.data) store(bend.curve.row(r) + lane, load(bend.curve.row(r) + lane) * dot * scale);
-      }
-    }
-    for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
-      store(mean + lane, load(mean + lane) + load(by_block + lane));
-    }
+    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
+      scores_block<C, vectors, rules>(block, scratch_.logsumexp, score_tangent, scores, bend, mean);
+    });
   }
 
   void open_value_rows(Range k) {
@@ -270,7 +246,7 @@ class JvpJob : JvpRun<C, JvpJob<C>, JvpProblem> {
     Block<T> block;
     if (!open_block(this->p_, tile, keys, Matrix<T>{memory.bias, kQueries<T>}, block)) return;
     const Scores<T> scores = this->passing_scores();
-    this->make_scores(i, tile, lane, block, scores, bend_of<T>(block, memory.slope, nullptr), this->mean(i) + lane);
+    this->make_scores(i, tile, lane, block, scores, {}, this->mean(i) + lane);
     this->add_to_out(i, tile, lane, block.k, scores);
   }
 

@@ -18,13 +18,7 @@ void load_logsumexp(const T* logsumexp, const Tile& tile, T* to) {
   }
 }
 
-// First and second derivative of score by scale * dot, kept where a mod bends scores.
-template <class T>
-struct Derivatives {
-  Matrix<T> slope, curve;
-};
-
-// A vector of weights, and the derivatives of their scores by scale * dot.
+// A vector of weights, and the first and second derivative of their scores by scale * dot.
 template <class T>
 struct Weights {
   Vec<T> weight, slope, curve;
@@ -39,12 +33,12 @@ class Probability {
   ATTENTION_INLINE Probability(const Block<T>& block, const T* logsumexp)
       : block_(block),
         mods_(mods_of<kRules>(block.mods)),
-        unit_(splat<T>(static_cast<T>(kModifies<kRules> ? kLog2E : block.mods.scale * kLog2E))) {
+        unit_(splat<T>(static_cast<T>(kModifies<kRules> ? 1.0 : block.mods.scale))) {
     unroll<kVectors>(UNROLLED(n) { base_[n] = load(logsumexp + n * kLanes<T>); });
-    far_ = kModifies<kRules> && far_from_zero<T>(base_);
   }
 
-  // Of key r and the queries of vector n.
+  // Of key r and the queries of vector n. The difference comes before the factor: log2(e) * logsumexp would be rounded
+  // first, and far from 0 that is a whole exponent.
   template <class N>
   ATTENTION_INLINE Weights<T> operator()(int64_t r, N n, Vec<T> dot) const {
     const Vec<T> log2e = splat<T>(static_cast<T>(kLog2E));
@@ -56,7 +50,7 @@ class Probability {
       slope = modified.slope;
       curve = modified.curve;
     }
-    Vec<T> weight = C::exponential(far_ ? (score - base_[n]) * log2e : fma(score, unit_, -base_[n] * log2e));
+    Vec<T> weight = C::exponential(fma(score, unit_, -base_[n]) * log2e);
     if constexpr (kRules == Rules::kBand) {
       weight = block_.mods.band.template keep<VectorOps<T>>(block_.at(r, n)) ? weight : Vec<T>{};
     }
@@ -68,13 +62,12 @@ class Probability {
   const ScoreMods mods_;
   const Vec<T> unit_;
   Vec<T> base_[kVectors];
-  bool far_;
 };
 
-// The same for a whole block, in place. `bend`, as far as it has room, receives the derivatives.
+// The same for a whole block, in place. `slope`, if it has room, receives the slope of each score.
 template <class C, int kVectors, Rules kRules>
 void probability_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,
-                       const typename C::Scalar* logsumexp, const Derivatives<typename C::Scalar>& bend) {
+                       const typename C::Scalar* logsumexp, Matrix<typename C::Scalar> slope) {
   using T = typename C::Scalar;
   const Probability<C, kVectors, kRules> probability(block, logsumexp);
   for (int64_t r = 0; r < block.k.size(); ++r) {
@@ -82,8 +75,7 @@ void probability_block(const Block<typename C::Scalar>& block, Matrix<typename C
       T* lanes = score.row(r) + n * kLanes<T>;
       const Weights<T> made = probability(r, n, load(lanes));
       store(lanes, made.weight);
-      if (bend.slope.data) store(bend.slope.row(r) + n * kLanes<T>, made.slope);
-      if (bend.curve.data) store(bend.curve.row(r) + n * kLanes<T>, made.curve);
+      if (slope.data) store(slope.row(r) + n * kLanes<T>, made.slope);
     });
   }
 }
