@@ -114,7 +114,7 @@ def extension(name: str, files: list[str], libraries: list[str], link_args: list
         language="c++",
         library_dirs=cpp_extension.library_paths(device),
         libraries=libraries,
-        extra_compile_args={"cxx": flags, "nvcc": [*nvcc.FLAGS, *nvcc.EVERY_ARCHITECTURE]},
+        extra_compile_args={"cxx": flags, "nvcc": [*nvcc.FLAGS, *nvcc.FOR_CHIPS, *nvcc.FOR_LATER_CHIPS]},
         extra_link_args=["-fopenmp", *link_args],
     )
 

@@ -16,7 +16,7 @@ ptxas info    : Compiling entry function '_ZN13attention_ext7forwardILi64EfEEvPK
 ptxas info    : Function properties for _ZN13attention_ext7forwardILi64EfEEvPKfPf
     8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 8 bytes cumulative stack size, 1024 bytes smem, 368 bytes cmem[0]
-ptxas info    : Compiling entry function '_ZN13attention_ext5deltaEPf' for 'sm_80'
+ptxas info    : Compiling entry function '_ZN13attention_ext5deltaEPf' for 'sm_90a'
 ptxas info    : Function properties for _ZN13attention_ext5deltaEPf
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 20 registers, 360 bytes cmem[0]
@@ -31,7 +31,10 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="binutils are not installed")
 def test_report_is_read(gates: ModuleType) -> None:
-    assert gates.parse(REPORT) == {"forward<64, float>": gates.Use(168, 12, 1024), "delta": gates.Use(20, 0, 0)}
+    assert gates.parse(REPORT) == {
+        "sm_80 forward<64, float>": gates.Use(168, 12, 1024),
+        "sm_90a delta": gates.Use(20, 0, 0),
+    }
     assert gates.parse("") == {}
 
 

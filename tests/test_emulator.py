@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import os
 import platform
 import subprocess
@@ -375,6 +377,28 @@ def test_hidden_keys_change_nothing(
     key[:, :, unseen] = value[:, :, unseen] = torch.nan
     actual = evaluate(sample.replace(key=key, value=value), operator)
     assert [name for name, x in expected.items() if not torch.equal(x, actual[name])] == []
+
+
+NAN_OF_ALL_ONES = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, NAN_OF_ALL_ONES], ids=["inf", "-inf", "nan", "ones"])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [*itertools.product(ROWS, [torch.float64, torch.float32, torch.bfloat16]), ("emulated_sm80_tf32", torch.float32)],
+    ids=str,
+)
+def test_what_is_not_finite_comes_out_where_it_is_seen(
+    number: float | torch.Tensor, rows: str, dtype: torch.dtype, emulate: Any
+) -> None:
+    """Of float32 a product takes parts, of which none may make another number of it."""
+    sample = Spec("plain", lengths=(20, 70), head_dims=(16, 24)).build(dtype)
+    value = sample.value.clone()
+    value[0, 1, 37, 9] = number
+    emulate(rows)
+    (out, _, _), (expected, _, _) = (x.call(operator) for x in (sample.replace(value=value), sample))
+    expected[0, 1, :, 9] = number
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.usefixtures("emulated")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import re
 import subprocess
@@ -28,7 +27,7 @@ STRICT = ["-Xptxas=-v", "-Xptxas=--warning-as-error", "--Werror=all-warnings", "
 SERIALISED = re.compile(r"\(C75\d\d\)")  # ptxas made asynchronous products wait, and calls that information
 MUST_NOT_SPILL = re.compile(r"(forward|backward)_(float16|bfloat16)")
 KERNEL = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for .*\n(?:.*\n)*?"
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<chip>\w+)'\n(?:.*\n)*?"
     r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
     r".*?Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
 )
@@ -47,7 +46,7 @@ class Use:
         return any(own > allowed for own, allowed in pairs)
 
 
-Uses = dict[str, Use]  # by "unit architecture kernel"
+Uses = dict[str, Use]  # by "unit chip kernel"
 
 
 def readable(names: list[str]) -> list[str]:
@@ -58,25 +57,24 @@ def readable(names: list[str]) -> list[str]:
 
 
 def parse(report: str) -> Uses:
-    """Kernels by name, from what ptxas -v says of one unit."""
+    """By "chip kernel", from what ptxas -v says of one unit."""
     found = list(KERNEL.finditer(report))
     names = readable([kernel["name"] for kernel in found]) if found else []
     return {
-        name: Use(int(x["registers"]), int(x["stores"]) + int(x["loads"]), int(x["shared"] or 0))
+        f"{x['chip']} {name}": Use(int(x["registers"]), int(x["stores"]) + int(x["loads"]), int(x["shared"] or 0))
         for name, x in zip(names, found, strict=True)
     }
 
 
-def compile_unit(compiler: str, unit: Path, architecture: str) -> Uses | None:
+def compile_unit(compiler: str, unit: Path) -> Uses | None:
     """None where it does not compile; then the compiler has said why."""
     with tempfile.TemporaryDirectory() as folder:
-        target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
-        command = [compiler, *nvcc.FLAGS, *STRICT, target, "-cubin", "-o", f"{folder}/unit.cubin", str(unit)]
+        command = [compiler, *nvcc.FLAGS, *STRICT, *nvcc.FOR_CHIPS, "-fatbin", "-o", f"{folder}/unit.fatbin", str(unit)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or SERIALISED.search(done.stderr):
-        print(f"{unit.name} for {architecture}:\n{done.stdout}{done.stderr}", flush=True)
+        print(f"{unit.name}:\n{done.stdout}{done.stderr}", flush=True)
         return None
-    return {f"{unit.stem} {architecture} {name}": use for name, use in parse(done.stderr).items()}
+    return {f"{unit.stem} {kernel}": use for kernel, use in parse(done.stderr).items()}
 
 
 def complaints(uses: Uses, budget: Uses) -> dict[str, str]:
@@ -117,9 +115,9 @@ def main() -> None:
     compiler = nvcc.find()
     if compiler is None:
         return print("skipped: there is no nvcc")
-    work = list(itertools.product(sorted(UNITS.glob("*.cu")), nvcc.ARCHITECTURES))
+    units = sorted(UNITS.glob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda item: compile_unit(compiler, *item), work))
+        results = list(pool.map(lambda unit: compile_unit(compiler, unit), units))
     uses = {kernel: use for result in results if result is not None for kernel, use in result.items()}
     broken = sum(result is None for result in results)
     if options.update and not broken:

@@ -21,11 +21,12 @@ void add_kernel(KernelPlan& plan, const typename Kernel::Problem& p) {
 
 template <class C, int kDim, Rules kRules>
 void add_delta(KernelPlan& plan, const BackwardProblem& p) {
-  if (needs_exact_delta(p)) {
-    add_kernel<QueryGradient<C, kDim, kRules, Order::kFirst, QueryResult::kDelta>>(plan, p);
-  } else {
-    add_kernel<Delta<C>>(plan, p);
+  if constexpr (sizeof(typename C::Element) == 2) {  // of other dtypes delta is always exact
+    if (needs_exact_delta(p)) {
+      return add_kernel<QueryGradient<C, kDim, kRules, Order::kFirst, QueryResult::kDelta>>(plan, p);
+    }
   }
+  add_kernel<Delta<C>>(plan, p);
 }
 
 template <class C, int kDim, Rules kRules, Order kOrder>

@@ -22,14 +22,11 @@ struct Fragment {
 };
 
 template <class E, class T>
-ATTENTION_DEVICE void round_pair(E (&to)[2], T first, T second) {
+ATTENTION_DEVICE E rounded(T x) {
   if constexpr (sizeof(E) == sizeof(T)) {
-    to[0] = first;
-    to[1] = second;
+    return x;
   } else {
-    const uint32_t pair = narrow_pair(E{}, first, second);
-    to[0] = {static_cast<uint16_t>(pair)};
-    to[1] = {static_cast<uint16_t>(pair >> 16)};
+    return {static_cast<uint16_t>(narrow_pair(E{}, x, T(0)))};
   }
 }
 
@@ -134,12 +131,16 @@ struct SplitFloat {
   uint32_t big, small;
   SplitFloat() = default;
   ATTENTION_DEVICE explicit SplitFloat(float x) {
-    const uint32_t nearest = round_to_tf32(x);
+    const uint32_t nearest = nearest_tf32(x);
     const float rest = x - float_of(nearest);
     const bool finite = rest - rest == 0.0f;
     big = finite ? nearest : 0;
-    small = finite ? round_to_tf32(rest) : bits_of(x);
+    small = finite ? nearest_tf32(rest) : bits_of(x);
   }
+
+ private:
+  // round_to_tf32 in two instructions in place of five, for all but NaN.
+  ATTENTION_DEVICE static uint32_t nearest_tf32(float x) { return (bits_of(x) + 0x1000u) & ~0x1fffu; }
 };
 
 // What torch's own products are of where it allows TF32.

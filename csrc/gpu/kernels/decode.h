@@ -37,9 +37,7 @@ struct MergeParts {
       for (int64_t row = first; row < end; row += step) {
         total = multiply_add(memory.sums[row * p.head_dim_v + d], worth(memory, row, base), total);
       }
-      E rounded[2];
-      round_pair(rounded, total * factor, T(0));
-      out.row(q)[d * out.stride_col] = rounded[0];
+      out.row(q)[d * out.stride_col] = rounded<E>(total * factor);
     }
     if (lane_index() == 0) {
       T* logsumexp = static_cast<T*>(p.logsumexp) + row_of(p, head.sequence, head.head);

@@ -125,18 +125,19 @@ class Jvp {
   // Sums become out'. Returns this lane's part of rowsum(grad_out * out'), where gradients need it.
   ATTENTION_DEVICE T finish_row(int r) {
     const auto kept_scale = static_cast<T>(dropout_.kept_scale);
-    const Rows<E> out = head_rows<E>(head_, p_.out, p_.head_dim_v);
+    Fragment<T>(&sums)[Sums::kTileCount] = sums_.tile[0];
+    for_each_column<Sums::kTileCount>(head_rows<E>(head_, p_.out, p_.head_dim_v), query(r),
+                                      [&](int n, int i, const E& out) {
+                                        T& sum = sums[n].number[2 * r + i];
+                                        sum = sum * kept_scale - means_[r] * widen(out);
+                                      });
     T delta = 0;
-    for_each_number<Sums::kTileCount>([&](int n, int i) {
-      const int column = n * kFragmentColumns + 2 * lane_member() + i % 2;
-      if (i / 2 != r || column >= out.columns) return;
-      T& sum = sums_.tile[0][n].number[i];
-      sum = sum * kept_scale - means_[r] * widen(out.row(query(r))[column * out.stride_col]);
-      if constexpr (kForGradients) {
-        const Rows<E> grad_out = head_rows<E>(head_, p_.grad_out, p_.head_dim_v);
-        delta = multiply_add(sum, widen(grad_out.row(query(r))[column * grad_out.stride_col]), delta);
-      }
-    });
+    if constexpr (kForGradients) {
+      for_each_column<Sums::kTileCount>(head_rows<E>(head_, p_.grad_out, p_.head_dim_v), query(r),
+                                        [&](int n, int i, const E& grad_out) {
+                                          delta = multiply_add(sums[n].number[2 * r + i], widen(grad_out), delta);
+                                        });
+    }
     return delta;
   }
 

@@ -58,6 +58,21 @@ ATTENTION_DEVICE Rows<E> key_rows(const Head& head, const View& view, int64_t co
   return rows_of<E>(view, s.tensor_batch, head.kv_head, s.begin_k, columns);
 }
 
+// Calls f(n, i, element) for what a lane has of a row: number i % 2 of either half of fragment n is column
+// 8 n + 2 member + i, if there is one.
+template <int kTiles, class E, class F>
+ATTENTION_DEVICE void for_each_column(const Rows<E>& rows, int64_t row, F&& f) {
+  int column = 2 * lane_member();
+  E* element = rows.row(row) + column * rows.stride_col;
+  ATTENTION_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    if (column < rows.columns) f(n, 0, *element);
+    if (column + 1 < rows.columns) f(n, 1, element[rows.stride_col]);
+    column += kFragmentColumns;
+    element += kFragmentColumns * rows.stride_col;
+  }
+}
+
 // Writes 16 rows of fragments, each times factor[row], rounded to the dtype of `to`.
 template <class E, class T, int kTiles>
 ATTENTION_DEVICE void store_rows(const Rows<E>& to, int64_t first, int64_t end, const Fragment<T> (&from)[kTiles],
@@ -66,14 +81,8 @@ ATTENTION_DEVICE void store_rows(const Rows<E>& to, int64_t first, int64_t end, 
   for (int r = 0; r < 2; ++r) {
     const int64_t row = first + r * 8 + lane_group();
     if (row >= end) continue;
-    ATTENTION_UNROLL
-    for (int n = 0; n < kTiles; ++n) {
-      const int column = n * kFragmentColumns + 2 * lane_member();
-      E pair[2];
-      round_pair(pair, from[n].number[2 * r] * factor[r], from[n].number[2 * r + 1] * factor[r]);
-      if (column < to.columns) to.row(row)[column * to.stride_col] = pair[0];
-      if (column + 1 < to.columns) to.row(row)[(column + 1) * to.stride_col] = pair[1];
-    }
+    for_each_column<kTiles>(
+        to, row, [&](int n, int i, E& element) { element = rounded<E>(from[n].number[2 * r + i] * factor[r]); });
   }
 }
 

@@ -46,13 +46,6 @@ ATTENTION_DEVICE Rows<E> rows_of(const View& view, int64_t batch, int64_t head, 
   return {data, view.stride_row, view.stride_col, static_cast<int>(columns)};
 }
 
-// Elements gathered one by one: any strides, any alignment.
-template <class E>
-ATTENTION_DEVICE void copy_scattered(E* to, const E* from, int64_t stride, int count) {
-  constexpr int kChunk = 16 / sizeof(E);
-  for (int i = 0; i < kChunk; ++i) to[i] = i < count ? from[i * stride] : E{};
-}
-
 // Rows within a sequence, in fewer registers than a Range.
 struct Span {
   int begin, end;
@@ -65,17 +58,24 @@ struct Span {
 // threads of the block share the work; the rows are there after wait_copies and a barrier.
 template <int kThreads, class Tile, class E>
 ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int first, Span valid) {
-  const bool whole_chunks = from.has_whole_chunks();
-  for (int i = thread_index(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
-    const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;
-    const int room = minimum(from.columns - column, Tile::kChunk);
-    const int count = valid.has(first + row) && room > 0 ? room : 0;
-    const E* source = count > 0 ? from.row(first + row) + column * from.stride_col : from.data;
-    if (whole_chunks) {
-      copy_async(to.at(row, column), source, count * static_cast<int>(sizeof(E)));
-    } else {
-      copy_scattered(to.at(row, column), source, from.stride_col, count);
+  // copy(chunk, source, count): of a chunk the first `count` elements are those at `source`. Not unrolled, as every
+  // walk contains this.
+  const auto for_each_chunk = [&](auto&& copy) {
+    ATTENTION_UNROLL_BY_1
+    for (int i = thread_index(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
+      const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;
+      const int room = minimum(from.columns - column, Tile::kChunk);
+      const int count = valid.has(first + row) && room > 0 ? room : 0;
+      copy(to.at(row, column), count > 0 ? from.row(first + row) + column * from.stride_col : from.data, count);
     }
+  };
+  if (from.has_whole_chunks()) {
+    for_each_chunk(
+        [](E* chunk, const E* source, int count) { copy_async(chunk, source, count * static_cast<int>(sizeof(E))); });
+  } else {  // any strides, any alignment
+    for_each_chunk([&](E* chunk, const E* source, int count) {
+      for (int i = 0; i < Tile::kChunk; ++i) chunk[i] = i < count ? source[i * from.stride_col] : E{};
+    });
   }
 }
 

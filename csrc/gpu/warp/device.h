@@ -7,6 +7,7 @@
 
 #define ATTENTION_DEVICE __device__ __forceinline__
 #define ATTENTION_UNROLL _Pragma("unroll")
+#define ATTENTION_UNROLL_BY_1 _Pragma("unroll 1")
 #define ATTENTION_UNROLL_BY_4 _Pragma("unroll 4")
 
 namespace attention_ext {

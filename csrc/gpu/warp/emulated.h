@@ -14,6 +14,7 @@
 
 #define ATTENTION_DEVICE inline
 #define ATTENTION_UNROLL
+#define ATTENTION_UNROLL_BY_1
 #define ATTENTION_UNROLL_BY_4
 
 namespace attention_ext {

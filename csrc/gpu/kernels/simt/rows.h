@@ -127,11 +127,7 @@ struct RowSum {
   ATTENTION_DEVICE void store(T factor, const HeadRows& rows, int64_t row) {
     with_element<T>(rows.view.dtype, [&]<class E>(E) {
       const Rows<E> to = rows.row<E>(row);
-      for_each(to.columns, [&](int d, T& sum) {
-        E rounded[2];
-        round_pair(rounded, sum * factor, T(0));
-        to.data[d * to.stride_col] = rounded[0];
-      });
+      for_each(to.columns, [&](int d, T& sum) { to.data[d * to.stride_col] = rounded<E>(sum * factor); });
     });
   }
 };
