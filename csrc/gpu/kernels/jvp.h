@@ -29,6 +29,7 @@ class Jvp {
   using Problem = ProblemType;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
+  static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
   static int64_t blocks(const AttentionProblem& p) { return QueryTileIndex::count(p, kQueries); }
 

@@ -26,6 +26,7 @@ class KeyGradient {
   using Problem = ProblemOf<kOrder>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes = KeyTiles::kBytes + Shape::kStages * QueryTiles::kBytes;
+  static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
   static int64_t blocks(const AttentionProblem& p) { return KeyTileIndex::count(p, kKeys); }
 

@@ -24,6 +24,7 @@ class MaskGradient {
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes =
       maximum(QueryTiles::kBytes + KeyTiles::kBytes, (kKeys + 1) * kQueries * sizeof(T));
+  static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
   static int64_t blocks(const BackwardProblem& p) { return MaskTiles(p, kQueries, kKeys).blocks(); }
 

@@ -29,6 +29,7 @@ class QueryGradient {
 
  public:
   static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
+  static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
   static int64_t blocks(const AttentionProblem& p) { return QueryTileIndex::count(p, kQueries); }
 

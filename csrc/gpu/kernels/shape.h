@@ -32,16 +32,18 @@ struct ForwardShape : Width<C, kDim> {
 // Of derivatives: gradients, or how gradients move along tangents of the inputs.
 enum class Order : uint8_t { kFirst, kSecond };
 
-// A warp owns 16 queries or keys and walks the others.
+// A warp owns 16 queries or keys and walks the others. With rows of up to 512 bytes (16-bit numbers, float32 to
+// head_dim 128, float64 to 64) a block fits the smallest GPUs here too.
 template <class C, int kDim, Order kOrder>
 struct GradientShape : Width<C, kDim> {
   using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes, Width<C, kDim>::kRowRegisters;
   static constexpr bool kFirst = kOrder == Order::kFirst;
   static constexpr int kWarps = kRowBytes <= (kFirst ? 1024 : 256) ? 4 : !kFirst && kRowBytes <= 512 ? 2 : 1;
-  static constexpr int kRows = kNarrow ? (kDim <= 128 ? 64 : 32) : kDim <= 64 ? 32 : 16;
+  static constexpr int kRows = kRowBytes >= 512 ? 16 : kNarrow && (kFirst || kRowBytes < 256) ? 64 : 32;
   static constexpr int kColumns = kWide || kRows < 32 || kDim >= 128 || !kFirst ? 16 : 32;
   static constexpr int kStages = kFirst && kRowBytes <= 512 ? 2 : 1;
   static constexpr bool kBothGradients = kRowRegisters <= 64;  // of keys and values at once
+  static constexpr size_t kSharedBytesAllowed = kRowBytes <= 512 ? kFewSharedBytes : kMostSharedBytes;
 };
 
 // Calls f with the bucket of head_dim and head_dim_v and with the rules as constants.
