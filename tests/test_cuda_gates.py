@@ -32,8 +32,8 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="binutils are not installed")
 def test_report_is_read(gates: ModuleType) -> None:
     assert gates.parse(REPORT) == {
-        "sm_80 forward<64, float>": gates.Use(168, 12, 1024),
-        "sm_90a delta": gates.Use(20, 0, 0),
+        "sm_80 forward<64, float>": gates.Use(168, 8, 12, 1024),
+        "sm_90a delta": gates.Use(20, 0, 0, 0),
     }
     assert gates.parse("") == {}
 
@@ -41,15 +41,17 @@ def test_report_is_read(gates: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("kernel", "use", "budget", "complaint"),
     [
-        ("jvp_float16 sm_80 x", (32, 0, 0), (32, 0, 0), None),
-        ("jvp_float16 sm_80 x", (32, 0, 0), (40, 8, 64), None),
-        ("jvp_float16 sm_80 x", (33, 0, 0), (32, 0, 0), "exceeds"),
-        ("jvp_float16 sm_80 x", (32, 4, 0), (32, 0, 0), "exceeds"),
-        ("forward_float16 sm_80 x", (32, 4, 0), (32, 4, 0), "spills"),
-        ("backward_bfloat16 sm_80 x", (32, 4, 0), (32, 4, 0), "spills"),
-        ("forward_float64 sm_80 x", (32, 4, 0), (32, 4, 0), None),
-        ("jvp_float16 sm_80 x", (32, 0, 0), None, "no budget"),
-        ("jvp_float16 sm_80 x", None, (32, 0, 0), "budget only"),
+        ("jvp_float16 sm_80 x", (32, 0, 0, 0), (32, 0, 0, 0), None),
+        ("jvp_float16 sm_80 x", (32, 0, 0, 0), (40, 8, 8, 64), None),
+        ("jvp_float16 sm_80 x", (33, 0, 0, 0), (32, 0, 0, 0), "exceeds"),
+        ("jvp_float16 sm_80 x", (32, 8, 0, 0), (32, 0, 0, 0), "exceeds"),
+        ("jvp_float16 sm_80 x", (32, 0, 4, 0), (32, 0, 0, 0), "exceeds"),
+        ("forward_float16 sm_80 x", (32, 0, 4, 0), (32, 0, 4, 0), "spills"),
+        ("forward_float16 sm_80 x", (32, 8, 0, 0), (32, 8, 0, 0), "spills"),
+        ("backward_bfloat16 sm_80 x", (32, 0, 4, 0), (32, 0, 4, 0), "spills"),
+        ("forward_float64 sm_80 x", (32, 0, 4, 0), (32, 0, 4, 0), None),
+        ("jvp_float16 sm_80 x", (32, 0, 0, 0), None, "no budget"),
+        ("jvp_float16 sm_80 x", None, (32, 0, 0, 0), "budget only"),
     ],
 )
 def test_kernels_are_judged(gates: ModuleType, kernel: str, use: object, budget: object, complaint: str | None) -> None:
@@ -62,6 +64,6 @@ def test_kernels_are_judged(gates: ModuleType, kernel: str, use: object, budget:
 
 def test_budget_is_read_as_it_is_written(gates: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "BUDGET", tmp_path / "budget.json")
-    for uses in ({}, {"b": gates.Use(1, 2, 3), "a": gates.Use(4, 5, 6)}):
+    for uses in ({}, {"b": gates.Use(1, 2, 3, 4), "a": gates.Use(5, 6, 7, 8)}):
         gates.write_budget(uses)
         assert gates.read_budget() == uses

@@ -1,7 +1,8 @@
-"""Compiles every CUDA unit and holds each kernel's registers, spills and shared memory to tools/cuda_budget.json.
+"""Compiles every CUDA unit and holds what each kernel takes to tools/cuda_budget.json: registers, stack, spills, shared
+memory.
 
-A spill in a 16-bit forward or backward kernel fails, and so do growth beyond the budget and warnings. --update rewrites
-the budget. Skips with a reason where there is no nvcc; needs no GPU.
+A stack or a spill in a 16-bit forward or backward kernel fails, and so do growth beyond the budget and warnings.
+--update rewrites the budget. Skips with a reason where there is no nvcc; needs no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SERIALISED = re.compile(r"\(C75\d\d\)")  # ptxas made asynchronous products wait
 MUST_NOT_SPILL = re.compile(r"(forward|backward)_(float16|bfloat16)")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<chip>\w+)'\n(?:.*\n)*?"
-    r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
     r".*?Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
 )
 
@@ -38,6 +39,7 @@ class Use:
     """What a kernel takes: registers per thread, and bytes."""
 
     registers: int
+    stack: int  # what is spilled, and arrays that are not in registers because an index is not a constant
     spilled: int
     shared: int  # static; what a launch asks for comes on top
 
@@ -61,7 +63,9 @@ def parse(report: str) -> Uses:
     found = list(KERNEL.finditer(report))
     names = readable([kernel["name"] for kernel in found]) if found else []
     return {
-        f"{x['chip']} {name}": Use(int(x["registers"]), int(x["stores"]) + int(x["loads"]), int(x["shared"] or 0))
+        f"{x['chip']} {name}": Use(
+            int(x["registers"]), int(x["stack"]), int(x["stores"]) + int(x["loads"]), int(x["shared"] or 0)
+        )
         for name, x in zip(names, found, strict=True)
     }
 
@@ -81,8 +85,8 @@ def complaints(uses: Uses, budget: Uses) -> dict[str, str]:
     """By kernel, what is wrong with it."""
     found = {}
     for kernel, use in uses.items():
-        if use.spilled and MUST_NOT_SPILL.match(kernel):
-            found[kernel] = "spills"
+        if (use.spilled or use.stack) and MUST_NOT_SPILL.match(kernel):
+            found[kernel] = "spills or has a stack"
         elif kernel not in budget:
             found[kernel] = "has no budget: --update gives it one"
         elif use.exceeds(budget[kernel]):
@@ -91,10 +95,10 @@ def complaints(uses: Uses, budget: Uses) -> dict[str, str]:
 
 
 def show(uses: Uses, wrong: dict[str, str]) -> None:
-    table = Table("unit", "for", "kernel", "registers", "spilled", "shared", "", box=None)
+    table = Table("unit", "for", "kernel", "registers", "stack", "spilled", "shared", "", box=None)
     for kernel in sorted(uses | wrong):
         use = uses.get(kernel)
-        numbers = map(str, dataclasses.astuple(use)) if use else ["-"] * 3
+        numbers = map(str, dataclasses.astuple(use)) if use else ["-"] * 4
         table.add_row(*kernel.split(" ", 2), *numbers, wrong.get(kernel, ""))
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 

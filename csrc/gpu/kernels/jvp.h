@@ -101,6 +101,7 @@ class Jvp {
 
   ATTENTION_DEVICE void close_rows(void* workspace) {
     T deltas[2] = {};
+    ATTENTION_UNROLL
     for (int r = 0; r < 2; ++r) {
       means_[r] = sum_of_group(means_[r]) + sink_mean(logsumexp_[r]);
       if (query(r) < q_.end) deltas[r] = finish_row(r);
