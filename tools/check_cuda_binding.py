@@ -35,13 +35,17 @@ def cuda_headers(compiler: str) -> Iterator[list[Path]]:
         yield [Path(folder), *nvcc.include_folders(compiler)]
 
 
-def type_check(file: Path, headers: list[Path]) -> bool:
-    """Compiles as far as types go. Warnings count, but not those of the headers."""
-    command = [*os.environ.get("CXX", "c++").split(), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+def compiler_command(headers: list[Path]) -> list[str]:
+    """Warnings count, but not those of the headers."""
+    command = [*os.environ.get("CXX", "c++").split(), "-std=c++20", "-Wall", "-Wextra", "-Werror"]
     command += [f"-I{ROOT / folder}" for folder in ("csrc", "attention_ext/include")]
-    command += [word for folder in headers for word in ("-isystem", str(folder))]
+    return command + [word for folder in headers for word in ("-isystem", str(folder))]
+
+
+def type_check(file: Path, command: list[str]) -> bool:
+    """Compiles as far as types go."""
     print(f"type-check: {file.relative_to(ROOT)}", flush=True)
-    return subprocess.run([*command, str(file)]).returncode == 0
+    return subprocess.run([*command, "-fsyntax-only", str(file)]).returncode == 0
 
 
 def main() -> None:
@@ -52,7 +56,8 @@ def main() -> None:
         return print("skipped: this torch has CUDA, so the build compiles the binding")
     torch_headers = [Path(folder) for folder in cpp_extension.include_paths()]
     with cuda_headers(compiler) as headers:
-        failed = [file.name for file in binding() if not type_check(file, [*headers, *torch_headers])]
+        command = compiler_command([*headers, *torch_headers])
+        failed = [file.name for file in binding() if not type_check(file, command)]
     if failed:
         sys.exit(f"type-check: {', '.join(failed)} failed")
 

@@ -83,6 +83,11 @@ struct BackwardProblem : AttentionProblem {
   View grad_attn_mask;                  // accumulate type, mask's shape, zeroed by the caller; stride 0 where broadcast
   double* grad_alibi_slopes = nullptr;  // (batch, heads), summed over a broadcast batch by the caller
   double* grad_sinks = nullptr;         // (batch, heads), likewise
+
+  // Whether anything but grad_value is wanted: for that rows need their delta.
+  ATTENTION_INLINE bool wants_score_gradient() const {
+    return grad_query || grad_key || grad_attn_mask || grad_alibi_slopes || grad_sinks;
+  }
 };
 
 // Directions along which the six differentiable inputs move; an input that stands still stays null.
@@ -93,23 +98,17 @@ struct Tangents {
   const double* sinks = nullptr;         // (batch, heads)
 };
 
-// How out and logsumexp move along the tangents.
-struct JvpProblem : AttentionProblem {
-  View out;                         // (b, h, q, d_v)
-  const void* logsumexp = nullptr;  // (b, h, q)
+// How out and logsumexp move along the tangents. grad_out and gradients stay null.
+struct JvpProblem : BackwardProblem {
   Tangents tangent;
-  View out_tangent;                   // (b, h, q, d_v)
+  View out_tangent;                   // (b, h, q, d_v); double backward may not want it
   void* logsumexp_tangent = nullptr;  // (b, h, q)
 };
 
 // The gradients of attention_backward's results along the tangents: with respect to grad_out and grad_logsumexp they
 // are how out and logsumexp move, with respect to the inputs how the first gradients move (the Hessian is symmetric).
 // The grad_* fields of BackwardProblem receive the latter.
-struct DoubleBackwardProblem : BackwardProblem {
-  Tangents tangent;
-  View out_tangent;                   // (b, h, q, d_v), or none
-  void* logsumexp_tangent = nullptr;  // (b, h, q)
-};
+struct DoubleBackwardProblem : JvpProblem {};
 
 struct WeightsProblem : AttentionProblem {
   const void* logsumexp = nullptr;  // (b, h, q)

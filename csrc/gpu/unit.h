@@ -12,6 +12,8 @@ Plan plan_forward(const AttentionProblem& problem);
 template <class Plan, class Element>
 Plan plan_decode(const AttentionProblem& problem);
 template <class Plan, class Element>
+Plan plan_delta(const AttentionProblem& problem);  // what backward and double backward begin with
+template <class Plan, class Element>
 Plan plan_backward(const AttentionProblem& problem);
 template <class Plan, class Element>
 Plan plan_weights(const AttentionProblem& problem);

@@ -21,8 +21,8 @@ namespace attention_ext {
 namespace {
 
 template <class C>
-class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProblem> {
-  using Jvp = JvpRun<C, DoubleBackwardTiles<C>, DoubleBackwardProblem>;
+class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
+  using Jvp = JvpRun<C, DoubleBackwardTiles<C>>;
   using T = typename C::Scalar;
   using Element = typename C::Element;
   friend Jvp;

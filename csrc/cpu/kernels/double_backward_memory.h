@@ -47,7 +47,7 @@ struct DoubleBackwardScratch : JvpScratch<C> {
 
   DoubleBackwardScratch(Arena& arena, const DoubleBackwardProblem& p, const RunShape<C>& run,
                         const BackwardShape<C>& shape)
-      : JvpScratch<C>(arena, p, p.tangent, run), grad_out(arena, p.head_dim_v) {
+      : JvpScratch<C>(arena, p, run), grad_out(arena, p.head_dim_v) {
     const int64_t padded_keys = shape.keys + kTileRows, block = padded_keys * kQueries<T>;
     const int64_t query = kQueries<T> * round_up(shape.depth, kLanes<Element>);
     const int64_t lanes = C::kPair == 1 ? 0 : padded_keys * shape.columns;

@@ -23,7 +23,8 @@ struct JvpScratch {
   T *sums, *kept_weight, *kept_moved, *bias, *bias_tangent, *mean, *logsumexp;
   Tile* tiles;
 
-  JvpScratch(Arena& arena, const AttentionProblem& p, const Tangents& tangent, const RunShape<C>& shape) {
+  JvpScratch(Arena& arena, const JvpProblem& p, const RunShape<C>& shape) {
+    const Tangents& tangent = p.tangent;
     const int64_t depth = round_up(shape.depth, kLanes<Element>), padded_keys = shape.keys + kTileRows;
     const int64_t block = padded_keys * kQueries<T>, values = padded_keys * shape.columns;
     const bool paired = C::kPair != 1;
@@ -49,7 +50,7 @@ struct JvpScratch {
 };
 
 // Job opens the keys, and makes of each block and each tile what it needs of them.
-template <class C, class Job, class Problem>
+template <class C, class Job>
 class JvpRun : protected QueryRun<C, Job> {
   using Run = QueryRun<C, Job>;
   using T = typename C::Scalar;
@@ -59,7 +60,7 @@ class JvpRun : protected QueryRun<C, Job> {
  protected:
   using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_, Run::unseen_;
 
-  JvpRun(const Problem& p, const RunShape<C>& shape, const JvpScratch<C>& scratch)
+  JvpRun(const JvpProblem& p, const RunShape<C>& shape, const JvpScratch<C>& scratch)
       : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
 
   void open_tile(int64_t i) {
@@ -90,7 +91,7 @@ class JvpRun : protected QueryRun<C, Job> {
     }
     if (!p_.tangent.query && !p_.tangent.key) clear_block(scores.moved, k.size(), tile.vectors);
     load_logsumexp(row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.logsumexp);
-    const auto score_tangent = score_tangent_of(p_, p_.tangent, tile, k, Matrix<T>{scratch_.bias_tangent, kQueries<T>});
+    const auto score_tangent = score_tangent_of(p_, tile, k, Matrix<T>{scratch_.bias_tangent, kQueries<T>});
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
       scores_block<C, vectors, rules>(block, scratch_.logsumexp, score_tangent, scores, bend, mean);
     });
@@ -165,7 +166,7 @@ class JvpRun : protected QueryRun<C, Job> {
   Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
   T* mean(int64_t i) const { return scratch_.mean + i * kQueries<T>; }
 
-  const Problem& p_;
+  const JvpProblem& p_;
   const JvpScratch<C>& scratch_;
   Dropout dropout_;
   Matrix<const Element> key_, key_tangent_, value_rows_, value_tangent_rows_;
@@ -218,8 +219,8 @@ class JvpRun : protected QueryRun<C, Job> {
 };
 
 template <class C>
-class JvpJob : JvpRun<C, JvpJob<C>, JvpProblem> {
-  using Jvp = JvpRun<C, JvpJob<C>, JvpProblem>;
+class JvpJob : JvpRun<C, JvpJob<C>> {
+  using Jvp = JvpRun<C, JvpJob<C>>;
   using T = typename C::Scalar;
   friend Jvp;
   friend QueryRun<C, JvpJob<C>>;
@@ -229,7 +230,7 @@ class JvpJob : JvpRun<C, JvpJob<C>, JvpProblem> {
     const auto& p = static_cast<const JvpProblem&>(problem);
     const RunShape<C> shape = jvp_shape<C>(p);
     Arena arena(memory);
-    const JvpScratch<C> scratch(arena, p, p.tangent, shape);
+    const JvpScratch<C> scratch(arena, p, shape);
     JvpJob(p, shape, scratch).walk(job);
   }
 
@@ -261,7 +262,7 @@ Plan plan_jvp(const AttentionProblem& problem) {
   const auto& p = static_cast<const JvpProblem&>(problem);
   const RunShape<C> shape = jvp_shape<C>(p);
   Arena measure(nullptr);
-  JvpScratch<C>(measure, p, p.tangent, shape);
+  JvpScratch<C>(measure, p, shape);
   Plan plan;
   plan.phases[plan.phase_count++] = {shape.jobs, JvpJob<C>::run};
   plan.scratch_bytes = measure.used();

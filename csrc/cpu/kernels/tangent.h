@@ -25,15 +25,14 @@ struct ScoreTangent {
 
 // `staged` is room for (kKeys, kQueries) numbers.
 template <class T>
-ScoreTangent<T> score_tangent_of(const AttentionProblem& p, const Tangents& tangent, const Tile& tile, Range k,
-                                 Matrix<T> staged) {
+ScoreTangent<T> score_tangent_of(const JvpProblem& p, const Tile& tile, Range k, Matrix<T> staged) {
   ScoreTangent<T> moved;
-  if (tangent.attn_mask) {
-    stage_mask(tangent.attn_mask, tile, k, staged);
+  if (p.tangent.attn_mask) {
+    stage_mask(p.tangent.attn_mask, tile, k, staged);
     moved.mask = as_operand(staged);
   }
-  if (tangent.alibi_slopes) {
-    moved.slope = splat<T>(static_cast<T>(tangent.alibi_slopes[tile.sequence.batch * p.heads + tile.head]));
+  if (p.tangent.alibi_slopes) {
+    moved.slope = splat<T>(static_cast<T>(p.tangent.alibi_slopes[tile.sequence.batch * p.heads + tile.head]));
   }
   return moved;
 }

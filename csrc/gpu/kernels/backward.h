@@ -47,6 +47,15 @@ void add_gradients(KernelPlan& plan, const ProblemOf<kOrder>& p) {
 }
 
 template <class C>
+KernelPlan plan_delta_by_shape(const AttentionProblem& problem) {
+  return with_shape(problem, [&](auto dim, auto rules) {
+    KernelPlan plan;
+    add_delta<C, dim, rules>(plan, static_cast<const BackwardProblem&>(problem));
+    return plan;
+  });
+}
+
+template <class C>
 KernelPlan plan_backward_by_shape(const AttentionProblem& problem) {
   const auto& p = static_cast<const BackwardProblem&>(problem);
   return with_shape(p, [&](auto dim, auto rules) {

@@ -3,17 +3,18 @@
 
 #include "gpu/kernels/backward.h"
 #include "gpu/kernels/jvp.h"
+#include "gpu/unit.h"
 
 namespace attention_ext {
 namespace {
 
+// What delta and the jvp launch is compiled in their own units.
 template <class C>
 KernelPlan plan_double_backward_by_shape(const AttentionProblem& problem) {
   const auto& p = static_cast<const DoubleBackwardProblem&>(problem);
   return with_shape<kMostMovingDim<C>>(p, [&](auto dim, auto rules) {
-    KernelPlan plan;
-    add_delta<C, dim, rules>(plan, p);
-    add_kernel<Jvp<C, dim, rules, DoubleBackwardProblem>>(plan, p);
+    auto plan = plan_delta<KernelPlan, typename C::Element>(p);
+    add_launches(plan, plan_jvp<KernelPlan, typename C::Element>(p));
     add_gradients<C, dim, rules, Order::kSecond>(plan, p);
     return plan;
   });

@@ -3,21 +3,17 @@
 // P is after dropout in out', before it in m.
 #pragma once
 
-#include <type_traits>
-
 #include "gpu/kernels/backward_memory.h"
 #include "gpu/kernels/gradient.h"
 
 namespace attention_ext {
 namespace {
 
-// ProblemType: JvpProblem or DoubleBackwardProblem, whose gradients begin with the same pass.
-template <class C, int kDim, Rules kRules, class ProblemType>
+template <class C, int kDim, Rules kRules>
 class Jvp {
   using T = typename C::Scalar;
   using E = typename C::Element;
   using Shape = GradientShape<C, kDim, Order::kSecond>;
-  static constexpr bool kForGradients = std::is_same_v<ProblemType, DoubleBackwardProblem>;
   static constexpr int kQueries = Shape::kWarps * kFragmentRows, kTiles = Shape::kColumns / kFragmentColumns;
   using QueryTiles = TileSet<SharedTile<E, kQueries, kDim>, 2>;
   using KeyTile = SharedTile<E, Shape::kRows, kDim>;
@@ -26,7 +22,7 @@ class Jvp {
   using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
 
  public:
-  using Problem = ProblemType;
+  using Problem = JvpProblem;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
   static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
@@ -59,8 +55,7 @@ class Jvp {
     const auto add_tiles = [&](int k, const KeyTiles& keys) {
       for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
     };
-    walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes,
-                                                 key_sources<E>(p_, p_.tangent, head_),
+    walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
                                                  visible_keys(p_, head_.sequence, q_), add_tiles);
     close_rows(workspace);
   }
@@ -109,7 +104,7 @@ class Jvp {
       if (query(r) >= q_.end || lane_member() != 0) continue;
       const int64_t row = row_of(p_, head_.sequence, head_.head) + query(r);
       static_cast<T*>(p_.logsumexp_tangent)[row] = means_[r];
-      if constexpr (kForGradients) BackwardMemory<T>(p_, workspace).delta_tangent[row] = deltas[r];
+      if (p_.wants_score_gradient()) BackwardMemory<T>(p_, workspace).delta_tangent[row] = deltas[r];
     }
     if (!p_.out_tangent) return;
     const T factor[2] = {T(1), T(1)};
@@ -134,7 +129,7 @@ class Jvp {
                                         sum = sum * kept_scale - means_[r] * widen(out);
                                       });
     T delta = 0;
-    if constexpr (kForGradients) {
+    if (p_.wants_score_gradient()) {
       for_each_column<Sums::kTileCount>(head_rows<E>(head_, p_.grad_out, p_.head_dim_v), query(r),
                                         [&](int n, int i, const E& grad_out) {
                                           delta = multiply_add(sums[n].number[2 * r + i], widen(grad_out), delta);
@@ -159,7 +154,7 @@ constexpr int kMostMovingDim = sizeof(typename C::Element) == 8 ? 128 : 256;
 template <class C>
 KernelPlan plan_jvp_by_shape(const AttentionProblem& p) {
   return with_shape<kMostMovingDim<C>>(p, [&](auto dim, auto rules) {
-    using Kernel = Jvp<C, dim, rules, JvpProblem>;
+    using Kernel = Jvp<C, dim, rules>;
     KernelPlan plan;
     add_launch<Kernel>(plan, Kernel::blocks(p));
     return plan;

@@ -32,13 +32,9 @@ ATTENTION_DEVICE Sources<E, 2> key_sources(const AttentionProblem& p, const Head
   return {{key_rows<E>(head, p.key, p.head_dim), key_rows<E>(head, p.value, p.head_dim_v)}};
 }
 template <class E>
-ATTENTION_DEVICE Sources<E, 4> key_sources(const AttentionProblem& p, const Tangents& tangent, const Head& head) {
+ATTENTION_DEVICE Sources<E, 4> key_sources(const JvpProblem& p, const Head& head) {
   return {{key_rows<E>(head, p.key, p.head_dim), key_rows<E>(head, p.value, p.head_dim_v),
-           key_rows<E>(head, tangent.key, p.head_dim), key_rows<E>(head, tangent.value, p.head_dim_v)}};
-}
-template <class E>
-ATTENTION_DEVICE Sources<E, 4> key_sources(const DoubleBackwardProblem& p, const Head& head) {
-  return key_sources<E>(p, p.tangent, head);
+           key_rows<E>(head, p.tangent.key, p.head_dim), key_rows<E>(head, p.tangent.value, p.head_dim_v)}};
 }
 
 template <Order kOrder>

@@ -1,8 +1,16 @@
 #include "gpu/kernels/backward.h"
 #include "gpu/unit.h"
 
+namespace attention_ext {
+
 template <>
-attention_ext::KernelPlan attention_ext::plan_backward<attention_ext::KernelPlan, attention_ext::BFloat16>(
-    const AttentionProblem& problem) {
-  return plan_backward_by_shape<Compute16<BFloat16>>(problem);
+KernelPlan plan_delta<KernelPlan, BFloat16>(const AttentionProblem& p) {
+  return plan_delta_by_shape<Compute16<BFloat16>>(p);
 }
+
+template <>
+KernelPlan plan_backward<KernelPlan, BFloat16>(const AttentionProblem& p) {
+  return plan_backward_by_shape<Compute16<BFloat16>>(p);
+}
+
+}  // namespace attention_ext

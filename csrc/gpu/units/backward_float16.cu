@@ -1,8 +1,16 @@
 #include "gpu/kernels/backward.h"
 #include "gpu/unit.h"
 
+namespace attention_ext {
+
 template <>
-attention_ext::KernelPlan attention_ext::plan_backward<attention_ext::KernelPlan, attention_ext::Half>(
-    const AttentionProblem& problem) {
-  return plan_backward_by_shape<Compute16<Half>>(problem);
+KernelPlan plan_delta<KernelPlan, Half>(const AttentionProblem& p) {
+  return plan_delta_by_shape<Compute16<Half>>(p);
 }
+
+template <>
+KernelPlan plan_backward<KernelPlan, Half>(const AttentionProblem& p) {
+  return plan_backward_by_shape<Compute16<Half>>(p);
+}
+
+}  // namespace attention_ext

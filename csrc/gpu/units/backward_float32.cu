@@ -1,8 +1,16 @@
 #include "gpu/kernels/backward.h"
 #include "gpu/unit.h"
 
+namespace attention_ext {
+
 template <>
-attention_ext::KernelPlan attention_ext::plan_backward<attention_ext::KernelPlan, float>(
-    const AttentionProblem& problem) {
-  return plan_backward_by_shape<ComputeFloat>(problem);
+KernelPlan plan_delta<KernelPlan, float>(const AttentionProblem& p) {
+  return plan_delta_by_shape<ComputeFloat>(p);
 }
+
+template <>
+KernelPlan plan_backward<KernelPlan, float>(const AttentionProblem& p) {
+  return plan_backward_by_shape<ComputeFloat>(p);
+}
+
+}  // namespace attention_ext

@@ -21,7 +21,7 @@ KernelPlan plan_simt_weights<KernelPlan>(const AttentionProblem& p) {
 
 template <>
 KernelPlan plan_simt_jvp<KernelPlan>(const AttentionProblem& p) {
-  return simt::with_scalar(p, [&]<class T>(T) { return simt::plan_kernel<simt::Jvp<T, JvpProblem>>(p); });
+  return simt::with_scalar(p, [&]<class T>(T) { return simt::plan_kernel<simt::Jvp<T>>(p); });
 }
 
 template <>

@@ -164,6 +164,10 @@ void add_launch(KernelPlan& plan, int64_t blocks) {
   plan.launches[plan.launch_count++] = {blocks, Kernel::kThreads, Kernel::kSharedBytes, enqueue<Kernel>};
 }
 
+inline void add_launches(KernelPlan& plan, const KernelPlan& more) {
+  for (int i = 0; i < more.launch_count; ++i) plan.launches[plan.launch_count++] = more.launches[i];
+}
+
 inline void set_workspace(KernelPlan& plan, size_t bytes) { plan.workspace_bytes = bytes; }
 
 }  // namespace attention_ext

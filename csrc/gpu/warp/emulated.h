@@ -142,6 +142,10 @@ void add_launch(KernelPlan& plan, int64_t blocks) {
   plan.phases[plan.phase_count++] = {blocks, run_block<Kernel>};
 }
 
+inline void add_launches(KernelPlan& plan, const KernelPlan& more) {
+  for (int i = 0; i < more.phase_count; ++i) plan.phases[plan.phase_count++] = more.phases[i];
+}
+
 inline void set_workspace(KernelPlan& plan, size_t bytes) { plan.shared_bytes = bytes; }
 
 }  // namespace attention_ext

@@ -1,19 +1,15 @@
 // How out and logsumexp move along tangents of the inputs, a warp for each query.
 #pragma once
 
-#include <type_traits>
-
 #include "gpu/kernels/simt/pair.h"
 
 namespace attention_ext {
 namespace {
 namespace simt {
 
-// ProblemType: JvpProblem or DoubleBackwardProblem, whose gradients begin with the same pass.
-template <class T, class ProblemType>
-struct Jvp : QueryKernel<ProblemType> {
-  using Problem = ProblemType;
-  static constexpr bool kForGradients = std::is_same_v<ProblemType, DoubleBackwardProblem>;
+template <class T>
+struct Jvp : QueryKernel<JvpProblem> {
+  using Problem = JvpProblem;
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     Jvp::with_query(p, [&](const Head& head, int q) {
@@ -25,7 +21,7 @@ struct Jvp : QueryKernel<ProblemType> {
       if (lane_index() != 0) return;
       const int64_t row = row_of(p, head.sequence, head.head) + q;
       static_cast<T*>(p.logsumexp_tangent)[row] = mean;
-      if constexpr (kForGradients) BackwardMemory<T>(p, workspace).delta_tangent[row] = delta;
+      if (p.wants_score_gradient()) BackwardMemory<T>(p, workspace).delta_tangent[row] = delta;
     });
   }
 
@@ -61,8 +57,7 @@ struct Jvp : QueryKernel<ProblemType> {
   ATTENTION_DEVICE static T close_row(const Problem& p, const Head& head, int q, T mean, RowSum<T>& sums) {
     sums.add(-mean, query_rows(head, p.out, p.head_dim_v), q);
     if (p.out_tangent) sums.store(T(1), query_rows(head, p.out_tangent, p.head_dim_v), q);
-    if constexpr (kForGradients) return sums.dot(query_rows(head, p.grad_out, p.head_dim_v), q);
-    return T(0);
+    return p.wants_score_gradient() ? sums.dot(query_rows(head, p.grad_out, p.head_dim_v), q) : T(0);
   }
 };
 

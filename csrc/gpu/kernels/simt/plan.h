@@ -52,7 +52,7 @@ template <class T>
 KernelPlan plan_double_backward(const DoubleBackwardProblem& p) {
   KernelPlan plan;
   add_kernel<Delta<T>>(plan, p);
-  add_kernel<Jvp<T, DoubleBackwardProblem>>(plan, p);
+  add_kernel<Jvp<T>>(plan, p);
   add_gradients<T, Order::kSecond>(plan, p);
   return plan;
 }
