@@ -84,9 +84,8 @@ struct BackwardProblem : AttentionProblem {
   double* grad_alibi_slopes = nullptr;  // (batch, heads), summed over a broadcast batch by the caller
   double* grad_sinks = nullptr;         // (batch, heads), likewise
 
-  // Whether anything but grad_value is wanted: for that rows need their delta.
-  ATTENTION_INLINE bool wants_score_gradient() const {
-    return grad_query || grad_key || grad_attn_mask || grad_alibi_slopes || grad_sinks;
+  ATTENTION_INLINE bool wants_gradients() const {
+    return grad_query || grad_key || grad_value || grad_attn_mask || grad_alibi_slopes || grad_sinks;
   }
 };
 
@@ -98,7 +97,7 @@ struct Tangents {
   const double* sinks = nullptr;         // (batch, heads)
 };
 
-// How out and logsumexp move along the tangents. grad_out and gradients stay null.
+// How out and logsumexp move along the tangents. A jvp has no grad_out and wants no gradients.
 struct JvpProblem : BackwardProblem {
   Tangents tangent;
   View out_tangent;                   // (b, h, q, d_v); double backward may not want it

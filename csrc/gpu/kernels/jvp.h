@@ -104,7 +104,7 @@ class Jvp {
       if (query(r) >= q_.end || lane_member() != 0) continue;
       const int64_t row = row_of(p_, head_.sequence, head_.head) + query(r);
       static_cast<T*>(p_.logsumexp_tangent)[row] = means_[r];
-      if (p_.wants_score_gradient()) BackwardMemory<T>(p_, workspace).delta_tangent[row] = deltas[r];
+      if (p_.wants_gradients()) BackwardMemory<T>(p_, workspace).delta_tangent[row] = deltas[r];
     }
     if (!p_.out_tangent) return;
     const T factor[2] = {T(1), T(1)};
@@ -129,7 +129,7 @@ class Jvp {
                                         sum = sum * kept_scale - means_[r] * widen(out);
                                       });
     T delta = 0;
-    if (p_.wants_score_gradient()) {
+    if (p_.wants_gradients()) {
       for_each_column<Sums::kTileCount>(head_rows<E>(head_, p_.grad_out, p_.head_dim_v), query(r),
                                         [&](int n, int i, const E& grad_out) {
                                           delta = multiply_add(sums[n].number[2 * r + i], widen(grad_out), delta);

@@ -21,7 +21,7 @@ struct Jvp : QueryKernel<JvpProblem> {
       if (lane_index() != 0) return;
       const int64_t row = row_of(p, head.sequence, head.head) + q;
       static_cast<T*>(p.logsumexp_tangent)[row] = mean;
-      if (p.wants_score_gradient()) BackwardMemory<T>(p, workspace).delta_tangent[row] = delta;
+      if (p.wants_gradients()) BackwardMemory<T>(p, workspace).delta_tangent[row] = delta;
     });
   }
 
@@ -57,7 +57,7 @@ struct Jvp : QueryKernel<JvpProblem> {
   ATTENTION_DEVICE static T close_row(const Problem& p, const Head& head, int q, T mean, RowSum<T>& sums) {
     sums.add(-mean, query_rows(head, p.out, p.head_dim_v), q);
     if (p.out_tangent) sums.store(T(1), query_rows(head, p.out_tangent, p.head_dim_v), q);
-    return p.wants_score_gradient() ? sums.dot(query_rows(head, p.grad_out, p.head_dim_v), q) : T(0);
+    return p.wants_gradients() ? sums.dot(query_rows(head, p.grad_out, p.head_dim_v), q) : T(0);
   }
 };
 
