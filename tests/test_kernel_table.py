@@ -156,11 +156,10 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("isa", [x for x in SETS if x != _C.instruction_set()])
-def test_every_isa(isa: str, request: pytest.FixtureRequest) -> None:
+def test_every_isa(isa: str) -> None:
     """Every ninth of the marked tests."""
     others = (x for x in Path(__file__).parent.glob("test_*.py") if x.name != Path(__file__).name)
     files = [str(x) for x in others if "every_isa" in x.read_text()]
     arguments = ["-q", "-m", "every_isa", "-p", "no:cacheprovider", "-p", "no:xdist", "--every", "9", *files]
-    poison = ["--poison"] if request.config.getoption("--poison") else []
-    result = run_python("-c", MARKED, *arguments, *poison, isa=isa)
+    result = run_python("-c", MARKED, *arguments, isa=isa)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -75,13 +75,17 @@ class Sample:
 
     def call(self, function: Any, **more: Any) -> Any:
         """``function(query, key, value, **options)``, dropout drawn from this sample's seed."""
-        torch.manual_seed(self.seed)
+        self._seed_dropout()
         return function(self.query, self.key, self.value, **self.options, **more)
 
     def call_operator(self, operator: Any) -> Any:
         """``operator(query, key, value, **options)`` for the raw operators, which take the window as two numbers."""
-        torch.manual_seed(self.seed)
+        self._seed_dropout()
         return operator(self.query, self.key, self.value, **operator_options(self.options))
+
+    def _seed_dropout(self) -> None:
+        if self.options.get("dropout_p"):  # a seed costs as much as a small call
+            torch.manual_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

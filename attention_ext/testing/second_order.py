@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from attention_ext import reference
 from attention_ext.testing.samples import Sample
-from attention_ext.testing.tolerance import Comparison, Outputs, baseline, compare_outputs
+from attention_ext.testing.tolerance import Comparison, Outputs, Weights, baseline, compare_outputs
 
 Tangents = dict[str, Tensor]
 
@@ -80,16 +80,21 @@ def compare_second_order(sample: Sample, tangents: Tangents, *results: Outputs) 
     exact, exact_tangents = sample.map(lambda x: x.detach().double()), {k: x.double() for k, x in tangents.items()}
     oracle = double_backward(exact, exact_tangents, reference.attention)
     base = double_backward(sample, tangents, baseline)
-    sizes, score_sizes = (second_order_term_sizes(exact, exact_tangents, by_score) for by_score in (False, True))
-    return [x for actual in results for x in compare_outputs(sample, actual, oracle, base, sizes, score_sizes)]
+    sizes = second_order_term_sizes(exact, exact_tangents)
+    return [x for actual in results for x in compare_outputs(sample, actual, oracle, base, *sizes)]
 
 
-def second_order_term_sizes(sample: Sample, tangents: Tangents, by_score: bool = False) -> Outputs:
+def second_order_term_sizes(sample: Sample, tangents: Tangents) -> tuple[Outputs, Outputs]:
     """As :func:`attention_ext.testing.tolerance.term_sizes`, for the outputs of :func:`double_backward`.
 
     Terms that a row shares (out and its tangent within the deltas, logsumexp's tangent) add up over its keys.
     ``sample`` is dense.
     """
+    weights, moved = Weights.of(sample), jvp(sample, tangents, reference.attention)
+    return _sizes(sample, tangents, weights, moved), _sizes(sample, tangents, weights.by_score(sample), moved)
+
+
+def _sizes(sample: Sample, tangents: Tangents, of: Weights, moved: Outputs) -> Outputs:
     heads, kv_heads = sample.query.shape[1], sample.key.shape[1]
     group = max(1, heads // max(1, kv_heads))
     scale = sample.options.get("scale", 1 / math.sqrt(sample.query.shape[-1]))
@@ -107,15 +112,8 @@ def second_order_term_sizes(sample: Sample, tangents: Tangents, by_score: bool =
         for name, x in (("query", sample.query), ("key", sample.key), ("value", sample.value))
     )
     key_moved, value_moved = repeated(key_moved), repeated(value_moved)
-    out, logsumexp, weights = sample.call(reference.attention)
-    plain = {name: x for name, x in sample.options.items() if name not in ("dropout_p", "keep")}
-    prob = reference.attention(sample.query, sample.key, sample.value, **plain).weights
-    moved = jvp(sample, tangents, reference.attention)
+    out, logsumexp, weights, prob = of
     out_moved, mean = moved["out_tangent"], moved["logsumexp_tangent"][..., None]
-    if by_score:
-        score_size = abs(scale) * (query.square() @ key.square().mT).sqrt()
-        factor = 1 + logsumexp.abs().nan_to_num(posinf=0)[..., None] + score_size
-        weights, prob = weights * factor, prob * factor
 
     diagonal = {x: sample.options[x] for x in ("causal_alignment", "key_lengths") if x in sample.options}
     distance = reference.visible_keys(prob.shape[2], prob.shape[3], **diagonal, device=prob.device)[1].double()

@@ -100,7 +100,7 @@ def compare(sample: Sample, actual: Outputs) -> list[Comparison]:
     exact = sample.map(lambda x: x.detach().double())
     backward = "grad_query" in actual
     oracle, base = evaluate(exact, reference.attention, backward), evaluate(sample, baseline, backward)
-    return compare_outputs(sample, actual, oracle, base, term_sizes(exact), term_sizes(exact, by_score=True))
+    return compare_outputs(sample, actual, oracle, base, *term_sizes(exact))
 
 
 def compare_outputs(
@@ -121,25 +121,48 @@ def compare_outputs(
     return comparisons
 
 
-def term_sizes(sample: Sample, by_score: bool = False) -> Outputs:
+class Weights(NamedTuple):
+    """A sample's outputs, its weights and, before dropout, its probabilities."""
+
+    out: Tensor
+    logsumexp: Tensor
+    weights: Tensor
+    prob: Tensor
+
+    @classmethod
+    def of(cls, sample: Sample) -> Weights:
+        """Of a dense sample."""
+        out, logsumexp, weights = sample.call(reference.attention)
+        if "keep" not in sample.options:
+            return cls(out, logsumexp, weights, weights)
+        plain = {name: x for name, x in sample.options.items() if name not in ("dropout_p", "keep")}
+        prob = reference.attention(sample.query, sample.key, sample.value, **plain).weights
+        return cls(out, logsumexp, weights, prob)
+
+    def by_score(self, sample: Sample) -> Weights:
+        """Each probability times one plus the size of its score's terms and of logsumexp, whose roundings change it."""
+        scale = sample.options.get("scale", 1 / math.sqrt(sample.query.shape[-1]))
+        key = sample.key.repeat_interleave(sample.query.shape[1] // max(1, sample.key.shape[1]), 1)
+        score_size = abs(scale) * (sample.query.square() @ key.square().mT).sqrt()
+        factor = logsumexp_size(self.logsumexp)[..., None] + score_size
+        return self._replace(weights=self.weights * factor, prob=self.prob * factor)
+
+
+def logsumexp_size(logsumexp: Tensor) -> Tensor:
+    """That of its terms."""
+    return 1 + logsumexp.abs().nan_to_num(posinf=0)
+
+
+def term_sizes(sample: Sample) -> tuple[Outputs, Outputs]:
     """The root of the sum of squares of the terms that each element of each output is a sum of, in float64.
 
     That times an eps is the error when each term is rounded once. The error of ``delta`` is common to a row of score
-    gradients and adds up within it instead. ``by_score`` multiplies each probability by one plus the size of its
-    score's terms and of logsumexp: rounding those changes the probability by as much.
+    gradients and adds up within it instead. The second time with what :meth:`Weights.by_score` makes of the weights.
     """
-    parts = [_squared_terms(x, by_score) for x in _sequences(sample)]
-    squares: Outputs = {}
-    for name in ("out", "logsumexp", "grad_query", "grad_key", "grad_value"):
-        squares[name] = torch.cat([x[name] for x in parts], 2)
-    for name, given in sample.inputs().items():
-        if name == "attn_mask":
-            full = [int(max(x["grad_attn_mask"].shape[i] for x in parts)) for i in range(4)]
-            padded = [_padded(x["grad_attn_mask"], full[2:]) for x in parts]
-            squares["grad_attn_mask"] = torch.cat(padded).sum_to_size(given.shape)
-        elif name in ("alibi_slopes", "sinks"):
-            squares[f"grad_{name}"] = torch.cat([x[f"grad_{name}"] for x in parts]).sum_to_size(given.shape)
-    return {name: x.sqrt() for name, x in squares.items()}
+    parts = [(x, Weights.of(x)) for x in _sequences(sample)]
+    plain = [_squared_terms(x, weights) for x, weights in parts]
+    by_score = [_squared_terms(x, weights.by_score(x)) for x, weights in parts]
+    return _sizes(sample, plain), _sizes(sample, by_score)
 
 
 def baseline(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -165,27 +188,28 @@ def _compare_one(
         index = tuple(wrong.nonzero()[0].tolist())
         report = f"  {name}{list(index)}: expected {oracle[index]:.9g}, got {got[index]:.9g}"
         return Comparison(name, math.inf, 0, math.inf, 0, report)
-    if not finite.any():
+    count = finite.sum()
+    if count == 0:
         return Comparison(name, 0, 0, 0, 0, "")
-    error = (got - oracle).abs().where(finite, 0)
-    base = (baseline.double() - oracle).abs()[finite]
-    rounding, accumulating = rounding[finite], accumulating[finite]
+
+    def rms(x: Tensor) -> Tensor:
+        return (x.square().sum() / count).sqrt()
+
+    error, base, rounding, accumulating = (
+        x.where(finite, 0) for x in ((got - oracle).abs(), (baseline.double() - oracle).abs(), rounding, accumulating)
+    )
     max_floor = MAX_ROUNDING * rounding.max() + MAX_ACCUMULATING * accumulating.max()
-    rms_floor = RMS_ROUNDING * _rms(rounding) + RMS_ACCUMULATING * _rms(accumulating)
-    max_allowed, rms_allowed = MAX_FACTOR * base.max() + max_floor, RMS_FACTOR * _rms(base) + rms_floor
+    rms_floor = RMS_ROUNDING * rms(rounding) + RMS_ACCUMULATING * rms(accumulating)
+    max_allowed, rms_allowed = MAX_FACTOR * base.max() + max_floor, RMS_FACTOR * rms(base) + rms_floor
     rms_allowed = max_allowed if few else rms_allowed
-    max_error, rms_error = error.max(), _rms(error[finite])
+    max_error, rms_error = error.max(), rms(error)
     index = tuple(x.item() for x in torch.unravel_index(error.argmax(), error.shape))
     report = (
         f"  {name}{list(index)}: expected {oracle[index]:.9g}, got {got[index]:.9g}; "
         f"max error {max_error:.3g} (allowed {max_allowed:.3g}, baseline {base.max():.3g}), "
-        f"rms {rms_error:.3g} (allowed {rms_allowed:.3g}, baseline {_rms(base):.3g})"
+        f"rms {rms_error:.3g} (allowed {rms_allowed:.3g}, baseline {rms(base):.3g})"
     )
     return Comparison(name, float(max_error), float(max_allowed), float(rms_error), float(rms_allowed), report)
-
-
-def _rms(x: Tensor) -> Tensor:
-    return x.square().mean().sqrt()
 
 
 def _sequences(sample: Sample) -> list[Sample]:
@@ -221,21 +245,29 @@ def _sequences(sample: Sample) -> list[Sample]:
     return samples
 
 
-def _squared_terms(sample: Sample, by_score: bool) -> Outputs:
+def _sizes(sample: Sample, parts: list[Outputs]) -> Outputs:
+    """Those of the whole sample, from the squares of its sequences."""
+    squares: Outputs = {}
+    for name in ("out", "logsumexp", "grad_query", "grad_key", "grad_value"):
+        squares[name] = torch.cat([x[name] for x in parts], 2)
+    for name, given in sample.inputs().items():
+        if name == "attn_mask":
+            full = [int(max(x["grad_attn_mask"].shape[i] for x in parts)) for i in range(4)]
+            padded = [_padded(x["grad_attn_mask"], full[2:]) for x in parts]
+            squares["grad_attn_mask"] = torch.cat(padded).sum_to_size(given.shape)
+        elif name in ("alibi_slopes", "sinks"):
+            squares[f"grad_{name}"] = torch.cat([x[f"grad_{name}"] for x in parts]).sum_to_size(given.shape)
+    return {name: x.sqrt() for name, x in squares.items()}
+
+
+def _squared_terms(sample: Sample, of: Weights) -> Outputs:
     options = sample.options
     batch, heads, seqlen_q, head_dim = sample.query.shape
     kv_heads, seqlen_k = sample.key.shape[1:3]
     group = max(1, heads // max(1, kv_heads))
     query, key, value = sample.query, *(x.repeat_interleave(group, 1) for x in (sample.key, sample.value))
     scale = options.get("scale", 1 / math.sqrt(head_dim))
-    out, logsumexp, weights = sample.call(reference.attention)
-    plain = {name: x for name, x in options.items() if name not in ("dropout_p", "keep")}
-    prob = reference.attention(sample.query, sample.key, sample.value, **plain).weights
-    logsumexp_size = 1 + logsumexp.abs().nan_to_num(posinf=0)
-    if by_score:
-        score_size = abs(scale) * (query.square() @ key.square().mT).sqrt()
-        factor = logsumexp_size[..., None] + score_size
-        weights, prob = weights * factor, prob * factor
+    out, logsumexp, weights, prob = of
     grad_logsumexp = 0 if sample.grad_logsumexp is None else sample.grad_logsumexp.square()[..., None]
 
     delta = (sample.grad_out.square() * out.square()).sum(-1, keepdim=True) + grad_logsumexp
@@ -248,7 +280,7 @@ def _squared_terms(sample: Sample, by_score: bool) -> Outputs:
 
     squares = {
         "out": weights.square() @ value.square() + out.square(),
-        "logsumexp": logsumexp_size.square(),
+        "logsumexp": logsumexp_size(logsumexp).square(),
         "grad_query": scale**2 * (inner @ key.square() + (row @ key).square() * delta),
         "grad_key": scale**2 * of_kv_heads((inner + row.square() * delta).mT @ query.square()),
         "grad_value": of_kv_heads(weights.square().mT @ sample.grad_out.square()),
