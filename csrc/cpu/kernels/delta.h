@@ -17,14 +17,13 @@ void dot_rows(Source a, Source b, int64_t rows, int64_t columns, T* sums) {
       const auto* y = reinterpret_cast<decltype(b_storage)>(const_cast<char*>(b.data));
       for (int64_t r = 0; r < rows; ++r) {
         Vec<T> sum{};
-        for (int64_t d = 0; d < columns; d += kLanes<T>) {
+        for_each_vector_of_row<T>(columns, [&](int64_t d, auto count) __attribute__((always_inline)) {
           const auto* xs = x + r * a.stride_row + d * a.stride_col;
           const auto* ys = y + r * b.stride_row + d * b.stride_col;
           __builtin_prefetch(xs + kRowsAhead * a.stride_row);
           __builtin_prefetch(ys + kRowsAhead * b.stride_row);
-          sum =
-              fma(load_strided<T>(xs, a.stride_col, columns - d), load_strided<T>(ys, b.stride_col, columns - d), sum);
-        }
+          sum = fma(load_strided<T>(xs, a.stride_col, count), load_strided<T>(ys, b.stride_col, count), sum);
+        });
         sums[r] = sum_lanes<T>(sum);
       }
     });

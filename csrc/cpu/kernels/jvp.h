@@ -203,11 +203,11 @@ class JvpRun : protected QueryRun<C, Job> {
   void add_mean_part(Source out, T factor, T* row_sums) const {
     with_storage<T>(out.dtype, [&](auto* storage) __attribute__((always_inline)) {
       const auto* from = reinterpret_cast<decltype(storage)>(const_cast<char*>(out.data));
-      for (int64_t d = 0; d < p_.head_dim_v; d += kLanes<T>) {
-        const Vec<T> o = load_strided<T>(from + d * out.stride_col, out.stride_col, p_.head_dim_v - d);
+      for_each_vector_of_row<T>(p_.head_dim_v, [&](int64_t d, auto count) __attribute__((always_inline)) {
+        const Vec<T> o = load_strided<T>(from + d * out.stride_col, out.stride_col, count);
         store(row_sums + d,
               fma(o, splat<T>(factor), load(row_sums + d) * splat<T>(static_cast<T>(dropout_.kept_scale))));
-      }
+      });
     });
   }
 

@@ -137,6 +137,9 @@ void multiply_strip(A a, Matrix<const typename C::Element> b, int64_t depth, Mat
   tiles_of(std::integral_constant<int, 2>{});
 }
 
+// The first of as many shares of n as even as they can be; mostly it is one, and a division takes as long as some rows.
+ATTENTION_INLINE int64_t first_share(int64_t n, int64_t shares) { return shares == 1 ? n : ceil_div(n, shares); }
+
 // depth counts elements; columns are vectors of the scalar. ahead: rows that are needed next. A strip of columns and a
 // part of the depth run through all tiles before the next, so that they stay in cache.
 template <class C, class A>
@@ -145,10 +148,10 @@ void multiply(A a, Matrix<const typename C::Element> b, int64_t depth, Matrix<ty
   const int64_t strips = ceil_div(vectors, kTileVectors), parts = maximum<int64_t>(ceil_div(depth, kDepthTogether), 1);
   ahead = ahead.in_steps(strips * parts * ceil_div(rows, kNarrowTileRows));
   for (int64_t strip = 0, first = 0; strip < strips; ++strip) {
-    const int64_t width = ceil_div(vectors - first, strips - strip);  // even widths
+    const int64_t width = first_share(vectors - first, strips - strip);
     const Matrix<typename C::Scalar> c_strip = columns_from(c, first * kLanes<typename C::Scalar>);
     for (int64_t part = 0, k = 0; part < parts; ++part) {
-      const int64_t count = ceil_div(depth - k, parts - part);
+      const int64_t count = first_share(depth - k, parts - part);
       const auto b_part = columns_from(rows_from(b, k), first * kLanes<typename C::Scalar>);
       const Start now = part == 0 ? start : Start::kAdd;
       unroll<kTileVectors>(UNROLLED(n) {

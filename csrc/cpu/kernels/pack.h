@@ -27,10 +27,10 @@ void copy_rows(const Source& from, int64_t rows, int64_t padded_rows, int64_t co
     const auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(from.data));
     for (int64_t r = 0; r < rows; ++r) {
       const auto* row = data + r * from.stride_row;
-      for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      for_each_vector_of_row<T>(columns, [&](int64_t c, auto count) __attribute__((always_inline)) {
         __builtin_prefetch(row + kRowsAhead * from.stride_row + c * from.stride_col);
-        store(to.row(r) + c, load_strided<T>(row + c * from.stride_col, from.stride_col, columns - c));
-      }
+        store(to.row(r) + c, load_strided<T>(row + c * from.stride_col, from.stride_col, count));
+      });
     }
   });
   for (int64_t r = rows; r < padded_rows; ++r) {
@@ -148,11 +148,11 @@ void write_rows(const Source& to, int64_t rows, int64_t columns, Matrix<const T>
     auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(to.data));
     for (int64_t r = 0; r < rows; ++r) {
       auto* row = data + r * to.stride_row;
-      for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      const Vec<T> worth = broadcast(factor + r * factor_step);
+      for_each_vector_of_row<T>(columns, [&](int64_t c, auto count) __attribute__((always_inline)) {
         __builtin_prefetch(row + kRowsAhead * to.stride_row + c * to.stride_col, 1);
-        const Vec<T> v = load(from.row(r) + c) * broadcast(factor + r * factor_step);
-        store_strided<T>(row + c * to.stride_col, to.stride_col, v, columns - c);
-      }
+        store_strided<T>(row + c * to.stride_col, to.stride_col, load(from.row(r) + c) * worth, count);
+      });
     }
   });
 }

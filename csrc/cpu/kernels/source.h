@@ -43,6 +43,7 @@ class RowsAhead {
 
   RowsAhead in_steps(int64_t steps) const {
     RowsAhead ahead = *this;
+    if (rows_ == 0) return ahead;
     ahead.lines_a_step_ = ceil_div(rows_ * ceil_div(row_bytes_, kLineBytes), maximum<int64_t>(steps, 1));
     return ahead;
   }

@@ -1,6 +1,8 @@
 // Vectors of the accumulate type from and to memory of any dtype.
 #pragma once
 
+#include <type_traits>
+
 #include "core/problem.h"
 #include "cpu/vec/math.h"
 
@@ -68,6 +70,14 @@ ATTENTION_INLINE void store_strided(Target* to, int64_t stride, Vec<T> v, int64_
   Target all[kLanes<T>];
   store_as(all, v);
   for (int64_t i = 0; i < minimum<int64_t>(count, kLanes<T>); ++i) to[i * stride] = all[i];
+}
+
+// Calls f(column, count) for each vector of a row; count is a constant where the vector is whole.
+template <class T, class F>
+ATTENTION_INLINE void for_each_vector_of_row(int64_t columns, F&& f) {
+  int64_t c = 0;
+  for (; c + kLanes<T> <= columns; c += kLanes<T>) f(c, std::integral_constant<int64_t, kLanes<T>>{});
+  if (c < columns) f(c, columns - c);
 }
 
 // attn_mask as what is added to a score: the number itself, or 0 and -inf for true and false.
