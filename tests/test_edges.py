@@ -200,6 +200,11 @@ def test_hidden_blocks_of_a_mask_are_not_read(device: str) -> None:
 # Memory
 
 
+def test_fresh_memory_is_full_of_nan(device: str) -> None:
+    """Here and wherever a test takes a device; else what a kernel leaves unwritten could look right."""
+    assert device != "cpu" or torch.empty(1000).isnan().all()
+
+
 def untouched(count: int, dtype: torch.dtype, device: str) -> Tensor:
     """Virtual memory, which costs nothing on the CPU, but a GPU must have it."""
     torch.use_deterministic_algorithms(False)  # it would fill the memory

@@ -90,11 +90,11 @@ def second_order_term_sizes(sample: Sample, tangents: Tangents) -> tuple[Outputs
     Terms that a row shares (out and its tangent within the deltas, logsumexp's tangent) add up over its keys.
     ``sample`` is dense.
     """
-    weights, moved = Weights.of(sample), jvp(sample, tangents, reference.attention)
-    return _sizes(sample, tangents, weights, moved), _sizes(sample, tangents, weights.by_score(sample), moved)
+    made, moved = Weights.of(sample), jvp(sample, tangents, reference.attention)
+    return _sizes(sample, tangents, made, moved), _sizes(sample, tangents, made.by_score(sample), moved)
 
 
-def _sizes(sample: Sample, tangents: Tangents, of: Weights, moved: Outputs) -> Outputs:
+def _sizes(sample: Sample, tangents: Tangents, made: Weights, moved: Outputs) -> Outputs:
     heads, kv_heads = sample.query.shape[1], sample.key.shape[1]
     group = max(1, heads // max(1, kv_heads))
     scale = sample.options.get("scale", 1 / math.sqrt(sample.query.shape[-1]))
@@ -112,7 +112,7 @@ def _sizes(sample: Sample, tangents: Tangents, of: Weights, moved: Outputs) -> O
         for name, x in (("query", sample.query), ("key", sample.key), ("value", sample.value))
     )
     key_moved, value_moved = repeated(key_moved), repeated(value_moved)
-    out, logsumexp, weights, prob = of
+    out, logsumexp, weights, prob = made
     out_moved, mean = moved["out_tangent"], moved["logsumexp_tangent"][..., None]
 
     diagonal = {x: sample.options[x] for x in ("causal_alignment", "key_lengths") if x in sample.options}

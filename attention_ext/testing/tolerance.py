@@ -133,7 +133,7 @@ class Weights(NamedTuple):
     def of(cls, sample: Sample) -> Weights:
         """Of a dense sample."""
         out, logsumexp, weights = sample.call(reference.attention)
-        if "keep" not in sample.options:
+        if not sample.options.get("dropout_p"):
             return cls(out, logsumexp, weights, weights)
         plain = {name: x for name, x in sample.options.items() if name not in ("dropout_p", "keep")}
         prob = reference.attention(sample.query, sample.key, sample.value, **plain).weights
@@ -144,12 +144,12 @@ class Weights(NamedTuple):
         scale = sample.options.get("scale", 1 / math.sqrt(sample.query.shape[-1]))
         key = sample.key.repeat_interleave(sample.query.shape[1] // max(1, sample.key.shape[1]), 1)
         score_size = abs(scale) * (sample.query.square() @ key.square().mT).sqrt()
-        factor = logsumexp_size(self.logsumexp)[..., None] + score_size
+        factor = _logsumexp_size(self.logsumexp)[..., None] + score_size
         return self._replace(weights=self.weights * factor, prob=self.prob * factor)
 
 
-def logsumexp_size(logsumexp: Tensor) -> Tensor:
-    """That of its terms."""
+def _logsumexp_size(logsumexp: Tensor) -> Tensor:
+    """How much rounding its terms changes it, in eps."""
     return 1 + logsumexp.abs().nan_to_num(posinf=0)
 
 
@@ -162,7 +162,7 @@ def term_sizes(sample: Sample) -> tuple[Outputs, Outputs]:
     parts = [(x, Weights.of(x)) for x in _sequences(sample)]
     plain = [_squared_terms(x, weights) for x, weights in parts]
     by_score = [_squared_terms(x, weights.by_score(x)) for x, weights in parts]
-    return _sizes(sample, plain), _sizes(sample, by_score)
+    return _joined(sample, plain), _joined(sample, by_score)
 
 
 def baseline(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -245,8 +245,8 @@ def _sequences(sample: Sample) -> list[Sample]:
     return samples
 
 
-def _sizes(sample: Sample, parts: list[Outputs]) -> Outputs:
-    """Those of the whole sample, from the squares of its sequences."""
+def _joined(sample: Sample, parts: list[Outputs]) -> Outputs:
+    """The sizes of the whole sample, from the squares of its sequences."""
     squares: Outputs = {}
     for name in ("out", "logsumexp", "grad_query", "grad_key", "grad_value"):
         squares[name] = torch.cat([x[name] for x in parts], 2)
@@ -260,14 +260,14 @@ def _sizes(sample: Sample, parts: list[Outputs]) -> Outputs:
     return {name: x.sqrt() for name, x in squares.items()}
 
 
-def _squared_terms(sample: Sample, of: Weights) -> Outputs:
+def _squared_terms(sample: Sample, made: Weights) -> Outputs:
     options = sample.options
     batch, heads, seqlen_q, head_dim = sample.query.shape
     kv_heads, seqlen_k = sample.key.shape[1:3]
     group = max(1, heads // max(1, kv_heads))
     query, key, value = sample.query, *(x.repeat_interleave(group, 1) for x in (sample.key, sample.value))
     scale = options.get("scale", 1 / math.sqrt(head_dim))
-    out, logsumexp, weights, prob = of
+    out, logsumexp, weights, prob = made
     grad_logsumexp = 0 if sample.grad_logsumexp is None else sample.grad_logsumexp.square()[..., None]
 
     delta = (sample.grad_out.square() * out.square()).sum(-1, keepdim=True) + grad_logsumexp
@@ -280,7 +280,7 @@ def _squared_terms(sample: Sample, of: Weights) -> Outputs:
 
     squares = {
         "out": weights.square() @ value.square() + out.square(),
-        "logsumexp": logsumexp_size(logsumexp).square(),
+        "logsumexp": _logsumexp_size(logsumexp).square(),
         "grad_query": scale**2 * (inner @ key.square() + (row @ key).square() * delta),
         "grad_key": scale**2 * of_kv_heads((inner + row.square() * delta).mT @ query.square()),
         "grad_value": of_kv_heads(weights.square().mT @ sample.grad_out.square()),

@@ -137,7 +137,7 @@ void multiply_strip(A a, Matrix<const typename C::Element> b, int64_t depth, Mat
   tiles_of(std::integral_constant<int, 2>{});
 }
 
-// The first of as many shares of n as even as they can be; mostly it is one, and a division takes as long as some rows.
+// The first share where n is dealt out evenly. Mostly there is but one, which spares a division.
 ATTENTION_INLINE int64_t first_share(int64_t n, int64_t shares) { return shares == 1 ? n : ceil_div(n, shares); }
 
 // depth counts elements; columns are vectors of the scalar. ahead: rows that are needed next. A strip of columns and a
