@@ -76,6 +76,15 @@ SIZES = [
     Spec("wide", lengths=(35, 70), head_dims=(128, 96), batch=1),
     Spec("widest", lengths=(17, 33), head_dims=(256, 193), batch=1, heads=(1, 1)),
     Spec("unaligned", lengths=(33, 65), head_dims=(33, 17), batch=1, layout="offset"),
+    Spec(
+        "without_keys",
+        lengths=(100, 8),
+        head_dims=(136, 24),
+        batch=1,
+        heads=(1, 1),
+        causal="bottom_right",
+        alibi="heads",
+    ),
 ]
 
 
@@ -166,6 +175,15 @@ SECOND = [
     Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks=True, heads=(4, 2), dropout_p=0.1, softcap=5.0),
     Spec("tiles", lengths=(70, 130), head_dims=(64, 64), causal="bottom_right", heads=(2, 1), batch=1),
     Spec("wide", lengths=(17, 35), head_dims=(128, 96), batch=1, heads=(1, 1)),
+    Spec(
+        "without_keys",
+        lengths=(100, 8),
+        head_dims=(16, 16),
+        batch=1,
+        heads=(1, 1),
+        causal="bottom_right",
+        alibi="heads",
+    ),
 ]
 
 

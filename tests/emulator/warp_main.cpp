@@ -100,6 +100,12 @@ void test_errors() {
                    }),
         "reading past shared memory");
   check(fails_with("misaligned", [] { copy_async(shared_memory() + 8, nullptr, 0); }), "a misaligned copy");
+  check(fails_with("on their way",
+                   [] {
+                     copy_async(shared_memory(), nullptr, 0);
+                     wait_copies<0>();  // for groups alone, and there is none
+                   }),
+        "a copy that nothing waits for");
 }
 
 }  // namespace

@@ -103,7 +103,9 @@ void Block::prepare(int64_t index, int threads, size_t shared_bytes) {
 void Block::start() {
   Block& block = *current;
   block.body_(block.argument_);
-  block.fibers_[block.thread_].done = true;
+  Fiber& fiber = block.fibers_[block.thread_];
+  if (!fiber.copies.empty()) block.fail("ends with copies on their way, which could land at any time");
+  fiber.done = true;
   ++block.done_;
   block.leave();
 }

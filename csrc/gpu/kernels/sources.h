@@ -69,6 +69,7 @@ template <int kThreads, int kStages, class Tile, int kCount, class E, class F>
 ATTENTION_DEVICE void walk_rows(char* memory, const Sources<E, kCount>& sources, Range valid, F&& f) {
   using Set = TileSet<Tile, kCount>;
   const Span span(valid);
+  commit_copies();  // of what stands still: the first wait is for it too, or the last where there is no row to walk
   const auto copy = [&](int row, int stage) {
     if (row < span.end) copy_set<kThreads>(Set(memory + stage * Set::kBytes), sources, row, span);
     commit_copies();
