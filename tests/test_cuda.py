@@ -98,18 +98,26 @@ def test_each_replay_drops_other_weights(device: str) -> None:
 
 
 @pytest.fixture
-def tf32() -> Iterator[None]:
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
+def allow_tf32() -> Iterator[Callable[[str, bool], None]]:
+    """Switches by the name of one of torch's two settings, which cannot be mixed."""
+
+    def switch(setting: str, on: bool) -> None:
+        if setting == "allow_tf32":
+            torch.backends.cuda.matmul.allow_tf32 = on
+        else:
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if on else "ieee"
+
+    yield switch
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.usefixtures("tf32")
-def test_tf32_where_torch_allows_it(device: str) -> None:
+@pytest.mark.parametrize("setting", ["allow_tf32", "fp32_precision"])
+def test_tf32_where_torch_allows_it(setting: str, allow_tf32: Callable[[str, bool], None], device: str) -> None:
     sample = NAMED["plain"].build(torch.float32, "large", device)
+    allow_tf32(setting, True)
     assert "sm80_tf32/forward: chosen" in explain(sample.query, sample.key, sample.value)
     rounded = evaluate(sample, operator)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    allow_tf32(setting, False)
     for name, x in evaluate(sample, operator).items():
         torch.testing.assert_close(rounded[name], x, rtol=1e-2, atol=1e-2)
     assert not torch.equal(rounded["out"], sample.call(operator)[0])

@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <mutex>
 
 #include "gpu/plan.h"
@@ -18,6 +19,7 @@ using at::Tensor;
 
 constexpr uint64_t kOffsetsPerCall = 4;  // the generator's unit
 constexpr int64_t kMostBlocks = INT32_MAX;
+constexpr int64_t kMostRows = INT32_MAX / 2;  // of a sequence; kernels count them, and some tiles more, as int
 
 at::PhiloxCudaState draw(c10::DeviceIndex device) {
   auto* generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
@@ -28,6 +30,7 @@ at::PhiloxCudaState draw(c10::DeviceIndex device) {
 
 // A graph that is being captured is to drop other weights at each replay: it then finds new words behind the pointers.
 void draw_rng_state(const Tensor& rng_state) {
+  const c10::DeviceGuard guard(rng_state.device());
   const at::PhiloxCudaState state = draw(rng_state.get_device());
   Tensor seed = rng_state.select(0, 0), offset = rng_state.select(0, 1);
   if (!state.captured_) {
@@ -55,6 +58,9 @@ int compute_capability() {
 }
 
 void run(Pass pass, const AttentionProblem& problem) {
+  TORCH_CHECK(std::max(problem.max_seqlen_q, problem.max_seqlen_k) <= kMostRows,
+              "attention_ext: CUDA kernels serve sequences of up to ", kMostRows, " queries and keys, got ",
+              problem.max_seqlen_q, " and ", problem.max_seqlen_k);
   const GpuKernel* kernel = select_gpu_kernel(pass, problem, compute_capability(), forced_kernel(pass));
   TORCH_CHECK_NOT_IMPLEMENTED(kernel, "attention_ext: no CUDA kernel serves this call:\n",
                               explain_kernels(at::kCUDA, pass, problem));

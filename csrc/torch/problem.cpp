@@ -115,6 +115,12 @@ void fill_structure(AttentionProblem& problem, Converted& converted, const char*
   if (options.attn_mask) verify_packed_mask(op, "attn_mask", problem, *options.attn_mask);
 }
 
+// What torch's products go by, whichever of its switches set it; Context::allowTF32CuBLAS raises after some of them.
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 }  // namespace
 
 View view_of(const Tensor& tensor) {
@@ -147,7 +153,7 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   problem.head_dim = sizes.head_dim.expect_int();
   problem.head_dim_v = sizes.head_dim_v.expect_int();
   problem.dtype = dtype_of(query);
-  problem.allow_tf32 = query.is_cuda() && at::globalContext().allowTF32CuBLAS();
+  problem.allow_tf32 = query.is_cuda() && allows_tf32();
   problem.query = view_of(query);
   problem.key = view_of(key);
   if (value) problem.value = view_of(*value);
