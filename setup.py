@@ -3,6 +3,9 @@
 import json
 import os
 import platform
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,11 @@ sys.path.insert(0, str(ROOT / "tools"))
 import nvcc  # noqa: E402
 
 GENERATED = ROOT / "build" / "generated"
+BUILD_FACTS = GENERATED / "build_facts.h"
+# torch's headers are system headers, which ninja does not watch; so each torch has objects of its own.
+TEMP = ROOT / "build" / f"temp-{platform.machine()}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+CXX = shlex.split(cpp_extension.get_cxx_compiler())
+OLDEST_GCC = 12  # has __builtin_shufflevector
 INPUTS = ["csrc", "attention_ext/include", "setup.py", "pyproject.toml", "tools/nvcc.py"]
 OPERATORS = "attention_ext.libattention_ext"
 
@@ -50,23 +58,51 @@ def operator_sources() -> list[str]:
     if machine not in INSTRUCTION_SETS:
         sys.exit(f"attention_ext has kernels for {' and '.join(INSTRUCTION_SETS)}, got {machine}")
     isa = [f"csrc/cpu/isa/{name}.cpp" for name in INSTRUCTION_SETS[machine]]
-    files = sources("csrc/core/*.cpp", "csrc/cpu/*.cpp", *isa, "csrc/torch/*.cpp")
+    files = sources("csrc/cpu/*.cpp", *isa, "csrc/torch/*.cpp")
     if CUDA:
-        return files + sources("csrc/gpu/*.cpp", "csrc/gpu/*.cu", "csrc/gpu/units/*.cu")
+        return files + sources("csrc/gpu/*.cpp", "csrc/gpu/units/*.cu")
     return [file for file in files if file not in sources("csrc/torch/cuda*.cpp")]
 
 
+def said_by_compiler(*arguments: str) -> str:
+    return subprocess.run([*CXX, *arguments], capture_output=True, text=True).stdout
+
+
+def compiler() -> str:
+    return said_by_compiler("--version").partition("\n")[0]
+
+
+def check_compiler() -> None:
+    needs = f"attention_ext needs GCC {OLDEST_GCC} or later, or clang, which CXX can name; {shlex.join(CXX)} is"
+    if not CXX or shutil.which(CXX[0]) is None:
+        sys.exit(f"{needs} not there")
+    macros = dict(re.findall(r"#define (\w+) (.*)", said_by_compiler("-dM", "-E", "-x", "c++", os.devnull)))
+    if "__clang__" not in macros and int(macros.get("__GNUC__", 0)) < OLDEST_GCC:
+        sys.exit(f"{needs} {compiler()}")
+
+
+def compiler_in_one_word() -> str:
+    """torch takes all that CXX says for the name of one file."""
+    script = ROOT / "build" / re.sub(r"[^\w.+-]", "-", shlex.join(CXX))
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(CXX)} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def write_build_facts() -> None:
     """The same sources and the same compiler give the same text, so an unchanged build compiles nothing."""
-    compiler = subprocess.run([cpp_extension.get_cxx_compiler(), "--version"], capture_output=True, text=True)
     facts = {
-        "kCompiler": compiler.stdout.partition("\n")[0],
+        "kCompiler": compiler(),
         "kFlags": " ".join(FLAGS),
+        "kTorch": torch.__version__,  # so that another torch is a change where ninja is missing
         "kCuda": torch.version.cuda if CUDA else "",
         "kCommit": git("log", "-1", "--format=%H", "--", *INPUTS) or "unknown",
     }
@@ -74,19 +110,21 @@ def write_build_facts() -> None:
     dirty = "true" if git("status", "--porcelain", "--", *INPUTS) else "false"
     lines.append(f"inline constexpr bool kDirty = {dirty};  // sources differ from the commit")
     text = "#pragma once\n\nnamespace attention_ext::build_facts {\n\n" + "\n".join(lines) + "\n\n}\n"
-    header = GENERATED / "build_facts.h"
-    if not header.exists() or header.read_text() != text:
-        header.parent.mkdir(parents=True, exist_ok=True)
-        header.write_text(text)
+    if not BUILD_FACTS.exists() or BUILD_FACTS.read_text() != text:
+        GENERATED.mkdir(parents=True, exist_ok=True)
+        BUILD_FACTS.write_text(text)
 
 
 class Build(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         # pip builds in a new temporary folder each time; a fixed one keeps its rebuilds incremental.
-        self.build_temp = str(ROOT / "build" / f"temp-{platform.machine()}-{sys.implementation.cache_tag}")
+        self.build_temp = str(TEMP)
 
     def run(self) -> None:
+        check_compiler()
+        if len(CXX) > 1:
+            os.environ["CXX"] = compiler_in_one_word()
         write_build_facts()
         super().run()
 
@@ -116,6 +154,8 @@ def extension(name: str, files: list[str], libraries: list[str], link_args: list
         libraries=libraries,
         extra_compile_args={"cxx": flags, "nvcc": [*nvcc.FLAGS, *nvcc.FOR_CHIPS, *nvcc.FOR_LATER_CHIPS]},
         extra_link_args=["-fopenmp", *link_args],
+        # All of them for each: only ninja knows better.
+        depends=[*sources("csrc/**/*.h", "attention_ext/include/**/*.h"), str(BUILD_FACTS.relative_to(ROOT))],
     )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import setuptools
+import torch
 
 import attention_ext
 
@@ -19,8 +21,8 @@ QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 CROSS_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 
 
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+def script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,8 +30,19 @@ def tool(name: str) -> ModuleType:
     return module
 
 
-def call(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+def tool(name: str) -> ModuleType:
+    return script(ROOT / "tools" / f"{name}.py")
+
+
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py, with a call of setup() that does nothing."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return script(ROOT / "setup.py")
+
+
+def call(*command: object, cwd: Path | None = None) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, f"{command[0]} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -42,9 +55,9 @@ def test_operator_library_contains_no_python() -> None:
     assert not re.findall(r"\b_?Py[A-Z_]\w*", undefined)
 
 
-def test_instruction_sets_share_no_function() -> None:
+def test_instruction_sets_share_no_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function that two object files offer could be linked from the one that this CPU cannot run."""
-    objects = sorted(ROOT.glob("build/temp-*/csrc/cpu/isa/*.o"))
+    objects = sorted(setup_script(monkeypatch).TEMP.glob("csrc/cpu/isa/*.o"))
     if not objects or shutil.which("nm") is None:
         pytest.skip("no object files, or no nm to read them")
     for file in objects:
@@ -89,6 +102,88 @@ def test_include_checker_finds(path: str, text: str) -> None:
     assert tool("check_includes").breaches(path, text)
 
 
+def test_each_torch_has_its_own_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+    for version in ("2.12.0+cpu", "2.13.0+cpu", "2.13.0+cu130"):
+        monkeypatch.setattr(torch, "__version__", version)
+        folders.append(setup_script(monkeypatch).TEMP.name)
+    assert len(set(folders)) == len(folders)
+    assert folders[0].endswith("-torch-2.12.0+cpu")
+
+
+def test_every_header_is_a_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*.h")}
+    extension = setup_script(monkeypatch).extension("any", files=[], libraries=[], link_args=[])
+    assert headers | {"build/generated/build_facts.h"} <= set(extension.depends)
+
+
+def test_build_facts_need_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(shutil.which("c++")))
+    setup = setup_script(monkeypatch)
+    monkeypatch.setattr(setup, "GENERATED", tmp_path)
+    monkeypatch.setattr(setup, "BUILD_FACTS", tmp_path / "build_facts.h")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    setup.write_build_facts()
+    facts = dict(re.findall(r" (\w+) = (.*?);", setup.BUILD_FACTS.read_text()))
+    assert (facts["kCommit"], facts["kDirty"], facts["kTorch"]) == ('"unknown"', "false", f'"{torch.__version__}"')
+
+
+def test_compiler_may_be_of_two_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env c++")
+    setup = setup_script(monkeypatch)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    assert setup.compiler() == call("c++", "--version").splitlines()[0]
+    assert call(setup.compiler_in_one_word(), "--version") == call("c++", "--version")
+
+
+@pytest.mark.parametrize(
+    ("macros", "accepted"),
+    [
+        ("#define __GNUC__ 11\n", False),
+        ("#define __GNUC__ 12\n", True),
+        ("#define __GNUC__ 4\n#define __clang__ 1\n", True),
+        ("", False),
+    ],
+)
+def test_build_names_the_compiler_it_needs(
+    macros: str, accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 'compiler 1.2.3' || echo '{macros}'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    check = setup_script(monkeypatch).check_compiler
+    if accepted:
+        return check()
+    with pytest.raises(SystemExit, match=r"needs GCC 12 or later, or clang.*compiler is compiler 1\.2\.3$"):
+        check()
+
+
+def test_build_says_that_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match=r"needs GCC.*no-such-compiler is not there"):
+        setup_script(monkeypatch).check_compiler()
+
+
+def test_source_distribution_holds_what_the_build_reads(tmp_path: Path) -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("no git checkout, whose files are what there should be")
+    listed = call("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    files = [file for file in listed if (ROOT / file).is_file()]
+    tree = tmp_path / "tree"
+    for file in files:
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tree / file)
+    call(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=tree)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    call("tar", "-xf", archive, "-C", tmp_path)
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    needed = [file for file in files if file.startswith(("csrc/", "attention_ext/")) or file == "tools/nvcc.py"]
+    assert not [file for file in needed if not (unpacked / file).is_file()]
+    assert not (unpacked / "tests").exists()
+    call(sys.executable, "setup.py", "--version", cwd=unpacked)
+
+
 def test_bootstrap_uses_the_active_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.prefix == sys.base_prefix:
         pytest.skip("no environment is active")
@@ -111,7 +206,7 @@ def test_bootstrap_notices_changed_contents(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.skipif(CROSS_COMPILER is None, reason="aarch64-linux-gnu-g++ is not installed")
 @pytest.mark.skipif(QEMU is None, reason="qemu-aarch64 is not installed")
 def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
-    sources = [ROOT / "csrc/cpu/isa/neon.cpp", *ROOT.glob("csrc/core/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    sources = [ROOT / "csrc/cpu/isa/neon.cpp", *ROOT.glob("csrc/cpu/*.cpp")]
     sources += sorted((ROOT / "tests/cpp").glob("*.cpp"))
     program = tmp_path / "cpp_tests"
     flags = ["-std=c++20", "-O1", "-static", "-pthread"]
