@@ -69,8 +69,9 @@ def reference(
     length_q, length_k = score.shape[-2:]
     shift = length_k - length_q if module.causal_alignment == "bottom_right" else 0
     distance = torch.arange(length_k) - torch.arange(length_q)[:, None] - shift
-    if module.slopes is not None:
-        score = score - module.slopes[:, None, None] * distance.abs()
+    slopes = alibi_slopes(module.num_heads) if module.alibi == "fixed" else module.slopes
+    if slopes is not None:
+        score = score - slopes[:, None, None] * distance.abs()
     left, right = module.window or (None, None)
     hidden = torch.zeros(length_q, length_k, dtype=torch.bool)
     hidden |= distance > (0 if module.is_causal else math.inf)
@@ -149,6 +150,44 @@ def test_cache_is_for_inference() -> None:
         build({})(torch.randn(1, 2, EMBED, dtype=torch.float64), cache=KVCache())
 
 
+def stored(batch: int = 2, features: int = 6, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.randn(batch, HEADS, 3, features, dtype=dtype, device=device)
+
+
+OTHERS: list[dict[str, Any]] = [{"batch": 1}, {"features": 1}, {"dtype": torch.float64}, {"device": "meta"}]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_cache_goes_on_as_it_began(other: dict[str, Any], name: str) -> None:
+    cache, first = KVCache(capacity=4), {"key": stored(), "value": stored()}
+    cache.append(**first)
+    with pytest.raises(RuntimeError, match=f"expected `{name}` to be .*2, 4, 'length', 6.* got "):
+        cache.append(**{"key": stored(), "value": stored(), name: stored(**other)})
+    assert cache.length == 3
+    second = {"key": stored(), "value": stored()}
+    for actual, (a, b) in zip(cache.append(**second), zip(first.values(), second.values(), strict=True), strict=True):
+        torch.testing.assert_close(actual, torch.cat([a, b], dim=-2), rtol=0, atol=0)
+    assert cache.capacity == 8
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_cache_begins_anew_after_a_reset(other: dict[str, Any]) -> None:
+    cache = KVCache(capacity=4)
+    cache.append(stored(), stored())
+    cache.reset()
+    key, value = cache.append(stored(**other), stored())
+    assert (key.shape, key.dtype, key.device) == ((x := stored(**other)).shape, x.dtype, x.device)
+    assert value.shape == stored().shape
+
+
+def test_cache_wants_as_many_values_as_keys() -> None:
+    cache = KVCache()
+    with pytest.raises(RuntimeError, match="as many values as keys, 3, got 2"):
+        cache.append(stored(), stored()[..., :2, :])
+    assert cache.length == 0
+
+
 def test_dropout_is_for_training() -> None:
     module = build({}, dropout=0.5)
     x = torch.randn(2, 16, EMBED, dtype=torch.float64)
@@ -180,7 +219,7 @@ def test_cosine_similarity_ignores_length_of_the_input() -> None:
     [(1, [2**-8.0]), (4, [2**-2.0, 2**-4.0, 2**-6.0, 2**-8.0]), (3, [2**-4.0, 2**-8.0, 2**-2.0])],
 )
 def test_alibi_slopes(heads: int, expected: list[float]) -> None:
-    torch.testing.assert_close(alibi_slopes(heads), torch.tensor(expected))
+    torch.testing.assert_close(alibi_slopes(heads), torch.tensor(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +242,28 @@ def test_state_dict_has_what_is_trained() -> None:
     names = set(build(CASES["all"]).state_dict())
     assert names >= {"slopes", "sinks", "log_temperature", "q_proj.weight", "out_proj.bias"}
     assert not {"slopes", "sinks", "log_temperature"} & set(build({"alibi": "fixed"}).state_dict())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("assign", [False, True])
+def test_made_on_meta_and_loaded(name: str, assign: bool) -> None:
+    source, module = build(CASES[name]), build(CASES[name], device="meta")
+    if not assign:
+        module.to_empty(device="cpu")
+    module.load_state_dict(source.state_dict(), assign=assign)
+    x = torch.randn(2, 5, EMBED, dtype=torch.float64)
+    torch.testing.assert_close(module(x), source(x), rtol=0, atol=0)
+
+
+def test_reset_gives_what_the_constructor_gives() -> None:
+    expected = build({**CASES["all"], "sinks": False}).state_dict()
+    module = build({**CASES["all"], "sinks": False}, device="meta").to_empty(device="cpu")
+    torch.manual_seed(1)
+    module.reset_parameters()
+    torch.testing.assert_close(module.state_dict(), expected, rtol=0, atol=0)
+    sinks = Attention(EMBED, HEADS, sinks=True).sinks
+    assert sinks is not None
+    assert not sinks.any()
 
 
 def test_training_lowers_the_loss() -> None:

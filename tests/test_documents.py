@@ -258,6 +258,14 @@ class TestNumpy:
         assert out.dtype == np.float32
         np.testing.assert_allclose(out[1], numpy_self_attention(stacked[1], scale=0.1), rtol=1e-6)
 
+    def test_layouts(self) -> None:
+        expected = numpy_self_attention(self.x)
+        swapped = self.x.astype(self.x.dtype.newbyteorder())
+        np.testing.assert_array_equal(numpy_self_attention(swapped), expected)
+        np.testing.assert_array_equal(numpy_self_attention(np.asfortranarray(self.x)), expected)
+        np.testing.assert_array_equal(numpy_self_attention(self.x[:1][::-1]), self.x[:1])
+        np.testing.assert_allclose(numpy_self_attention(self.x[::-1]), expected[::-1], rtol=1e-12)
+
 
 class TestKeras:
     @staticmethod
@@ -307,6 +315,19 @@ class TestKeras:
         torch.testing.assert_close(layer(x, x, attention_mask=shown), expected)
         causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
         torch.testing.assert_close(layer(x, x, use_causal_mask=True), self.reference(x, x, arrays, causal))
+        for shape in ((3, 2, 5, 5), (3, 1, 5, 5), (5, 5), (5,)):
+            shown = torch.rand(shape) > 0.5
+            shown[..., 0] = True
+            expected = self.reference(x, x, arrays, ~shown)
+            torch.testing.assert_close(layer(x, x, attention_mask=shown), expected)
+
+    def test_query_that_sees_nothing(self) -> None:
+        layer = KerasMultiHeadAttention.from_weights(self.weights(16, 2, 4, 4))
+        x, shown = torch.randn(3, 5, 16, dtype=double), torch.ones(5, 5, dtype=torch.bool)
+        shown[2] = False
+        out, scores = layer(x, x, attention_mask=shown, return_attention_scores=True)
+        torch.testing.assert_close(out[:, 2], layer.out_proj.bias.expand(3, 16))
+        assert not scores[:, :, 2].any()
 
     @pytest.mark.parametrize("bias", [True, False])
     def test_weights_there_and_back(self, bias: bool) -> None:

@@ -241,6 +241,28 @@ def test_wrong_calls_raise_what_torch_raises(name: str) -> None:
     assert str(actual.value) == str(expected.value)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("batches", [(1, 3), (3, 1), (2, 3)], ids=str)
+def test_batches_of_different_sizes(batch_first: bool, batches: tuple[int, int]) -> None:
+    query, key = (torch.randn(5, batch, EMBED) for batch in batches)
+    if batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    with pytest.raises(RuntimeError):
+        nn.MultiheadAttention(EMBED, HEADS, batch_first=batch_first)(query, key, key)
+    with pytest.raises(RuntimeError, match="`key` to have the batch size of `query`, {}, got {}".format(*batches)):
+        MultiheadAttention(EMBED, HEADS, batch_first=batch_first)(query, key, key)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_masks_that_are_no_tensors(name: str) -> None:
+    x = torch.randn(1, 1, EMBED)
+    for module in pair(torch.float32):
+        with pytest.raises(TypeError, match=r"Tensor.* list"):
+            module(x, x, x, **{name: [[True]]})
+    with pytest.raises(TypeError, match=f"`{name}`"):
+        module(x, x, x, **{name: [[True]]})
+
+
 def test_masks_of_two_kinds_warn_as_in_torch() -> None:
     stock, ours = pair()
     x, _, _ = inputs(stock, "self", batched=True)
@@ -345,7 +367,7 @@ def test_modules_hooked_into_the_output_projection_run() -> None:
 def test_nested_input_is_refused() -> None:
     ours = MultiheadAttention(EMBED, HEADS, batch_first=True).eval()
     nested = torch.nested.nested_tensor([torch.randn(3, EMBED), torch.randn(5, EMBED)])
-    with torch.no_grad(), pytest.raises(AssertionError, match="does not support NestedTensor"):
+    with torch.no_grad(), pytest.raises(AssertionError, match=r"NestedTensor.* use_nested_tensor to False"):
         ours(nested, nested, nested, need_weights=False)
 
 
@@ -375,6 +397,18 @@ def test_encoder_built_on_it_takes_padding_at_inference() -> None:
     with torch.no_grad():
         expected = encoder(x[1:, :3])
         torch.testing.assert_close(encoder(x, src_key_padding_mask=padding)[1:, :3], expected)
+
+
+def test_in_place_change_before_backward() -> None:
+    def residual(module: nn.MultiheadAttention) -> Tensor:
+        x = torch.randn(BATCH, LENGTH, EMBED, dtype=torch.float64, requires_grad=True).clone()
+        x += module(x, x, x)[0]
+        return x.sum()
+
+    stock, ours = pair(batch_first=True)
+    residual(stock).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        residual(ours).backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -75,6 +75,20 @@ def test_exported_as_one_operator(options: dict[str, Any]) -> None:
     assert targets.count("attention_ext.attention.default") == 1
 
 
+class Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, MultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_symbolic_trace_with_it_as_a_leaf() -> None:
+    module, arguments = call({})
+    model = nn.TransformerDecoderLayer(8, 2, 16).eval()
+    model.self_attn = model.multihead_attn = module.eval()
+    traced = torch.fx.GraphModule(model, Tracer().trace(model, {"tgt_is_causal": False, "memory_is_causal": False}))
+    assert [str(node.target) for node in traced.graph.nodes].count("self_attn") == 2
+    torch.testing.assert_close(traced(*arguments[:2]), model(*arguments[:2]))
+
+
 def test_ensemble() -> None:
     torch.manual_seed(0)
     modules: list[nn.Module] = [MultiheadAttention(8, 2) for _ in range(3)]

@@ -39,6 +39,9 @@ def test_learned() -> None:
     assert module.weight.grad is not None
     assert module.weight.grad[:3].eq(2).all()
     assert not module.weight.grad[3:].any()
+    for features in (1, 5):
+        with pytest.raises(RuntimeError, match=f"4 features, got {features}"):
+            module(torch.randn(2, 3, features))
     for offset in (4, -1):
         with pytest.raises(RuntimeError, match="positions from 0 to 6"):
             module(x, offset=offset)
@@ -81,7 +84,10 @@ def test_rotary_needs_pairs(head_dim: int) -> None:
         RotaryPositions(8)(torch.zeros(2, 6))
 
 
-@pytest.mark.parametrize("module", [SinusoidalPositions(6), LearnedPositions(8, 6), RotaryPositions(6)])
+SCRIPTED = [SinusoidalPositions(6), SinusoidalPositions(6, 100), LearnedPositions(8, 6), RotaryPositions(6, 100)]
+
+
+@pytest.mark.parametrize("module", SCRIPTED)
 def test_scripts(module: torch.nn.Module) -> None:
     x = torch.randn(2, 4, 6)
     torch.testing.assert_close(torch.jit.script(module)(x, 2), module(x, 2))

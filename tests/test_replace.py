@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from threading import Barrier
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -153,6 +157,37 @@ def test_restore_reports_what_is_gone() -> None:
     assert list(back.left) == ["0"]
 
 
+def test_forward_set_on_the_instance_stays() -> None:
+    model = nn.ModuleDict({"torch": nn.MultiheadAttention(8, 2), "ours": MultiheadAttention(8, 2)})
+    classes = {name: type(module) for name, module in model.items()}
+    for module in model.values():
+        module.forward = lambda *args, **kwargs: "mine"
+    for report in (replace_(model), restore_(model)):
+        assert not report.swapped
+    assert replace_(model).left["torch"] == restore_(model).left["ours"] == "its forward was set on the instance"
+    assert {name: type(module) for name, module in model.items()} == classes
+    assert model["torch"](1) == model["ours"](1) == "mine"
+
+
+class Sharded:
+    """Stands for a wrapper that puts a class of its own in front, as fully_shard does."""
+
+
+def test_subclasses_of_ours_stay() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    model = nn.Sequential(encoder, nn.MultiheadAttention(8, 2))
+    report = replace_(model)
+    wrapped = encoder.get_submodule("layers.0.self_attn")
+    parametrizations.weight_norm(wrapped, "in_proj_weight")
+    wrapped.__class__ = type("FSDPMultiheadAttention", (Sharded, type(wrapped)), {})
+    for back in (report.restore(), restore_(model), replace_(model)):
+        assert "FSDPMultiheadAttention is a subclass" in back.left.pop("0.layers.0.self_attn")
+        assert not back.left
+        assert not back.encoders
+    assert isinstance(wrapped, MultiheadAttention)
+    assert encoder.use_nested_tensor is False
+
+
 def test_parametrized_modules() -> None:
     module = nn.MultiheadAttention(8, 2)
     parametrizations.weight_norm(module, "in_proj_weight")
@@ -273,6 +308,95 @@ def test_sdpa_leaves_to_torch_what_it_cannot_do() -> None:
         F.scaled_dot_product_attention(x[0].as_subclass(Wrapper), x[1], x[2])
     assert routed.taken == 0
     assert dict(routed.left) == {"tensor subclass": 1}
+
+
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_sdpa_leaves_causal_biases_as_they_are(bias: Any) -> None:
+    class Wrapper(Tensor):
+        pass
+
+    (query, _, _), (key, value, _) = tensors(3, 4), tensors(5, 4)
+    expected = F.scaled_dot_product_attention(query, key, value, bias(3, 5))
+    with sdpa() as routed:
+        actual = F.scaled_dot_product_attention(query.as_subclass(Wrapper), key, value, bias(3, 5))
+    torch.testing.assert_close(actual.as_subclass(Tensor), expected)
+    assert routed.left.total() == 1
+
+
+def test_sdpa_leaves_different_heads_of_keys_and_values_to_torch() -> None:
+    query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8)
+    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    with sdpa() as routed:
+        actual = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(actual, expected)
+    assert dict(routed.left) == {"grouped heads of keys unlike those of values": 1}
+
+
+def test_sdpa_blocks_may_overlap() -> None:
+    original = F.scaled_dot_product_attention
+    with ExitStack() as later:
+        with sdpa() as first:
+            second = later.enter_context(sdpa())
+        F.scaled_dot_product_attention(*tensors(5, 4))
+        with sdpa() as third:
+            F.scaled_dot_product_attention(*tensors(5, 4))
+    assert F.scaled_dot_product_attention is original
+    assert (first.taken, second.taken, third.taken) == (0, 2, 1)
+
+
+def test_sdpa_in_threads() -> None:
+    original = F.scaled_dot_product_attention
+    together = Barrier(4)
+
+    def run(rounds: int) -> int:
+        together.wait()
+        for _ in range(rounds):
+            with sdpa() as routed:
+                F.scaled_dot_product_attention(*tensors(2, 4))
+                assert routed.taken > 0
+        return rounds
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(run, range(20, 24))) == 86
+    assert F.scaled_dot_product_attention is original
+
+
+def test_sdpa_leaves_the_function_of_somebody_else() -> None:
+    original: Any = F.scaled_dot_product_attention
+    calls = []
+    with mock.patch.object(F, "scaled_dot_product_attention") as outer:
+        outer.side_effect = original
+        with sdpa() as routed:
+            kept: Any = F.scaled_dot_product_attention
+
+            def theirs(*args: Any) -> Any:
+                calls.append(1)
+                return kept(*args)
+
+            F.scaled_dot_product_attention = theirs  # type: ignore[assignment]
+            F.scaled_dot_product_attention(*tensors(5, 4))
+        assert F.scaled_dot_product_attention is theirs
+        F.scaled_dot_product_attention(*tensors(5, 4))
+        with sdpa() as again:
+            F.scaled_dot_product_attention(*tensors(5, 4))
+        assert F.scaled_dot_product_attention is theirs
+        assert (len(calls), outer.call_count, routed.taken, again.taken) == (2, 1, 1, 1)
+        F.scaled_dot_product_attention = kept
+        with sdpa():
+            pass
+        assert F.scaled_dot_product_attention is outer
+    assert F.scaled_dot_product_attention is original
+
+
+def test_sdpa_compiles() -> None:
+    def run(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x) * 2
+
+    x = torch.randn(2, 3, 5, 4)
+    torch._dynamo.reset()
+    with sdpa() as routed:
+        torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(x), run(x))
+    assert routed.taken == 2
 
 
 def test_sdpa_ends_with_an_error() -> None:

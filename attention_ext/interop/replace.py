@@ -40,13 +40,16 @@ class Replacement:
         report = Replacement(self.model)
         modules = dict(self.model.named_modules())
         for name in self.swapped:
-            if name not in modules or not isinstance(modules[name], MultiheadAttention):
+            module = modules.get(name)
+            if not isinstance(module, MultiheadAttention):
                 report.left[name] = "no longer an attention_ext.MultiheadAttention"
-                continue
-            _change_class(modules[name], nn.MultiheadAttention)
-            report.swapped.append(name)
+            elif reason := _not_exactly(MultiheadAttention, module):
+                report.left[name] = reason
+            else:
+                _change_class(module, nn.MultiheadAttention)
+                report.swapped.append(name)
         for name in self.encoders:
-            if name in modules and _allow_nested(modules[name]):
+            if name in modules and not _has_ours(modules[name]) and _allow_nested(modules[name]):
                 report.encoders.append(name)
         return report
 
@@ -62,8 +65,9 @@ def replace_(model: nn.Module) -> Replacement:
     r"""Makes every nn.MultiheadAttention in model an `attention_ext.MultiheadAttention`, in place.
 
     Also the model itself, if it is one. Only torch's own class is swapped, with parametrizations if it has some; a
-    subclass may compute something else. An nn.TransformerEncoder that holds a swapped module no longer makes a nested
-    tensor of padded input at inference (which would skip padded positions, and return zeros for them).
+    subclass, or a ``forward`` set on the module, may compute something else. An nn.TransformerEncoder that holds
+    a swapped module no longer makes a nested tensor of padded input at inference (which would skip padded positions,
+    and return zeros for them).
 
     Returns:
         A report, to print, and to undo with ``restore()``.
@@ -83,9 +87,9 @@ def replace_(model: nn.Module) -> Replacement:
 
 
 def restore_(model: nn.Module) -> Replacement:
-    """Makes every `attention_ext.MultiheadAttention` in model an nn.MultiheadAttention, in place; reports likewise."""
+    """Makes every `attention_ext.MultiheadAttention` in model, but no subclass, torch's, in place; reports likewise."""
     modules = list(model.named_modules())
-    ours = [name for name, module in modules if _base_class(module) is MultiheadAttention]
+    ours = [name for name, module in modules if isinstance(module, MultiheadAttention)]
     encoders = [name for name, module in modules if hasattr(module, _NESTED_FLAG)]
     return Replacement(model, swapped=ours, encoders=encoders).restore()
 
@@ -96,18 +100,24 @@ def _why_not(module: nn.Module) -> str | None:
         return "scripted: replace before torch.jit.script" if module.original_name == "MultiheadAttention" else ""
     if not isinstance(module, nn.MultiheadAttention):
         return ""
-    base = _base_class(module)
-    if base is nn.MultiheadAttention:
-        return None
-    if base is MultiheadAttention:
+    if _base_class(module) is MultiheadAttention:
         return "already attention_ext.MultiheadAttention"
-    overrides = "with a forward of its own" if base.forward is not nn.MultiheadAttention.forward else "of torch's class"
-    return f"{base.__module__}.{base.__qualname__} is a subclass {overrides}"
+    return _not_exactly(nn.MultiheadAttention, module)
+
+
+def _not_exactly(expected: type[nn.MultiheadAttention], module: nn.MultiheadAttention) -> str | None:
+    """Why the module may compute something else than the class does."""
+    base = _base_class(module)
+    if base is not expected:
+        overrides = " with a forward of its own" if base.forward is not expected.forward else ""
+        return f"{base.__module__}.{base.__qualname__} is a subclass{overrides}"
+    return "its forward was set on the instance" if "forward" in vars(module) else None
 
 
 def _base_class(module: nn.Module) -> type[nn.Module]:
     """The class of the module, without the one that parametrizations put in front."""
-    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    bases = type(module).__bases__
+    return bases[0] if parametrize.is_parametrized(module) and len(bases) == 1 else type(module)
 
 
 def _change_class(module: nn.Module, to: type[nn.MultiheadAttention]) -> None:

@@ -2,9 +2,10 @@
 """Routes F.scaled_dot_product_attention to `attention_ext.attention` for the length of a with-block."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -31,25 +32,20 @@ class Routed:
     left: Counter[str] = field(default_factory=Counter)
 
 
-@contextmanager
-def sdpa() -> Iterator[Routed]:
-    r"""Within the block, ``F.scaled_dot_product_attention(...)`` is `attention_ext.attention`; yields counts of calls.
+class _Dispatcher:
+    """In the place of torch's function while blocks are open. Whoever still calls it afterwards gets torch's."""
 
-    Covered: Python code, of any thread, that looks the function up in torch.nn.functional when it calls it, as
-    ``F.scaled_dot_product_attention(...)`` and torch's own Python modules do. Not covered: names bound earlier by
-    ``from torch.nn.functional import ...``, C++ callers, scripted functions, and graphs that torch.compile made
-    outside.
+    def __init__(self, original: Callable[..., Any]) -> None:
+        from torch.nn.attention.bias import CausalBias, CausalVariant  # which imports torch.compile: seconds
 
-    Calls that this library does not serve are torch's, and are counted in ``left``: tensor subclasses other than
-    torch.nn.attention.bias.CausalBias, nested tensors, and dtypes and devices without kernels. A mask together with
-    ``is_causal`` hides what either of them hides; torch does the same or refuses, depending on its backend.
-    """
-    from torch.nn.attention.bias import CausalBias, CausalVariant  # which imports torch.compile: seconds
+        self.__name__ = "scaled_dot_product_attention"  # for torch.overrides
+        self.original = original
+        self.open: tuple[Routed, ...] = ()
+        self.causal_bias = CausalBias
+        self.lower_right = CausalVariant.LOWER_RIGHT
 
-    original = F.scaled_dot_product_attention
-    routed = Routed()
-
-    def scaled_dot_product_attention(
+    def __call__(
+        self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -61,32 +57,70 @@ def sdpa() -> Iterator[Routed]:
         enable_gqa: bool = False,
     ) -> Any:
         alignment = "top_left"
-        if isinstance(attn_mask, CausalBias):
-            if attn_mask.variant == CausalVariant.LOWER_RIGHT:
+        bias: Any = attn_mask
+        if isinstance(bias, self.causal_bias):
+            if bias.variant == self.lower_right:
                 alignment = "bottom_right"
             attn_mask, is_causal = None, True
-        reason = _why_not(query, key, value, attn_mask)
-        if reason:
-            routed.left[reason] += 1
-            return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        routed.taken += 1
+        reason = _why_not(query, key, value, attn_mask, enable_gqa)
+        for routed in self.open:
+            if reason:
+                routed.left[reason] += 1
+            else:
+                routed.taken += 1
+        if reason or not self.open:
+            if alignment == "bottom_right":
+                attn_mask, is_causal = bias._materialize(query.device), False
+            return self.original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         return attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment=alignment
         )
 
-    F.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
+
+_changing = Lock()
+
+
+@contextmanager
+def sdpa() -> Iterator[Routed]:
+    r"""Within the block, ``F.scaled_dot_product_attention(...)`` is `attention_ext.attention`; yields counts of calls.
+
+    Covered: Python code, of any thread, that looks the function up in torch.nn.functional when it calls it, as
+    ``F.scaled_dot_product_attention(...)`` and torch's own Python modules do. Not covered: names bound earlier by
+    ``from torch.nn.functional import ...``, C++ callers, scripted functions, and graphs that torch.compile made
+    outside.
+
+    Calls that this library does not serve are torch's, and are counted in ``left``: tensor subclasses other than
+    torch.nn.attention.bias.CausalBias, nested tensors, grouped heads of which keys and values have different numbers,
+    and dtypes and devices without kernels. A mask together with ``is_causal`` hides what either of them hides; torch
+    does the same or refuses, depending on its backend.
+
+    Blocks may overlap, in threads too: a call counts in every one that is open, and torch's function is back when the
+    last one ends. Where somebody else has replaced the function meanwhile, theirs stays, and calls torch's.
+    """
+    routed = Routed()
+    with _changing:
+        dispatcher: Any = F.scaled_dot_product_attention
+        if not isinstance(dispatcher, _Dispatcher):
+            dispatcher = _Dispatcher(dispatcher)
+            F.scaled_dot_product_attention = dispatcher
+        dispatcher.open += (routed,)
     try:
         yield routed
     finally:
-        F.scaled_dot_product_attention = original
+        with _changing:
+            dispatcher.open = tuple(other for other in dispatcher.open if other is not routed)
+            if not dispatcher.open and F.scaled_dot_product_attention is dispatcher:
+                F.scaled_dot_product_attention = dispatcher.original  # type: ignore[attr-defined]
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str:
+def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> str:
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
     if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return "tensor subclass"
     if any(x.is_nested for x in tensors):
         return "nested tensor"
+    if enable_gqa and key.shape[-3:-2] != value.shape[-3:-2]:
+        return "grouped heads of keys unlike those of values"
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype}"
     return "" if query.device.type in ("cpu", "cuda", "meta") else f"device {query.device.type}"

@@ -15,7 +15,7 @@ from attention_ext.modules.positional import RotaryPositions
 __all__ = ["Attention", "KVCache", "alibi_slopes"]
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
+def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
     r"""The slopes ``(num_heads,)`` of the ALiBi paper: ``2^(-8 i / n)`` for i = 1 .. n, n a power of two.
 
     For other numbers of heads: those of the power of two below, then every second one of the power of two above.
@@ -23,16 +23,16 @@ def alibi_slopes(num_heads: int) -> Tensor:
     Source: "Train Short, Test Long" (arXiv:2108.12409), and the authors' code for the rest.
     """
     power = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
-    slopes += [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
-    return torch.tensor(slopes)
+    steps = torch.arange(2, 2 * num_heads + 1, 2, device=device) % (2 * power + 1)  # 2, 4 .. 2 power, 1, 3 ..
+    return torch.exp2(steps * (-4.0 / power))
 
 
 class KVCache:
     r"""Keys and values of the positions decoded so far, in memory that grows by doubling.
 
     Pass one cache per layer to :class:`Attention`; it appends what it projects and attends to everything. It is for
-    inference: storing under autograd is refused.
+    inference: storing under autograd is refused. Until a reset, all that is appended has the sizes, dtype and device of
+    what is stored.
 
     Args:
         capacity: positions to make room for at first.
@@ -48,24 +48,36 @@ class KVCache:
         """Stores (..., H, L, D) and (..., H, L, Dv); returns views (..., H, length, D) of all that is stored."""
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise RuntimeError("KVCache: expected inference (torch.no_grad()), got keys or values that require grad")
-        begin, self.length = self.length, self.length + key.size(-2)
-        self._key = self._stored(self._key, key, begin)
-        self._value = self._stored(self._value, value, begin)
-        return self._key[..., : self.length, :], self._value[..., : self.length, :]
+        if key.size(-2) != value.size(-2):
+            raise RuntimeError(f"KVCache: expected as many values as keys, {key.size(-2)}, got {value.size(-2)}")
+        for name, buffer, new in (("key", self._key, key), ("value", self._value, value)):
+            if buffer is not None and self.length > 0 and _kind(buffer) != _kind(new):
+                raise RuntimeError(f"KVCache: expected `{name}` to be {_kind(buffer)}, as before, got {_kind(new)}")
+        end = self.length + key.size(-2)
+        self._key, self._value = self._with_room(self._key, key, end), self._with_room(self._value, value, end)
+        self._key[..., self.length : end, :] = key
+        self._value[..., self.length : end, :] = value
+        self.length = end
+        return self._key[..., :end, :], self._value[..., :end, :]
 
-    def _stored(self, buffer: Tensor | None, new: Tensor, begin: int) -> Tensor:
-        if buffer is None or self.length > buffer.size(-2):
-            self.capacity = max(self.capacity, 2 ** math.ceil(math.log2(max(self.length, 1))))
-            grown = new.new_zeros(*new.shape[:-2], self.capacity, new.size(-1))
-            if buffer is not None:
-                grown[..., :begin, :] = buffer[..., :begin, :]
-            buffer = grown
-        buffer[..., begin : self.length, :] = new
-        return buffer
+    def _with_room(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
+        if buffer is None or _kind(buffer) != _kind(new):
+            buffer = new[..., :0, :]
+        if end <= buffer.size(-2):
+            return buffer
+        self.capacity = max(self.capacity, 2 ** math.ceil(math.log2(end)))
+        grown = new.new_zeros(*new.shape[:-2], self.capacity, new.size(-1))
+        grown[..., : self.length, :] = buffer[..., : self.length, :]
+        return grown
 
     def reset(self) -> None:
         """Forgets every position; the memory stays."""
         self.length = 0
+
+
+def _kind(x: Tensor) -> tuple[list[int | str], torch.dtype, torch.device]:
+    """What all that one cache stores has in common."""
+    return [*x.shape[:-2], "length", x.size(-1)], x.dtype, x.device
 
 
 class Attention(nn.Module):
@@ -154,6 +166,7 @@ class Attention(nn.Module):
         self.window = window
         self.scale = 1.0 if similarity == "cosine" else scale
         self.softcap = softcap
+        self.alibi = alibi
         self.rotary = rotary
         kdim = embed_dim if kdim is None else kdim
         vdim = kdim if vdim is None else vdim
@@ -163,17 +176,30 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(kdim, num_kv_heads * self.head_dim, bias, **factory)
         self.v_proj = nn.Linear(vdim, num_kv_heads * self.head_dim_v, bias, **factory)
         self.out_proj = nn.Linear(num_heads * self.head_dim_v, out_dim, bias, **factory)
-        self.register_parameter("log_temperature", None)
-        self.register_parameter("sinks", None)
+        for name in ("log_temperature", "sinks", "slopes"):
+            self.register_parameter(name, None)
         if similarity == "cosine":
-            self.log_temperature = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0), **factory))
+            self.log_temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
         if sinks:
-            self.sinks = nn.Parameter(torch.zeros(num_heads, **factory))
+            self.sinks = nn.Parameter(torch.empty(num_heads, **factory))
         if alibi == "trained":
-            self.slopes = nn.Parameter(alibi_slopes(num_heads).to(**factory))
-        else:
-            slopes = None if alibi is None else alibi_slopes(num_heads).to(**factory)
-            self.register_buffer("slopes", slopes, persistent=False)
+            self.slopes = nn.Parameter(torch.empty(num_heads, **factory))
+        self._reset_scores()
+
+    def reset_parameters(self) -> None:
+        """Gives every parameter the value, or distribution, that it has at first."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            projection.reset_parameters()
+        self._reset_scores()
+
+    @torch.no_grad()
+    def _reset_scores(self) -> None:
+        if self.log_temperature is not None:
+            self.log_temperature.fill_(math.log(10.0))
+        if self.sinks is not None:
+            self.sinks.zero_()
+        if self.slopes is not None:
+            self.slopes.copy_(alibi_slopes(self.num_heads, self.slopes.device))
 
     def forward(
         self,
@@ -226,7 +252,7 @@ class Attention(nn.Module):
             "causal_alignment": self.causal_alignment if cache is None else "bottom_right",
             "window": self.window,
             "softcap": self.softcap,
-            "alibi_slopes": self.slopes,
+            "alibi_slopes": alibi_slopes(self.num_heads, q.device) if self.alibi == "fixed" else self.slopes,
             "sinks": self.sinks,
             "key_lengths": key_lengths,
         }

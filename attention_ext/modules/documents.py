@@ -151,7 +151,8 @@ class KerasMultiHeadAttention(Attention):
     r"""Tutorial 002: Keras' ``MultiHeadAttention``: heads whose width is free of the number of features.
 
     Queries and keys are ``key_dim`` wide, values ``value_dim``, whatever the input is; scale ``1 / sqrt(key_dim)``.
-    Unlike Keras, torch needs the sizes of the inputs at construction.
+    Unlike Keras, torch needs the sizes of the inputs at construction. A query whose keys are all hidden has scores 0,
+    and the bias of the last projection as output; Keras' softmax weighs hidden keys then.
 
     Args:
         num_heads: heads H.
@@ -159,9 +160,10 @@ class KerasMultiHeadAttention(Attention):
         value_dim: features of a value head. None: key_dim.
         dropout: probability with which a weight is dropped in training.
         use_bias: whether the projections have one.
-        query_features: features C of the query, and of the output.
+        query_features: features C of the query.
         key_features: features of the key input. None: those of the value.
         value_features: features of the value input. None: query_features.
+        out_features: features of the output. None: query_features.
 
     Source: keras.layers.MultiHeadAttention.
     """
@@ -207,18 +209,20 @@ class KerasMultiHeadAttention(Attention):
             query: ``(B, T, C)``.
             value: ``(B, S, value_features)``.
             key: ``(B, S, key_features)``.
-            attention_mask: ``(B, T, S)`` or broadcastable to it; True attends.
+            attention_mask: ``(B, T, S)`` or ``(B, H, T, S)``, or broadcastable to one of them; True attends.
             return_attention_scores: return a pair of output and weights ``(B, H, T, S)``.
             use_causal_mask: a query sees keys up to its own position.
 
         Returns:
-            ``(B, T, C)``.
+            ``(B, T, out_features)``.
         """
+        if attention_mask is not None and 2 < attention_mask.dim() <= query.dim():
+            attention_mask = attention_mask.unsqueeze(-3)
         out, weights = super().forward(
             query,
             value if key is None else key,
             value,
-            attn_mask=None if attention_mask is None else attention_mask.bool().unsqueeze(-3),
+            attn_mask=None if attention_mask is None else attention_mask.bool(),
             is_causal=use_causal_mask,
             need_weights=return_attention_scores,
             average_weights=False,
@@ -282,7 +286,9 @@ def numpy_self_attention(x: "np.ndarray", scale: float = 1.0) -> "np.ndarray":
     The printed code divides columns by the sums of rows, and overflows on large input; this does neither. Integers
     become float64.
     """
-    tensor = torch.as_tensor(x)
+    import numpy as np
+
+    tensor = torch.from_numpy(np.array(x, np.asarray(x).dtype.newbyteorder("="), order="C"))
     tensor = tensor if tensor.is_floating_point() else tensor.double()
     return attention(tensor, tensor, tensor, scale=scale).numpy()
 

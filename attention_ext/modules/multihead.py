@@ -29,6 +29,9 @@ class MultiheadAttention(nn.MultiheadAttention):
       appended keys that every query sees.
     - Dropout draws other random numbers. A mask may have another floating dtype than the query.
     - Nested tensors are refused, in every mode. The output is contiguous also with ``batch_first``.
+    - An input that is modified in place before backward raises there, also with ``batch_first``, where torch copies it.
+    - torch.fx and torch.ao.quantization.prepare know torch's own class alone: trace with a ``torch.fx.Tracer`` whose
+      ``is_leaf_module`` is also True for this class; it is not quantized.
     - ``_qkv_same_embed_dim`` reads False. By this attribute torch's ``TransformerEncoderLayer`` and
       ``TransformerEncoder`` decide whether to compute with this module's parameters without calling it. Whether the
       projections are packed is said by ``in_proj_weight is not None``.
@@ -39,7 +42,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Raises:
         AssertionError: for ranks, embedding sizes, mask dtypes or padding shapes that do not fit, and nested input.
-        RuntimeError: for an ``attn_mask`` of a wrong shape, and ``is_causal`` without ``attn_mask``.
+        RuntimeError: for an ``attn_mask`` of a wrong shape, batch sizes that differ, and ``is_causal`` without
+            ``attn_mask``.
+        TypeError: for a mask that is no tensor.
 
     Source: "Attention Is All You Need" (arXiv:1706.03762), as implemented by torch.nn.MultiheadAttention.
     """
@@ -96,10 +101,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             raise AssertionError(
                 "MultiheadAttention does not support NestedTensor: pass a padded tensor with key_padding_mask, and "
-                "give nn.TransformerEncoder enable_nested_tensor=False"
+                "give nn.TransformerEncoder enable_nested_tensor=False, or set its attribute use_nested_tensor to False"
             )
+        attn_added = _is_added(attn_mask, "attn_mask")
+        padding_added = _is_added(key_padding_mask, "key_padding_mask")
         is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)  # type: ignore[attr-defined]
-        if _any_floating(attn_mask, key_padding_mask):
+        if attn_added or padding_added:
             key_padding_mask = F._canonical_mask(
                 key_padding_mask, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", query.dtype
             )
@@ -150,6 +157,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         elif key_shape[:2] != value_shape[:2]:
             raise AssertionError(
                 f"key's sequence and batch dims {key_shape[:2]} do not match value's {value_shape[:2]}"
+            )
+        batch = query.size(0 if batch_first else 1)
+        if key_shape[1] != batch:
+            raise RuntimeError(
+                f"MultiheadAttention: expected `key` to have the batch size of `query`, {batch}, got {key_shape[1]}"
             )
 
     def _appended_keys(self) -> int:
@@ -246,11 +258,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         return attn_mask
 
 
-def _any_floating(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
+def _is_added(mask: Tensor | None, name: str) -> bool:
     """Whether a mask is added rather than hiding (or is of a dtype that is to be refused)."""
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        return True
-    return key_padding_mask is not None and key_padding_mask.dtype != torch.bool
+    if mask is None:
+        return False
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"MultiheadAttention: expected `{name}` to be a Tensor or None, got {type(mask).__name__}")
+    return mask.dtype != torch.bool
 
 
 def _unsqueeze(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, embed_dim: int, base: float = 10000.0) -> None:
         super().__init__()
         self.embed_dim = embed_dim
-        self.base = base
+        self.base = float(base)
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         """(..., L, embed_dim) to the same shape and dtype."""
@@ -65,6 +65,8 @@ class LearnedPositions(nn.Module):
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         """(..., L, embed_dim) to the same shape; positions ``offset`` to ``offset + L`` must be below max_length."""
+        if x.size(-1) != self.weight.size(1):
+            raise RuntimeError(f"LearnedPositions: expected {self.weight.size(1)} features, got {x.size(-1)}")
         end = offset + x.size(-2)
         if offset < 0 or end > self.weight.size(0):
             raise RuntimeError(
@@ -96,7 +98,7 @@ class RotaryPositions(nn.Module):
         if head_dim < 2 or head_dim % 2 != 0:
             raise ValueError(f"RotaryPositions: expected an even head_dim >= 2, got {head_dim}")
         self.head_dim = head_dim
-        self.base = base
+        self.base = float(base)
         self.interleaved = interleaved
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
