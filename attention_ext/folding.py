@@ -14,10 +14,7 @@ Window = tuple[int | None, int | None] | None
 
 
 def window_sides(window: Window) -> tuple[int | None, int | None]:
-    if window is None:
-        return None, None
-    left, right = window
-    return left, right
+    return (None, None) if window is None else window
 
 
 def at_rank(x: Tensor, rank: int) -> Tensor:
@@ -50,12 +47,14 @@ def fold_tensor(x: Tensor, batch: list[int], heads: int) -> Tensor:
 
 def fits(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether the operator takes them as they are: 4-D, of one batch, and of as many heads unless those are grouped."""
-    q, k, v = query.shape, key.shape, value.shape
-    if q == k and k == v:
-        return len(q) == 4
-    if len(q) != 4 or len(k) != 4 or len(v) != 4 or q[0] != k[0] or q[0] != v[0]:
+    if query.is_nested:
+        return True  # for the operator to refuse by name
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         return False
-    return enable_gqa or (q[1] == k[1] and q[1] == v[1])
+    q, k, v = query.shape[:2], key.shape[:2], value.shape[:2]  # the lengths would tie a traced graph to their equality
+    if q == k and k == v:
+        return True
+    return enable_gqa and q[0] == k[0] and q[0] == v[0]
 
 
 def fold(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, list[int], bool]:
@@ -85,13 +84,27 @@ def fold(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[T
     return query, key, value, batch, grouped
 
 
+def check_leading(name: str, sizes: list[int], batch: list[int]) -> None:
+    skipped = len(batch) - len(sizes)
+    broadcasts = skipped >= 0
+    for i in range(len(sizes)):
+        broadcasts = broadcasts and (sizes[i] == 1 or sizes[i] == batch[skipped + i])
+    if not broadcasts:
+        raise RuntimeError(
+            f"attention: expected the leading dimensions of `{name}` to broadcast to {batch}, got {sizes}"
+        )
+
+
 def fold_mask(attn_mask: Tensor | None, batch: list[int]) -> Tensor | None:
-    """A mask that broadcasts to (*batch, H, L, S), as one that broadcasts to (B, H, L, S).
+    """A mask that broadcasts to (*batch, H, L, S), as one of 2 to 4 dimensions that broadcasts to (B, H, L, S).
 
     Only a mask that differs along some but not all of several leading dimensions is copied.
     """
-    if attn_mask is None or len(batch) == 1 or attn_mask.dim() < 4:
-        return attn_mask
+    if attn_mask is None:
+        return None
+    if len(batch) < 2 or attn_mask.dim() < 4:
+        return at_rank(attn_mask, 2)
+    check_leading("attn_mask", list(attn_mask.shape[:-3]), batch)
     shape = list(attn_mask.shape[-3:])
     if attn_mask.numel() == shape[0] * shape[1] * shape[2]:
         return attn_mask.reshape(1, shape[0], shape[1], shape[2])
@@ -102,6 +115,7 @@ def fold_slopes(alibi_slopes: Tensor | None, batch: list[int]) -> Tensor | None:
     """(H,) stays; (*batch, H) becomes (B, H)."""
     if alibi_slopes is None or len(batch) == 1 or alibi_slopes.dim() < 2:
         return alibi_slopes
+    check_leading("alibi_slopes", list(alibi_slopes.shape[:-1]), batch)
     return alibi_slopes.expand(batch + list(alibi_slopes.shape[-1:])).flatten(0, -2)
 
 
@@ -109,6 +123,7 @@ def fold_lengths(key_lengths: Tensor | None, batch: list[int]) -> Tensor | None:
     """(*batch,) becomes (B,)."""
     if key_lengths is None or len(batch) == 1:
         return key_lengths
+    check_leading("key_lengths", list(key_lengths.shape), batch)
     return key_lengths.expand(batch).flatten()
 
 
@@ -140,13 +155,10 @@ def attention_with_state(
     if not fits(query, key, value, enable_gqa):
         rank = max(query.dim(), key.dim(), value.dim())
         query, key, value, batch, enable_gqa = fold(query, key, value, enable_gqa)
-        attn_mask = fold_mask(attn_mask, batch)
         alibi_slopes = fold_slopes(alibi_slopes, batch)
         key_lengths = fold_lengths(key_lengths, batch)
-    left: int | None = None
-    right: int | None = None
-    if window is not None:
-        left, right = window
+    attn_mask = fold_mask(attn_mask, batch)
+    left, right = window_sides(window)
     out, logsumexp, rng_state = attention_op(
         query,
         key,
@@ -192,7 +204,7 @@ def varlen_with_state(
         packed_heads(query, "query"),
         packed_heads(key, "key"),
         packed_heads(value, "value"),
-        attn_mask,
+        None if attn_mask is None else at_rank(attn_mask, 2),
         dropout_p,
         is_causal,
         scale,

@@ -14,6 +14,7 @@ from torch import Tensor
 from attention_ext import script_forms
 from attention_ext.folding import (
     Window,
+    at_rank,
     attention_op,
     attention_weights_op,
     attention_with_state,
@@ -88,11 +89,13 @@ def attention(
 
     Source: "Attention Is All You Need" (arXiv:1706.03762); online softmax as in "FlashAttention" (arXiv:2205.14135).
     """
+    if scale is not None or softcap != 0.0 or dropout_p != 0.0:
+        _refuse_tensors(scale=scale, softcap=softcap, dropout_p=dropout_p)
     if fits(query, key, value, enable_gqa):
         # Every argument that is passed costs the dispatcher time, also a default: what has its default is not passed.
         options: dict[str, Any] = {}
         if attn_mask is not None:
-            options["attn_mask"] = attn_mask
+            options["attn_mask"] = at_rank(attn_mask, 2)
         if dropout_p != 0.0:
             options["dropout_p"] = dropout_p
         if is_causal is not False:
@@ -164,6 +167,9 @@ def attention_varlen(
 
     Source: the packed layout of FlashAttention's ``flash_attn_varlen_func``.
     """
+    _refuse_tensors(scale=scale, softcap=softcap, dropout_p=dropout_p)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        raise TypeError("attention_varlen: expected `cu_seqlens_q` and `cu_seqlens_k` to be Tensors (n + 1,), got None")
     out, logsumexp, _ = varlen_with_state(
         query,
         key,
@@ -182,6 +188,15 @@ def attention_varlen(
         sinks,
     )
     return (out, logsumexp) if return_logsumexp else out
+
+
+def _refuse_tensors(**numbers: Any) -> None:
+    """The dispatcher would take a tensor of one element for a number, and its gradient would be lost."""
+    for name, number in numbers.items():
+        if isinstance(number, Tensor):
+            raise TypeError(
+                f"attention: expected `{name}` to be a number, got a Tensor, for which there is no gradient"
+            )
 
 
 script_forms.register(attention, script_forms.attention, script_forms.attention_with_logsumexp)
@@ -230,45 +245,40 @@ def attention_weights(
     Raises:
         RuntimeError: as :func:`attention`; also where ``dropout_p > 0`` and ``rng_state`` is None.
     """
+    if not torch.jit.is_scripting():
+        _refuse_tensors(scale=scale, softcap=softcap, dropout_p=dropout_p)
+    if logsumexp is None:
+        logsumexp = attention_with_state(
+            query, key, key[..., :0], attn_mask, 0.0, is_causal, scale, enable_gqa,
+            causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths,
+        )[1]  # fmt: skip
     batch: list[int] = []
     rank = 0
     if not fits(query, key, key, enable_gqa):
         rank = max(query.dim(), key.dim())
         query, key, _, batch, enable_gqa = fold(query, key, key, enable_gqa)
-        attn_mask = fold_mask(attn_mask, batch)
         alibi_slopes = fold_slopes(alibi_slopes, batch)
         key_lengths = fold_lengths(key_lengths, batch)
+    attn_mask = fold_mask(attn_mask, batch)
     left, right = window_sides(window)
-    if logsumexp is None:
-        normaliser = attention_op(
-            query,
-            key,
-            key[..., :0],
-            attn_mask,
-            0.0,
-            is_causal,
-            scale,
-            enable_gqa,
-            causal_alignment,
-            left,
-            right,
-            softcap,
-            alibi_slopes,
-            sinks,
-            key_lengths,
-        )[1]
-    else:
-        normaliser = logsumexp.reshape(query.shape[:-1]) if rank > 0 else logsumexp
+    if rank > 0:
+        sizes = batch + list(query.shape[1:3])
+        expected = sizes[len(sizes) - (rank - 1) :]
+        if list(logsumexp.shape) != expected:
+            raise RuntimeError(
+                f"attention_weights: expected `logsumexp` to have shape {expected}, got {list(logsumexp.shape)}"
+            )
+        logsumexp = logsumexp.reshape(query.shape[:-1])
     row_begin: int | None = None
     row_end: int | None = None
     if rows is not None:
         row_begin, row_end = rows
     if rng_state is None:
-        rng_state = torch.empty(0, dtype=torch.int64, device=query.device)
+        rng_state = query.new_empty([0], dtype=torch.int64)
     weights = attention_weights_op(
         query,
         key,
-        normaliser,
+        logsumexp,
         rng_state,
         attn_mask,
         dropout_p,

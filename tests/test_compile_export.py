@@ -171,6 +171,22 @@ class TestExport:
             inputs = [torch.randn(2, 3, n, 8) for _ in range(3)]
             assert torch.equal(program.module()(*inputs), Attends()(*inputs))
 
+    @pytest.mark.parametrize("rank", [3, 4])
+    @pytest.mark.parametrize("lengths", [(6, 6), (6, 7)])
+    def test_lengths_of_queries_and_keys_are_not_tied(self, lengths: tuple[int, int], rank: int) -> None:
+        class Both(torch.nn.Module):
+            def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+                return attention_ext.attention(q, k, k), attention_ext.attention_weights(q, k)
+
+        def inputs(lengths: tuple[int, int]) -> tuple[Tensor, ...]:
+            return tuple(torch.randn(*(2, 3)[4 - rank :], n, 8) for n in lengths)
+
+        dynamic = {"q": {rank - 2: torch.export.Dim("queries")}, "k": {rank - 2: torch.export.Dim("keys")}}
+        program = torch.export.export(Both(), inputs(lengths), dynamic_shapes=dynamic)
+        for other in ((6, 6), (4, 9), (9, 4)):
+            given = inputs(other)
+            torch.testing.assert_close(program.module()(*given), Both()(*given), rtol=0, atol=0)
+
     def test_decompositions_keep_the_operator(self) -> None:
         program = torch.export.export(Attends(), exportable()).run_decompositions()
         assert any(node.target is ops.attention.default for node in program.graph.nodes)

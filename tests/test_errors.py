@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+
+from attention_ext import attention, attention_varlen, attention_weights
 
 ops = torch.ops.attention_ext
 B, HQ, HK, LQ, LK, D, DV = 2, 4, 2, 5, 6, 3, 2
@@ -294,6 +296,44 @@ def test_sizes_that_overflow() -> None:
         ops.attention(wide, wide, torch.empty(1, 1, 1, 1))
     with pytest.raises(RuntimeError, match="expected `value` to have head_dim_v up to"):
         ops.attention(torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1), wide)
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+def test_a_tensor_is_no_number(name: str) -> None:
+    """The dispatcher would take its value and lose its gradient."""
+    x, packed, ends = torch.randn(2, 2, 4, 8), torch.randn(4, 2, 8), torch.tensor([0, 4])
+    number: dict[str, Any] = {name: torch.tensor(0.5)}
+    for call in (
+        lambda: attention(x, x, x, **number),
+        lambda: attention_weights(x, x, **number),
+        lambda: attention_varlen(packed, packed, packed, ends, ends, **number),
+    ):
+        with pytest.raises(TypeError, match=f"expected `{name}` to be a number, got a Tensor"):
+            call()
+
+
+def test_packing_cannot_be_left_out() -> None:
+    packed, nothing = torch.randn(4, 2, 8), cast(Any, None)
+    with pytest.raises(TypeError, match="expected `cu_seqlens_q` and `cu_seqlens_k` to be Tensors"):
+        attention_varlen(packed, packed, packed, nothing, nothing)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("attn_mask", (7, 2, 1, 4, 4)), ("alibi_slopes", (3, 2, 2)), ("key_lengths", (3, 5))]
+)
+def test_leading_dimensions_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, 2, 4, 8)
+    dtype = torch.int64 if name == "key_lengths" else torch.float32
+    argument: dict[str, Any] = {name: torch.ones(shape, dtype=dtype)}
+    with pytest.raises(RuntimeError, match=rf"leading dimensions of `{name}` to broadcast to \[2, 3\], got \["):
+        attention(x, x, x, **argument)
+
+
+@pytest.mark.parametrize(("layout", "named"), [(torch.strided, "`query`"), (torch.jagged, "attention_ext.attention")])
+def test_nested_tensors_are_refused_by_name(layout: torch.layout, named: str) -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 4, 8), torch.randn(2, 4, 8)], layout=layout)
+    with pytest.raises((RuntimeError, NotImplementedError), match=named):
+        attention(nested, nested, nested)
 
 
 def test_undefined_and_none() -> None:

@@ -45,6 +45,7 @@ MASKS = {
     "3-D": ((3,), (3,)),
     "2-D": ((), ()),
 }
+KEY_MASKS: dict[str, tuple[int, ...]] = {"2-D": (), "3-D": (2,), "4-D": (2, 3), "5-D": (7, 2, 3)}
 
 
 def make(*leading: tuple[int, ...]) -> Any:
@@ -93,6 +94,25 @@ def test_masks(name: str, kind: str) -> None:
     torch.testing.assert_close(out, expected)
     gradients = torch.autograd.grad(out.sin().sum(), wanted)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected.sin().sum(), wanted))
+
+
+@pytest.mark.parametrize("name", KEY_MASKS)
+@pytest.mark.parametrize("shape", [(), (1,), (S,)], ids=str)
+def test_masks_of_keys(name: str, shape: tuple[int, ...]) -> None:
+    leading = KEY_MASKS[name]
+    query, key, value = make(leading, leading, leading)
+    mask = torch.randn(shape, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(query, key, value, mask.expand(L, S))
+    torch.testing.assert_close(attention_ext.attention(query, key, value, mask), expected)
+    weights = attention_ext.attention_weights(query, key, attn_mask=mask)
+    torch.testing.assert_close(weights @ value, expected)
+
+
+def test_varlen_mask_of_keys() -> None:
+    ends, mask = torch.tensor([0, 2, 5]), torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    x = torch.randn(5, 1, D, dtype=torch.float64)
+    expected = attention_ext.attention_varlen(x, x, x, ends, ends, attn_mask=mask.expand(3, 3))
+    torch.testing.assert_close(attention_ext.attention_varlen(x, x, x, ends, ends, attn_mask=mask), expected)
 
 
 @pytest.mark.parametrize("leading", [(6,), (2, 6), (3, 2, 6)], ids=str)
