@@ -49,6 +49,12 @@ def gradients(inputs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     return out, torch.autograd.grad(loss, list(inputs.values()))
 
 
+def weights_of(query: Any, key_lengths: Any) -> tuple[Any, Any]:
+    query = query.detach().requires_grad_()
+    weights = attention_ext.attention_weights(query, query, is_causal=True, window=(3, 0), key_lengths=key_lengths)
+    return weights, torch.autograd.grad(weights.square().sum(), query)[0]
+
+
 def run(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -69,6 +75,11 @@ def run(rank: int, folder: str) -> None:
             out = torch.ops.attention_ext.attention(inputs["query"], inputs["key"], inputs["value"], enable_gqa=True)[0]
         assert communication.get_total_counts() == 0
         assert out.placements == (Shard(dim),)
+        expected_weights, expected_moves = weights_of(tensors()["query"], torch.tensor([3, 5]))
+        lengths = distribute_tensor(torch.tensor([3, 5]), mesh, [Shard(0) if dim == 0 else Replicate()])
+        weights, moves = weights_of(inputs["query"], lengths)
+        torch.testing.assert_close(weights.full_tensor(), expected_weights)
+        torch.testing.assert_close(moves.full_tensor(), expected_moves)
         out, actual = gradients(inputs)
         torch.testing.assert_close(out.full_tensor(), expected_out)
         for ours, theirs in zip(actual, expected, strict=True):

@@ -129,6 +129,46 @@ def test_gradients(spec: Spec, average_heads: bool, device: str) -> None:
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 4, 3), (2, 3, 0, 3), (0, 3, 4, 3)])
+@pytest.mark.parametrize("average_heads", [False, True])
+def test_derivatives_of_nothing_are_zero(shape: tuple[int, ...], average_heads: bool, device: str) -> None:
+    query, key = torch.randn(shape, device=device), torch.randn(*shape[:2], 5, 3, device=device)
+
+    def weights(query: Tensor) -> Tensor:
+        return attention_weights(query, key, average_heads=average_heads)
+
+    assert torch.equal(torch.func.grad(lambda query: weights(query).sum())(query), torch.zeros_like(query))
+    made, moved = torch.func.jvp(weights, (query,), (query,))[:2]
+    assert torch.equal(moved, torch.zeros_like(made))
+
+
+def test_derivatives_read_no_key_that_no_query_reaches(device: str) -> None:
+    query, key = [torch.randn(1, 2, n, 8, dtype=torch.float64, device=device) for n in (7, 20)]
+    cases: list[tuple[dict[str, Any], slice]] = [
+        ({"is_causal": True}, slice(7, None)),
+        ({"window": (1, 2)}, slice(9, None)),
+        ({"window": (1, 2), "causal_alignment": "bottom_right"}, slice(0, 12)),
+        ({"is_causal": True, "key_lengths": torch.tensor([9], device=device)}, slice(7, None)),
+    ]
+    for options, hidden in cases:
+
+        def moved(key: Tensor, options: Any = options) -> tuple[Tensor, ...]:
+            weights = lambda query: attention_weights(query, key, **options)  # noqa: E731
+            gradient = torch.func.grad(lambda query: weights(query).square().sum())(query)
+            return gradient, torch.func.jvp(weights, (query,), (query.sin(),))[1]
+
+        filled = key.clone()
+        filled[:, :, hidden] = torch.nan
+        for x, y in zip(moved(filled), moved(key), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_logsumexp_of_another_shape_is_refused(device: str) -> None:
+    query = torch.randn(3, 5, 8, device=device)
+    with pytest.raises(RuntimeError, match=r"expected `logsumexp` to have shape \[3, 5\], got \[5, 3\]"):
+        attention_weights(query, query, torch.zeros(5, 3, device=device))
+
+
 @pytest.mark.parametrize(
     "name", ["plain", "grouped", "bias_per_head", "causal_bottom_right", "alibi", "sinks", "window"]
 )

@@ -1,7 +1,9 @@
 #include "torch/weights_derivative.h"
 
+#include <algorithm>
 #include <cmath>
 
+#include "core/problem.h"
 #include "torch/checks.h"
 
 namespace attention_ext {
@@ -39,6 +41,12 @@ Tensor sum_like_mask(const Tensor& grad_score, const Tensor& mask) {
   return summed.empty() ? grad_score : grad_score.sum(summed, /*keepdim=*/true);
 }
 
+// Also an average over no heads has elements.
+bool is_empty(const WeightsCall& call) {
+  const SymInt weights = call.query.sym_size(0) * call.query.sym_size(1) * (call.row_end - call.row_begin);
+  return TORCH_GUARD_OR_FALSE((weights * call.length_k()).sym_eq(0));
+}
+
 Tensor zeros_if(bool wanted, const std::optional<Tensor>& like) { return wanted ? at::zeros_like(*like) : Tensor(); }
 
 }  // namespace
@@ -59,10 +67,26 @@ WeightsCall::WeightsCall(const Tensor& query_, const Tensor& key_, const Tensor&
 }
 
 Tensor WeightsCall::visible(const Tensor& keys) const {
-  if (!options.key_lengths) return keys;
-  const Tensor k = at::arange(length_k(), options.key_lengths->options());
-  const Tensor hidden = k >= options.key_lengths->unsqueeze(1);
-  return keys.masked_fill(hidden.unsqueeze(1).unsqueeze(3), 0);
+  // Counted rather than made by arange, so that the keys of a DTensor have positions that are one too.
+  const Tensor k = at::ones_like(key.select(3, 0), at::kLong).cumsum(2).unsqueeze(3) - 1;
+  std::vector<Tensor> hidden;
+  if (options.key_lengths) hidden.push_back(k >= options.key_lengths->view({-1, 1, 1, 1}));
+  const auto end = [&](const SymInt& q, int64_t window) {
+    return diagonal(at::scalar_tensor(q, k.options())) + std::clamp(window, -kUnlimited, kUnlimited);
+  };
+  if (options.is_causal || options.window_right) {
+    hidden.push_back(k > end(length_q() - 1, options.is_causal ? 0 : *options.window_right));
+  }
+  if (options.window_left) hidden.push_back(k < end(0, -*options.window_left));
+  Tensor shown = keys;
+  for (const Tensor& some : hidden) shown = shown.masked_fill(some, 0);
+  return shown;
+}
+
+Tensor WeightsCall::diagonal(const Tensor& q) const {
+  if (!is_bottom_right(options)) return q;
+  return options.key_lengths ? q + (options.key_lengths->view({-1, 1, 1, 1}) - length_q())
+                             : q + (length_k() - length_q());
 }
 
 double WeightsCall::scale() const {
@@ -113,12 +137,7 @@ Tensor WeightsCall::distance(const RowBlock& block) const {
   const auto integers = query.options().dtype(at::kLong);
   const Tensor q = at::arange(block.begin, block.begin + block.size, integers).unsqueeze(1);
   const Tensor k = at::arange(length_k(), integers);
-  Tensor diagonal = q;
-  if (is_bottom_right(options)) {
-    diagonal = options.key_lengths ? q + (options.key_lengths->view({-1, 1, 1, 1}) - length_q())
-                                   : q + (length_k() - length_q());
-  }
-  return (diagonal - k).abs().to(query.scalar_type());
+  return (diagonal(q) - k).abs().to(query.scalar_type());
 }
 
 Tensor WeightsCall::score_tangent(const RowBlock& block, const ops::InputTangents& tangents) const {
@@ -143,7 +162,7 @@ Tensor WeightsCall::score_tangent(const RowBlock& block, const ops::InputTangent
 std::vector<Tensor> weights_gradients(const WeightsCall& call, const Tensor& grad, const std::vector<bool>& wanted) {
   const auto& mask = call.options.attn_mask;
   const auto& slopes = call.options.alibi_slopes;
-  if (TORCH_GUARD_OR_FALSE(grad.sym_numel().sym_eq(0))) {
+  if (is_empty(call)) {
     return {zeros_if(wanted[0], call.query.to(call.dtype)), zeros_if(wanted[1], call.key.to(call.dtype)),
             zeros_if(wanted[2], call.logsumexp), zeros_if(wanted[3], mask), zeros_if(wanted[4], slopes)};
   }
@@ -183,6 +202,11 @@ std::vector<Tensor> weights_gradients(const WeightsCall& call, const Tensor& gra
 }
 
 Tensor weights_tangent(const WeightsCall& call, const ops::InputTangents& tangents, const Tensor& logsumexp_tangent) {
+  if (is_empty(call)) {
+    std::vector<SymInt> sizes = call.score_sizes({call.row_begin, call.row_end - call.row_begin});
+    if (call.average_heads) sizes.erase(sizes.begin() + 1);
+    return at::zeros_symint(sizes, call.query.options().dtype(call.dtype));
+  }
   std::vector<Tensor> rows;
   for (const RowBlock& block : call.blocks()) {
     Tensor score = call.score_tangent(block, tangents);

@@ -43,7 +43,10 @@ class WeightsCall {
   // (B, H, rows, Lk), undefined where scores stand still
   at::Tensor score_tangent(const RowBlock& block, const ops::InputTangents& tangents) const;
 
-  // Zeros where key_lengths hides keys or values: they may hold anything, and 0 times NaN is NaN.
+  at::Tensor diagonal(const at::Tensor& q) const;  // the key that q is aligned with
+
+  // Zeros for keys or values beyond a length, and for those that no query's band reaches: they may hold anything, and 0
+  // times NaN is NaN.
   at::Tensor visible(const at::Tensor& keys) const;
 
   // GQA as plain matrices: (B, H, rows, n) as (B, Hkv, group * rows, n), and back
