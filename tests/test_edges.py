@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attention_ext.testing import PAIRS, SINGLE, Sample, Spec, evaluate, operator, operator_options
+from attention_ext.testing.second_order import double_backward, tangents_of
 
 NAMED = {x.name: x for x in SINGLE}
 
@@ -89,6 +90,44 @@ def test_very_negative_bias_is_no_hiding(lowest: float, device: str) -> None:
     mean = sample.value.mean(2, keepdim=True)
     torch.testing.assert_close(outputs["out"], mean.expand_as(outputs["out"]))
     assert all(x.isfinite().all() for x in outputs.values())
+
+
+FAR = [torch.finfo(torch.float32).min, -1e9, -1e7, -1e5, -1e4, 3e4]
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("distance", FAR)
+@pytest.mark.parametrize("name", ["plain", "grouped", "causal", "decode"])
+def test_weights_of_rows_far_from_zero_sum_to_one(name: str, distance: float, dtype: torch.dtype) -> None:
+    """logsumexp, one rounded number, does not say so. On a CPU: CUDA kernels go by logsumexp alone."""
+    sample = NAMED[name].build(dtype, "large")
+    distance = max(distance, torch.finfo(dtype).min)
+    sample = sample.replace(attn_mask=torch.full((1, sample.key.shape[2]), distance, dtype=dtype))
+    eps = 64 * torch.finfo(dtype).eps
+    sums = all_outputs(sample)["weights"].double().sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=eps, atol=eps)
+    ones = sample.replace(value=torch.ones_like(sample.value), grad_out=torch.ones_like(sample.grad_out))
+    given = evaluate(ones, operator)["grad_value"].double().sum((1, 2))
+    queries = sample.query.shape[1] * sample.query.shape[2]
+    torch.testing.assert_close(given, torch.full_like(given, queries), rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("distance", [torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_second_order_of_rows_far_from_zero(distance: float, sinks: bool) -> None:
+    """The mask leaves nothing of the dot products; a mask that cancels them does the same near zero."""
+    sample = Spec("far", lengths=(33, 70), sinks=sinks).build(torch.float32)
+    far = sample.replace(attn_mask=torch.full((33, 70), distance))
+    near = sample.map(torch.Tensor.double)
+    near = near.replace(attn_mask=-near.query @ near.key.mT / math.sqrt(near.query.shape[-1]))
+    if sinks:
+        far = far.replace(sinks=torch.full_like(far.options["sinks"], distance))
+        near = near.replace(sinks=torch.zeros_like(near.options["sinks"]))
+    names = ("query", "key", "value")
+    actual = double_backward(far, tangents_of(far, *names), operator, names)
+    expected = double_backward(near, {k: x.double() for k, x in tangents_of(far, *names).items()}, operator, names)
+    for name, x in actual.items():
+        torch.testing.assert_close(x.double(), expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 # NaN and infinity come out where they are seen, and nowhere else.

@@ -11,6 +11,24 @@ namespace attention_ext {
 
 enum class Pass : uint8_t { kForward, kBackward, kWeights, kJvp, kDoubleBackward };
 
+// Calls f with a blank problem of the pass.
+template <class F>
+auto with_problem(Pass pass, F&& f) {
+  switch (pass) {
+    case Pass::kBackward:
+      return f(BackwardProblem{});
+    case Pass::kWeights:
+      return f(WeightsProblem{});
+    case Pass::kJvp:
+      return f(JvpProblem{});
+    case Pass::kDoubleBackward:
+      return f(DoubleBackwardProblem{});
+    case Pass::kForward:
+      break;
+  }
+  return f(ForwardProblem{});
+}
+
 struct CpuKernel {
   const char* name;  // instruction set and algorithm, e.g. "avx512/forward"
   Pass pass;

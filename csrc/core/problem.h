@@ -26,6 +26,9 @@ ATTENTION_INLINE int64_t size_of(DType dtype) {
 
 constexpr int64_t kUnlimited = INT64_MAX / 4;  // a window side without a limit; adding lengths to it cannot overflow
 
+// Scores further from 0 are rounded so coarsely that what is made of them takes differences first.
+constexpr double kFarFromZero = 1024;
+
 // A 4-D array (batch, heads, row, column) that somebody else owns. Strides count elements; 0 where broadcast.
 struct View {
   void* data = nullptr;
@@ -72,12 +75,16 @@ struct AttentionProblem {
 struct ForwardProblem : AttentionProblem {
   View out;                   // (b, h, q, d_v)
   void* logsumexp = nullptr;  // (b, h, q)
+  // (b, h, q) or null: what rounding takes from logsumexp. Beside a maximum of -1e9 the logarithm of a sum is lost
+  // whole. CPU kernels write it, and read it in the passes below; GPU kernels know nothing of it.
+  void* logsumexp_rest = nullptr;
 };
 
 // Gradients that nobody wants stay null. With head_dim_v == 0 there is no value, no out and no grad_out.
 struct BackwardProblem : AttentionProblem {
   View out, grad_out;                     // (b, h, q, d_v)
   const void* logsumexp = nullptr;        // (b, h, q)
+  const void* logsumexp_rest = nullptr;   // (b, h, q) or null
   const void* grad_logsumexp = nullptr;   // (b, h, q) or null
   View grad_query, grad_key, grad_value;  // like query, key, value
   View grad_attn_mask;                  // accumulate type, mask's shape, zeroed by the caller; stride 0 where broadcast
@@ -110,8 +117,9 @@ struct JvpProblem : BackwardProblem {
 struct DoubleBackwardProblem : JvpProblem {};
 
 struct WeightsProblem : AttentionProblem {
-  const void* logsumexp = nullptr;  // (b, h, q)
-  View weights;                     // (b, h or 1, rows, k), in the dtype of query
+  const void* logsumexp = nullptr;       // (b, h, q)
+  const void* logsumexp_rest = nullptr;  // (b, h, q) or null
+  View weights;                          // (b, h or 1, rows, k), in the dtype of query
   bool average_heads = false;
   int64_t row_begin = 0, row_end = 0;  // the queries asked for
 };

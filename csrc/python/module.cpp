@@ -17,30 +17,14 @@ constexpr std::pair<const char*, DType> kDTypes[] = {{"float32", DType::kFloat32
                                                      {"float16", DType::kFloat16},
                                                      {"float64", DType::kFloat64}};
 // One query against some keys: every kernel can serve this unless the dtype or the CPU is in its way.
-template <class Problem>
-Problem plainest_problem(DType dtype) {
-  Problem problem;
-  problem.batch = problem.heads = problem.kv_heads = problem.seqlen_q = problem.max_seqlen_q = 1;
-  problem.seqlen_k = problem.max_seqlen_k = 128;
-  problem.head_dim = problem.head_dim_v = 64;
-  problem.dtype = dtype;
-  return problem;
-}
-
 const char* why_not(const KernelRow& row, DType dtype) {
-  switch (row.pass) {
-    case Pass::kForward:
-      return row.why_not(plainest_problem<ForwardProblem>(dtype));
-    case Pass::kBackward:
-      return row.why_not(plainest_problem<BackwardProblem>(dtype));
-    case Pass::kWeights:
-      return row.why_not(plainest_problem<WeightsProblem>(dtype));
-    case Pass::kJvp:
-      return row.why_not(plainest_problem<JvpProblem>(dtype));
-    case Pass::kDoubleBackward:
-      return row.why_not(plainest_problem<DoubleBackwardProblem>(dtype));
-  }
-  return nullptr;
+  return with_problem(row.pass, [&](auto problem) {
+    problem.batch = problem.heads = problem.kv_heads = problem.seqlen_q = problem.max_seqlen_q = 1;
+    problem.seqlen_k = problem.max_seqlen_k = 128;
+    problem.head_dim = problem.head_dim_v = 64;
+    problem.dtype = dtype;
+    return row.why_not(problem);
+  });
 }
 
 py::dict described(const Device& device, const KernelRow& kernel) {

@@ -4,6 +4,7 @@
 
 #include "torch/device.h"
 #include "torch/gradients.h"
+#include "torch/logsumexp_rest.h"
 
 namespace attention_ext {
 
@@ -25,6 +26,7 @@ void fill_backward(BackwardProblem& problem, Converted& converted, const Tensor&
   problem.out = view_of(out);
   problem.grad_out = view_of(grad_out);
   problem.logsumexp = contiguous_data(logsumexp, converted);
+  problem.logsumexp_rest = logsumexp_rest(problem, logsumexp, converted);
   if (grad_logsumexp) problem.grad_logsumexp = contiguous_data(*grad_logsumexp, converted);
 }
 
@@ -85,6 +87,7 @@ ops::OutputTangents attention_jvp(const Tensor& query, const Tensor& key, const 
   if (!has_rows(problem)) return outputs;
   problem.out = view_of(out);
   problem.logsumexp = contiguous_data(logsumexp, converted);
+  problem.logsumexp_rest = logsumexp_rest(problem, logsumexp, converted);
   problem.out_tangent = view_of(out_tangent);
   problem.logsumexp_tangent = logsumexp_tangent.mutable_data_ptr();
   run(query, Pass::kJvp, problem);
@@ -138,6 +141,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
   problem.row_begin = rows.begin.expect_int();
   problem.row_end = rows.end.expect_int();
   problem.logsumexp = contiguous_data(logsumexp, converted);
+  problem.logsumexp_rest = logsumexp_rest(problem, logsumexp, converted);
   run(query, Pass::kWeights, problem);
   return weights;
 }
@@ -148,23 +152,10 @@ std::string attention_explain(const Tensor& query, const Tensor& key, const Tens
   const Sizes sizes = check_attention(op, query, key, &value, options);
   const c10::DeviceGuard guard(query.device());
   Converted converted;
-  const auto explain = [&](auto problem) {
+  return with_problem(pass_of(which), [&](auto problem) {
     fill_problem(problem, converted, op, sizes, query, key, &value, nullptr, options);
     return explain_kernels(query.device().type(), pass_of(which), problem);
-  };
-  switch (pass_of(which)) {
-    case Pass::kForward:
-      return explain(ForwardProblem{});
-    case Pass::kBackward:
-      return explain(BackwardProblem{});
-    case Pass::kWeights:
-      return explain(WeightsProblem{});
-    case Pass::kJvp:
-      return explain(JvpProblem{});
-    case Pass::kDoubleBackward:
-      return explain(DoubleBackwardProblem{});
-  }
-  return {};
+  });
 }
 
 }  // namespace

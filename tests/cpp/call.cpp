@@ -45,6 +45,7 @@ Call::Call(const Case& c, DType type)
       grad_key(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim, true),
       grad_value(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim_v, true),
       logsumexp(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
+      logsumexp_rest(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
       grad_logsumexp(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
       weights(type, c.batch, c.heads, c.seqlen_q, c.seqlen_k),
       query_tangent(type, c.batch, c.heads, c.seqlen_q, c.head_dim),
@@ -160,6 +161,7 @@ void Call::fill(BackwardProblem& p) {
   p.out = out.view;
   p.grad_out = grad_out.view;
   p.logsumexp = logsumexp.view.data;
+  p.logsumexp_rest = logsumexp_rest.view.data;
   p.grad_logsumexp = grad_logsumexp.view.data;
   p.grad_query = grad_query.view;
   p.grad_key = grad_key.view;
@@ -190,6 +192,7 @@ ForwardProblem Call::forward() const {
   fill(p);
   p.out = out.view;
   p.logsumexp = logsumexp.view.data;
+  p.logsumexp_rest = logsumexp_rest.view.data;
   return p;
 }
 
@@ -203,6 +206,7 @@ WeightsProblem Call::weights_problem() const {
   WeightsProblem p;
   fill(p);
   p.logsumexp = logsumexp.view.data;
+  p.logsumexp_rest = logsumexp_rest.view.data;
   p.weights = weights.view;
   p.row_end = spec.seqlen_q;
   return p;
@@ -213,6 +217,7 @@ JvpProblem Call::jvp() const {
   fill(p);
   p.out = out.view;
   p.logsumexp = logsumexp.view.data;
+  p.logsumexp_rest = logsumexp_rest.view.data;
   p.tangent = tangents();
   p.out_tangent = out_tangent.view;
   p.logsumexp_tangent = logsumexp_tangent.view.data;

@@ -24,7 +24,8 @@ struct Case {
 struct Call {
   Case spec;
   DType dtype;
-  Array query, key, value, out, grad_out, grad_query, grad_key, grad_value, logsumexp, grad_logsumexp, weights;
+  Array query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+  Array logsumexp, logsumexp_rest, grad_logsumexp, weights;
   Array query_tangent, key_tangent, value_tangent, out_tangent, logsumexp_tangent;
   std::optional<Array> mask, grad_mask, mask_tangent;
   Guarded slopes, sinks, lengths, starts_q, starts_k, rng_state, grad_slopes, grad_sinks, slopes_tangent, sinks_tangent;

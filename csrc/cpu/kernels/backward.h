@@ -16,8 +16,7 @@
 namespace attention_ext {
 namespace {
 
-template <class C>
-GradientJobs backward_jobs(const BackwardProblem& p) {
+ATTENTION_INLINE GradientJobs backward_jobs(const BackwardProblem& p) {
   return {p, p.max_seqlen_k, p.grad_attn_mask.stride_col};
 }
 
@@ -38,7 +37,7 @@ template <class C>
 void run_backward_rows(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
   const auto& p = static_cast<const BackwardProblem&>(problem);
   const BackwardShape<C> shape(p);
-  const int64_t groups = backward_jobs<C>(p).groups;
+  const int64_t groups = backward_jobs(p).groups;
   Arena arena(shared_memory);
   const BackwardShared<C> shared(arena, p, shape, groups);
   const int64_t head = job % p.heads;
@@ -59,7 +58,7 @@ class BackwardBlocks {
   static void run(const AttentionProblem& problem, void* shared_memory, void* scratch_memory, int64_t job) {
     const auto& p = static_cast<const BackwardProblem&>(problem);
     const BackwardShape<C> shape(p);
-    const GradientJobs jobs = backward_jobs<C>(p);
+    const GradientJobs jobs = backward_jobs(p);
     Arena shared_arena(shared_memory), scratch_arena(scratch_memory);
     const BackwardShared<C> shared(shared_arena, p, shape, jobs.groups);
     const BackwardScratch<C> scratch(scratch_arena, p, shape);
@@ -149,7 +148,7 @@ class BackwardBlocks {
     const BothWays<C> query = both_ways<C>(head_rows(p_.query, tile.head, row), tile, p_.head_dim, scratch_.query);
     const BothWays<C> grad_out =
         both_ways<C>(head_rows(p_.grad_out, tile.head, row), tile, p_.head_dim_v, scratch_.grad_out);
-    load_logsumexp(row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.logsumexp);
+    load_logsumexp(p_, tile, scratch_.logsumexp);
     load_rows(shared_.delta + row_of(p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.delta);
 
     const Matrix<T> weight{scratch_.weight, kQueries<T>}, grad_score{scratch_.grad_score, kQueries<T>};
@@ -245,13 +244,8 @@ class BackwardBlocks {
 // Sum over queries of prob(sink) * f(q), the first derivative of anything by the sink of a head.
 template <class T, class F>
 ATTENTION_INLINE double sum_over_sink(const BackwardProblem& p, const Sequence& s, int64_t head, F&& f) {
-  const T* logsumexp = row_pointer<T>(p.logsumexp, p, s, head);
-  const double sink = p.sinks[s.batch * p.sinks_stride_b + head];
   double sum = 0.0;
-  for (int64_t q = 0; q < s.length_q; ++q) {
-    if (logsumexp[q] != static_cast<T>(-__builtin_inf()))
-      sum += __builtin_exp(sink - static_cast<double>(logsumexp[q])) * f(q);
-  }
+  for (int64_t q = 0; q < s.length_q; ++q) sum += sink_prob<T>(p, s, head, q) * f(q);
   return sum;
 }
 
@@ -261,7 +255,7 @@ void run_backward_queries(const AttentionProblem& problem, void* shared_memory, 
   const auto& p = static_cast<const BackwardProblem&>(problem);
   const BackwardShape<C> shape(p);
   Arena arena(shared_memory);
-  const BackwardShared<C> shared(arena, p, shape, backward_jobs<C>(p).groups);
+  const BackwardShared<C> shared(arena, p, shape, backward_jobs(p).groups);
   const int64_t head = job % p.heads;
   const Sequence s = sequence_of(p, job / p.heads);
   if (shape.adds_queries) shared.query_sums.write(p.grad_query, p.head_dim, s, head, s.begin_q, s.length_q, p.scale);
@@ -277,7 +271,7 @@ template <class C>
 Plan plan_backward(const AttentionProblem& problem) {
   const auto& p = static_cast<const BackwardProblem&>(problem);
   const BackwardShape<C> shape(p);
-  const GradientJobs jobs = backward_jobs<C>(p);
+  const GradientJobs jobs = backward_jobs(p);
   Arena shared(nullptr), scratch(nullptr);
   BackwardShared<C>(shared, p, shape, jobs.groups);
   BackwardScratch<C>(scratch, p, shape);

@@ -1,7 +1,7 @@
 // How a backward call is cut into jobs, and the memory they work in.
 #pragma once
 
-#include "cpu/kernels/tile.h"
+#include "cpu/kernels/probability.h"
 
 namespace attention_ext {
 namespace {
@@ -198,7 +198,7 @@ struct BackwardScratch {
     grad_query = arena.take<T>(shape.adds_queries ? 0 : kQueries<T> * shape.columns);
     grad_key = arena.take<T>((shape.keys + 1) * shape.columns);
     grad_value = arena.take<T>((shape.keys + 1) * shape.value_columns);
-    logsumexp = arena.take<T>(kQueries<T>);
+    logsumexp = arena.take<T>(kLogsumexpNumbers<T>);
     delta = arena.take<T>(kQueries<T>);
   }
 };

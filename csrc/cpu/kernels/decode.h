@@ -259,8 +259,10 @@ void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, i
       }
       state.kept = 1;
       if (p.sinks) state.sum += state.rescale(static_cast<T>(p.sinks[s.batch * p.sinks_stride_b + head]));
-      static_cast<T*>(p.logsumexp)[row_of(p, s, head) + q] =
-          logsumexp_of<T>(splat<T>(state.maximum), splat<T>(state.sum))[0];
+      const Vec<T> maximum = splat<T>(state.maximum), sum = splat<T>(state.sum);
+      const int64_t at = row_of(p, s, head) + q;
+      static_cast<T*>(p.logsumexp)[at] = logsumexp_of<T>(maximum, sum)[0];
+      if (p.logsumexp_rest) static_cast<T*>(p.logsumexp_rest)[at] = rest_of_logsumexp<T>(maximum, sum)[0];
       const T factor[] = {one_over<T>(splat<T>(state.sum))[0] * state.kept};
       write_rows(source_of(p.out, s.tensor_batch, head, s.begin_q + q), 1, p.head_dim_v, as_operand(total), factor);
     }

@@ -162,12 +162,12 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
 
   // The sums become D'. With a sink P' of the keys does not sum to 0, and centring by D took D times that sum away.
   void close_delta_tangent(const Tile& tile, const T* mean, T* delta_tangent) const {
-    const T* logsumexp = row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin;
     const double sink_moves = p_.tangent.sinks ? p_.tangent.sinks[sequence_.batch * p_.heads + tile.head] : 0.0;
     for (int64_t r = 0; r < tile.q.size(); ++r) {
       delta_tangent[r] = memory_.row_delta_tangent[r] - mean[r] * memory_.row_centred[r];
       if (!p_.sinks) continue;
-      const double moved_prob = this->sink_prob(logsumexp[r], tile) * (static_cast<double>(mean[r]) - sink_moves);
+      const double prob = sink_prob<T>(p_, sequence_, tile.head, tile.q.begin + r);
+      const double moved_prob = prob * (static_cast<double>(mean[r]) - sink_moves);
       delta_tangent[r] += static_cast<T>(moved_prob * static_cast<double>(memory_.row_delta[r]));
     }
   }

@@ -154,11 +154,14 @@ class ForwardJob : SoftmaxRun<C, ForwardJob<C>> {
   void close_tile(int64_t i) {
     const Tile& tile = this->tiles_[i];
     const Sequence& s = this->sequence_;
-    T* logsumexp = static_cast<T*>(p_.logsumexp) + row_of(p_, s, tile.head) + tile.q.begin;
+    const int64_t row = row_of(p_, s, tile.head) + tile.q.begin;
+    T *logsumexp = static_cast<T*>(p_.logsumexp) + row, *rest = static_cast<T*>(p_.logsumexp_rest);
     const RowState<T> state = this->row_state(i);
     for (int64_t lane = 0; lane < tile.q.size(); lane += kLanes<T>) {
-      store_first<T>(logsumexp + lane, logsumexp_of<T>(load(state.maximum + lane), load(state.sum + lane)),
-                     tile.q.size() - lane);
+      const Vec<T> maximum = load(state.maximum + lane), sum = load(state.sum + lane);
+      const int64_t count = tile.q.size() - lane;
+      store_first<T>(logsumexp + lane, logsumexp_of<T>(maximum, sum), count);
+      if (rest) store_first<T>(rest + row + lane, rest_of_logsumexp<T>(maximum, sum), count);
     }
     this->close_sums(i);
     write_rows(out_rows(tile), tile.q.size(), p_.head_dim_v, as_operand(this->sums(i)), this->scratch_.factor);

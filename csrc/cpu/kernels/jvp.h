@@ -44,7 +44,7 @@ struct JvpScratch {
     bias = arena.take<T>(p.attn_mask ? block : 0);
     bias_tangent = arena.take<T>(tangent.attn_mask ? block : 0);
     mean = arena.take<T>(shape.tiles_per_job * kQueries<T>);
-    logsumexp = arena.take<T>(kQueries<T>);
+    logsumexp = arena.take<T>(kLogsumexpNumbers<T>);
     tiles = arena.take<Tile>(shape.tiles_per_job);
   }
 };
@@ -90,7 +90,7 @@ class JvpRun : protected QueryRun<C, Job> {
       dots(rows_from(key_tangent_, skip), query, k, tile, scores.moved, p_.tangent.query ? Start::kAdd : Start::kZero);
     }
     if (!p_.tangent.query && !p_.tangent.key) clear_block(scores.moved, k.size(), tile.vectors);
-    load_logsumexp(row_pointer<T>(p_.logsumexp, p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.logsumexp);
+    load_logsumexp(p_, tile, scratch_.logsumexp);
     const auto score_tangent = score_tangent_of(p_, tile, k, Matrix<T>{scratch_.bias_tangent, kQueries<T>});
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
       scores_block<C, vectors, rules>(block, scratch_.logsumexp, score_tangent, scores, bend, mean);
@@ -126,21 +126,15 @@ class JvpRun : protected QueryRun<C, Job> {
   void close_mean(int64_t i) {
     const Tile& tile = tiles_[i];
     const int64_t row = row_of(p_, sequence_, tile.head) + tile.q.begin;
-    const T* logsumexp = static_cast<const T*>(p_.logsumexp) + row;
     T* logsumexp_tangent = static_cast<T*>(p_.logsumexp_tangent) + row;
     for (int64_t r = 0; r < tile.q.size(); ++r) {
       T& m = mean(i)[r];
       if (p_.tangent.sinks) {
-        m += static_cast<T>(sink_prob(logsumexp[r], tile) * p_.tangent.sinks[sequence_.batch * p_.heads + tile.head]);
+        m += static_cast<T>(sink_prob<T>(p_, sequence_, tile.head, tile.q.begin + r) *
+                            p_.tangent.sinks[sequence_.batch * p_.heads + tile.head]);
       }
       logsumexp_tangent[r] = m;
     }
-  }
-
-  // The share of the sink in a row.
-  double sink_prob(T logsumexp, const Tile& tile) const {
-    if (logsumexp == static_cast<T>(-__builtin_inf())) return 0.0;
-    return __builtin_exp(p_.sinks[sequence_.batch * p_.sinks_stride_b + tile.head] - static_cast<double>(logsumexp));
   }
 
   // The sums become out'.

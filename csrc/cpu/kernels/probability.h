@@ -7,15 +7,33 @@
 namespace attention_ext {
 namespace {
 
-// logsumexp of a tile's queries; +inf, which makes every weight 0, for rows without a visible key and spare
-// lanes.
+// Of a tile's queries: logsumexp, and what rounding took from it.
 template <class T>
-void load_logsumexp(const T* logsumexp, const Tile& tile, T* to) {
+constexpr int64_t kLogsumexpNumbers = 2 * kQueries<T>;
+
+// Spare lanes, and rows without a visible key, get +inf, which makes every weight 0.
+template <class T, class Problem>
+void load_logsumexp(const Problem& p, const Tile& tile, T* to) {
   const T infinity = static_cast<T>(__builtin_inf());
+  const int64_t row = row_of(p, tile.sequence, tile.head) + tile.q.begin;
+  const T *logsumexp = static_cast<const T*>(p.logsumexp) + row, *rest = static_cast<const T*>(p.logsumexp_rest);
   for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; ++lane) {
-    const T value = lane < tile.q.size() ? logsumexp[lane] : -infinity;
+    const bool spare = lane >= tile.q.size();
+    const T value = spare ? -infinity : logsumexp[lane];
     to[lane] = value == -infinity ? infinity : value;
+    to[kQueries<T> + lane] = spare || !rest ? T(0) : rest[row + lane];
   }
+}
+
+// The share of a head's sink in query q.
+template <class T, class Problem>
+ATTENTION_INLINE double sink_prob(const Problem& p, const Sequence& s, int64_t head, int64_t q) {
+  const int64_t row = row_of(p, s, head) + q;
+  const T logsumexp = static_cast<const T*>(p.logsumexp)[row];
+  if (logsumexp == static_cast<T>(-__builtin_inf())) return 0.0;
+  const T rest = p.logsumexp_rest ? static_cast<const T*>(p.logsumexp_rest)[row] : T(0);
+  const double sink = p.sinks[s.batch * p.sinks_stride_b + head];
+  return __builtin_exp(sink - static_cast<double>(logsumexp) - static_cast<double>(rest));
 }
 
 // A vector of weights, and the first and second derivative of their scores by scale * dot.
@@ -34,7 +52,10 @@ class Probability {
       : block_(block),
         mods_(mods_of<kRules>(block.mods)),
         unit_(splat<T>(static_cast<T>(kModifies<kRules> ? 1.0 : block.mods.scale))) {
-    unroll<kVectors>(UNROLLED(n) { base_[n] = load(logsumexp + n * kLanes<T>); });
+    unroll<kVectors>(UNROLLED(n) {
+      base_[n] = load(logsumexp + n * kLanes<T>);
+      rest_[n] = load(logsumexp + kQueries<T> + n * kLanes<T>) * splat<T>(static_cast<T>(kLog2E));
+    });
   }
 
   // Of key r and the queries of vector n. The difference comes before the factor: log2(e) * logsumexp would be rounded
@@ -50,7 +71,7 @@ class Probability {
       slope = modified.slope;
       curve = modified.curve;
     }
-    Vec<T> weight = C::exponential(fma(score, unit_, -base_[n]) * log2e);
+    Vec<T> weight = C::exponential(fma(fma(score, unit_, -base_[n]), log2e, -rest_[n]));
     if constexpr (kRules == Rules::kBand) {
       weight = block_.mods.band.template keep<VectorOps<T>>(block_.at(r, n)) ? weight : Vec<T>{};
     }
@@ -61,7 +82,7 @@ class Probability {
   const Block<T>& block_;
   const ScoreMods mods_;
   const Vec<T> unit_;
-  Vec<T> base_[kVectors];
+  Vec<T> base_[kVectors], rest_[kVectors];
 };
 
 // The same for a whole block, in place. `slope`, if it has room, receives the slope of each score.

@@ -22,21 +22,28 @@ ATTENTION_INLINE Vec<T> logsumexp_of(Vec<T> maximum, Vec<T> sum) {
   return fma(log2<T>(sum), splat<T>(static_cast<T>(kLn2)), maximum);
 }
 
+// What rounding took from logsumexp, 0 where it is infinite.
+template <class T>
+ATTENTION_INLINE Vec<T> rest_of_logsumexp(Vec<T> maximum, Vec<T> sum) {
+  const Vec<T> logsumexp = logsumexp_of<T>(maximum, sum);
+  const Vec<T> rest = fma(log2<T>(sum), splat<T>(static_cast<T>(kLn2)), maximum - logsumexp);
+  return abs<T>(logsumexp) < static_cast<T>(__builtin_inf()) ? rest : Vec<T>{};
+}
+
 // 0 for a row without a visible key
 template <class T>
 ATTENTION_INLINE Vec<T> one_over(Vec<T> sum) {
   return sum == Vec<T>{} ? Vec<T>{} : splat<T>(1) / sum;
 }
 
-// Whether log2(e) * base, rounded, could be off by an exponent or overflow: a bias of -1e10 or -1e30, as many models
-// mask. There differences of scores must come first; elsewhere one multiply-add makes an exponent.
+// A mask of -1e4 or -1e30 takes scores there. log2(e) * base, rounded, would be off by up to a whole exponent, or
+// overflow: differences of scores must come first. Elsewhere one multiply-add makes an exponent.
 template <class T, int kVectors>
 ATTENTION_INLINE bool far_from_zero(const Vec<T> (&base)[kVectors]) {
-  constexpr T kFar = 1e8;
   decltype(base[0] < base[0]) far{};
   unroll<kVectors>(UNROLLED(n) {
     const Vec<T> distance = abs<T>(base[n]);
-    far |= (distance > kFar) & (distance < static_cast<T>(__builtin_inf()));
+    far |= (distance > static_cast<T>(kFarFromZero)) & (distance < static_cast<T>(__builtin_inf()));
   });
   return any_lane(far);
 }

@@ -24,7 +24,7 @@ struct WeightsScratch {
     weight = arena.take<T>(padded_keys * kQueries<T>);
     mean = arena.take<T>(padded_keys * kQueries<T>);
     bias = arena.take<T>(p.attn_mask ? kKeys * kQueries<T> : 0);
-    logsumexp = arena.take<T>(kQueries<T>);
+    logsumexp = arena.take<T>(kLogsumexpNumbers<T>);
   }
 };
 
@@ -80,9 +80,7 @@ class WeightsJob {
     const Matrix<T> weight{scratch_.weight, kQueries<T>};
     multiply<C>(by_rows(key), as_operand(columns), depth, weight, rows, tile.vectors, Start::kZero);
 
-    const auto* logsumexp =
-        static_cast<const T*>(p_.logsumexp) + (b * p_.heads + tile.head) * p_.seqlen_q + tile.q.begin;
-    load_logsumexp(logsumexp, tile, scratch_.logsumexp);
+    load_logsumexp(p_, tile, scratch_.logsumexp);
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
       probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, {});
     });

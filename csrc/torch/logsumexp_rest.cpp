@@ -1,0 +1,47 @@
+#include "torch/logsumexp_rest.h"
+
+#include <cmath>
+#include <limits>
+
+#include "torch/device.h"
+
+namespace attention_ext {
+
+namespace {
+
+using at::Tensor;
+
+template <class T>
+bool is_far_anywhere(const T* logsumexp, int64_t count) {
+  bool far = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const T distance = std::abs(logsumexp[i]);
+    far |= distance > T(kFarFromZero) && distance < std::numeric_limits<T>::infinity();
+  }
+  return far;
+}
+
+bool is_far_anywhere(const Tensor& logsumexp) {
+  const Tensor rows = logsumexp.contiguous();
+  return rows.scalar_type() == at::kDouble ? is_far_anywhere(rows.const_data_ptr<double>(), rows.numel())
+                                           : is_far_anywhere(rows.const_data_ptr<float>(), rows.numel());
+}
+
+}  // namespace
+
+const void* logsumexp_rest(const AttentionProblem& call, const Tensor& logsumexp, Converted& converted) {
+  if (!logsumexp.is_cpu() || !is_far_anywhere(logsumexp)) return nullptr;
+  ForwardProblem problem;
+  static_cast<AttentionProblem&>(problem) = call;
+  problem.value = call.key;
+  problem.head_dim_v = 0;
+  problem.dropout_p = 0;
+  const Tensor again = at::empty(logsumexp.sizes(), logsumexp.options());
+  const Tensor& rest = converted.emplace_back(at::zeros(logsumexp.sizes(), logsumexp.options()));
+  problem.logsumexp = again.mutable_data_ptr();
+  problem.logsumexp_rest = rest.mutable_data_ptr();  // stays 0 where a GPU's kernel, emulated, is forced
+  device_for(at::kCPU).run(Pass::kForward, problem);
+  return rest.const_data_ptr();
+}
+
+}  // namespace attention_ext
