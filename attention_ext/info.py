@@ -98,7 +98,7 @@ def as_text(facts: dict[str, Any]) -> str:
     for kernel in facts["kernels"]:
         dtypes = served_dtypes(kernel)
         serves = ", ".join(dtypes) if dtypes else "not here: " + next(iter(kernel["why_not"].values()))
-        lines.append(f"  {kernel['name']:24} {kernel['pass']:10} {serves}")
+        lines.append(f"  {kernel['name']:28} {kernel['pass']:16} {serves}")
     lines += ["", "self-check, forward and backward (largest error as a share of what is allowed):"]
     for check in facts["self_check"]:
         verdict = "passed" if check["passed"] else "FAILED"

@@ -24,7 +24,8 @@ def explain(
 
     Args:
         query, key, value, and all else: as for :func:`attention_ext.attention`, with 4-D tensors.
-        which: the pass asked about, ``"forward"``, ``"backward"`` or ``"weights"``.
+        which: the pass asked about, ``"forward"``, ``"backward"``, ``"weights"``, ``"jvp"`` or
+            ``"double_backward"``.
     """
     left, right = window if window is not None else (None, None)
     return torch.ops.attention_ext.attention_explain(

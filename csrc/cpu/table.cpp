@@ -19,7 +19,9 @@ struct InstructionSet {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -28,7 +30,7 @@ bool has_avx512() {
 const InstructionSet kAvx512Bf16 = {"avx512_bf16", 3, has_avx512() && __builtin_cpu_supports("avx512bf16"),
                                     "needs AVX-512 BF16, which this CPU lacks"};
 const InstructionSet kAvx512 = {"avx512", 2, has_avx512(), "needs AVX-512 F, BW, DQ and VL, which this CPU lacks"};
-const InstructionSet kAvx2 = {"avx2", 1, has_avx2(), "needs AVX2 and FMA, which this CPU lacks"};
+const InstructionSet kAvx2 = {"avx2", 1, has_avx2(), "needs AVX2, FMA and F16C, which this CPU lacks"};
 const InstructionSet kBaseline = {"baseline", 0, true, nullptr};
 const InstructionSet* const kSets[] = {&kAvx512Bf16, &kAvx512, &kAvx2, &kBaseline};
 #elif defined(__aarch64__)
@@ -108,10 +110,6 @@ const CpuKernel kKernels[] = {
     {"neon/double_backward", Pass::kDoubleBackward, unavailable<kNeon>, kNeonUnit.double_backward},
 };
 #endif
-
-}  // namespace
-
-namespace {
 
 std::vector<CpuKernel>& rows() {
   static std::vector<CpuKernel> all(std::begin(kKernels), std::end(kKernels));

@@ -3,8 +3,8 @@
 //
 //   attention                    backward: attention_backward          forward mode: attention_jvp
 //   attention_backward           backward: attention_double_backward   forward mode: itself + attention_double_backward
-//   attention_jvp                backward: both of these               forward mode: composed (composed_jvp.h)
-//   attention_double_backward    both, along its tangents; else raises likewise
+//   attention_jvp                backward: both of the above           forward mode: composed (composed_jvp.h)
+//   attention_double_backward    along its tangents, in which it is linear, operators of the chain; else both raise
 //   attention_weights            composed, to any order (weights_derivative.h)
 //
 // Wherever out and logsumexp are arguments they are taken for what attention makes of the other arguments: derivatives

@@ -27,8 +27,6 @@ void draw_rng_state(const at::Tensor& rng_state) {
   words[1] = 0;
 }
 
-int64_t align(size_t bytes) { return (static_cast<int64_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment; }
-
 bool is_worth_threads(const AttentionProblem& problem) {
   const double scores = static_cast<double>(problem.heads) * static_cast<double>(problem.batch) *
                         static_cast<double>(problem.max_seqlen_q) * static_cast<double>(problem.max_seqlen_k);
@@ -60,7 +58,8 @@ void run(Pass pass, const AttentionProblem& problem) {
   const bool serial = at::in_parallel_region() || !is_worth_threads(problem);
   const int64_t threads = serial ? 1 : std::min<int64_t>(at::get_num_threads(), most_jobs);
 
-  const int64_t shared_bytes = align(plan.shared_bytes), scratch_bytes = align(plan.scratch_bytes);
+  const int64_t shared_bytes = round_up(static_cast<int64_t>(plan.shared_bytes), kAlignment);
+  const int64_t scratch_bytes = round_up(static_cast<int64_t>(plan.scratch_bytes), kAlignment);
   const int64_t bytes = shared_bytes + threads * scratch_bytes;
   alignas(kAlignment) char on_stack[kStackBytes];
   at::Tensor on_heap;

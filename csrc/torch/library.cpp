@@ -62,7 +62,7 @@ TORCH_LIBRARY(attention_ext, m) {
   define("attention_weights(Tensor query, Tensor key, Tensor logsumexp, Tensor rng_state, " + kOptions +
          ", bool average_heads=False, SymInt? row_begin=None, SymInt? row_end=None) -> Tensor");
 
-  // for a pass: "forward", "backward" or "weights"
+  // which: "forward", "backward", "weights", "jvp" or "double_backward"
   define("attention_explain(Tensor query, Tensor key, Tensor value, " + kOptions + ", str which=\"forward\") -> str");
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <array>
-#include <string>
 
 #include "attention_ext/flat.h"
 #include "attention_ext/options.h"
@@ -50,9 +49,5 @@ SecondOrder attention_double_backward(const InputTangents& tangents, const Tenso
                                       const Tensor& key, const Tensor& value, const Tensor& out,
                                       const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,
                                       OutputMask output_mask, bool with_out_tangent);
-
-// Which kernel of a pass ("forward", "backward", "weights") serves such a call, and why the others do not.
-std::string attention_explain(const Tensor& query, const Tensor& key, const Tensor& value,
-                              const AttentionOptions& options, std::string_view which);
 
 }  // namespace attention_ext::ops

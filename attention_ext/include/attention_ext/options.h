@@ -1,4 +1,4 @@
-// The arguments that all operators share. They are spelled here and in the schema text, nowhere else.
+// The arguments that all operators share. In C++ they are spelled here and in the schema text, nowhere else.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -30,7 +30,6 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 using F32 = Vec<float>;
 using F64 = Vec<double>;
 using I32 = Vec<int32_t>;
-using I64 = Vec<int64_t>;
 using U32 = Vec<uint32_t>;
 using U64 = Vec<uint64_t>;
 
