@@ -47,14 +47,11 @@ def fold_tensor(x: Tensor, batch: list[int], heads: int) -> Tensor:
 
 def fits(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether the operator takes them as they are: 4-D, of one batch, and of as many heads unless those are grouped."""
-    if query.is_nested:
-        return True  # for the operator to refuse by name
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+    q, k, v = query.shape, key.shape, value.shape
+    # Lengths are not compared: a traced graph would be tied to what came out.
+    if len(q) != 4 or len(k) != 4 or len(v) != 4 or q[0] != k[0] or q[0] != v[0]:
         return False
-    q, k, v = query.shape[:2], key.shape[:2], value.shape[:2]  # the lengths would tie a traced graph to their equality
-    if q == k and k == v:
-        return True
-    return enable_gqa and q[0] == k[0] and q[0] == v[0]
+    return enable_gqa or (q[1] == k[1] and q[1] == v[1])
 
 
 def fold(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, list[int], bool]:

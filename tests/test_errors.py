@@ -329,13 +329,6 @@ def test_leading_dimensions_that_do_not_fit(name: str, shape: tuple[int, ...]) -
         attention(x, x, x, **argument)
 
 
-@pytest.mark.parametrize(("layout", "named"), [(torch.strided, "`query`"), (torch.jagged, "attention_ext.attention")])
-def test_nested_tensors_are_refused_by_name(layout: torch.layout, named: str) -> None:
-    nested = torch.nested.nested_tensor([torch.randn(2, 4, 8), torch.randn(2, 4, 8)], layout=layout)
-    with pytest.raises((RuntimeError, NotImplementedError), match=named):
-        attention(nested, nested, nested)
-
-
 def test_undefined_and_none() -> None:
     with pytest.raises(RuntimeError):
         ops.attention(None, torch.randn(B, HK, LK, D), torch.randn(B, HK, LK, DV))
