@@ -96,8 +96,8 @@ constexpr int kRowsOf = kVectors == kTileVectors ? kTileRows : kNarrowTileRows;
 constexpr int64_t kDepthTogether = 128;
 
 template <class C, int kRows, int kVectors, class A>
-[[gnu::noinline]] void multiply_tile(A a, Matrix<const typename C::Element> b, int64_t depth,
-                                     Matrix<typename C::Scalar> c, Start start, const typename C::Scalar* factor) {
+ATTENTION_INLINE void multiply_tile(A a, Matrix<const typename C::Element> b, int64_t depth,
+                                    Matrix<typename C::Scalar> c, Start start, const typename C::Scalar* factor) {
   using T = typename C::Scalar;
   Vec<T> sum[kRows][kVectors];
   if (start == Start::kZero) {
