@@ -71,20 +71,18 @@ def emulate(emulated: dict[str, Any]) -> Iterator[Any]:
         _C.force_kernel(row["pass"], "")
 
 
+def without_keys(head_dims: tuple[int, int]) -> Spec:
+    """The first tile of queries sees no key."""
+    causal: dict[str, Any] = {"lengths": (100, 8), "causal": "bottom_right", "alibi": "heads"}
+    return Spec("without_keys", head_dims=head_dims, batch=1, heads=(1, 1), **causal)
+
+
 SIZES = [
     Spec("tiles", lengths=(130, 70), head_dims=(64, 64), causal="bottom_right", heads=(2, 1), batch=1),
     Spec("wide", lengths=(35, 70), head_dims=(128, 96), batch=1),
     Spec("widest", lengths=(17, 33), head_dims=(256, 193), batch=1, heads=(1, 1)),
     Spec("unaligned", lengths=(33, 65), head_dims=(33, 17), batch=1, layout="offset"),
-    Spec(
-        "without_keys",
-        lengths=(100, 8),
-        head_dims=(136, 24),
-        batch=1,
-        heads=(1, 1),
-        causal="bottom_right",
-        alibi="heads",
-    ),
+    without_keys((136, 24)),
 ]
 
 
@@ -175,15 +173,7 @@ SECOND = [
     Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks=True, heads=(4, 2), dropout_p=0.1, softcap=5.0),
     Spec("tiles", lengths=(70, 130), head_dims=(64, 64), causal="bottom_right", heads=(2, 1), batch=1),
     Spec("wide", lengths=(17, 35), head_dims=(128, 96), batch=1, heads=(1, 1)),
-    Spec(
-        "without_keys",
-        lengths=(100, 8),
-        head_dims=(16, 16),
-        batch=1,
-        heads=(1, 1),
-        causal="bottom_right",
-        alibi="heads",
-    ),
+    without_keys((16, 16)),
 ]
 
 
