@@ -45,7 +45,7 @@ class Parts {
   Parts(int64_t head_dim, int64_t keys) : columns_(head_dim), depth_(head_dim / C::kPair), keys_(keys) {
     block_.k = {0, keys};
     block_.mods.scale = 0.1;
-    for (T& x : delta_) x = T(0.5);
+    for (int q = 0; q < kQueries<T>; ++q) logsumexp_[q] = delta_[q] = T(0.5);
   }
 
   // Of queries, or of grad_out.
@@ -93,7 +93,7 @@ class Parts {
 
  private:
   GradientOperands<C> operands() {
-    return plain_gradient_operands<C, kQueryVectors, Rules::kNone>(block_, delta_, delta_, score_, grad_score_,
+    return plain_gradient_operands<C, kQueryVectors, Rules::kNone>(block_, logsumexp_, delta_, score_, grad_score_,
                                                                    gradient_pairs_);
   }
 
@@ -117,7 +117,8 @@ class Parts {
             sums_ = matrix<T>(kQueries<T>, columns_), rows_of_out_ = matrix<T>(kQueries<T>, columns_),
             grad_key_ = matrix<T>(keys_, columns_);
   GradientPairs<C> gradient_pairs_{memory_, keys_};
-  T maximum_[kQueries<T>] = {}, sum_[kQueries<T>] = {}, factor_[kQueries<T>] = {}, delta_[kQueries<T>];
+  T maximum_[kQueries<T>] = {}, sum_[kQueries<T>] = {}, factor_[kQueries<T>] = {},
+    logsumexp_[kLogsumexpNumbers<T>] = {}, delta_[kQueries<T>] = {};
 };
 
 // As parts.py reads it.
