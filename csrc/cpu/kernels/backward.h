@@ -88,10 +88,8 @@ class BackwardBlocks {
 
   void block(Range rows) {
     rows_ = rows;
-    for (int64_t i = 0; i < (shape_.keys + 1) * shape_.columns; i += kLanes<T>) store(scratch_.grad_key + i, Vec<T>{});
-    for (int64_t i = 0; i < (shape_.keys + 1) * shape_.value_columns; i += kLanes<T>) {
-      store(scratch_.grad_value + i, Vec<T>{});
-    }
+    clear_lanes(scratch_.grad_key, (shape_.keys + 1) * shape_.columns);
+    clear_lanes(scratch_.grad_value, (shape_.keys + 1) * shape_.value_columns);
     const Range seen = visible_keys(p_, sequence_, {0, sequence_.length_q});
     Range k{maximum(rows.begin, seen.begin), minimum(rows.end, seen.end)};
     if (!k.empty()) {

@@ -90,8 +90,7 @@ struct GroupSums {
   }
 
   void clear(int64_t group, const Sequence& s, int64_t head, int64_t begin, int64_t length) const {
-    T* first = of(group, s, head, begin).data;
-    for (int64_t i = 0; i < (length + 1) * columns; i += kLanes<T>) store(first + i, Vec<T>{});
+    clear_lanes(of(group, s, head, begin).data, (length + 1) * columns);
   }
 
   // The groups' sums, in their order, times factor, into the rows of a tensor.

@@ -96,7 +96,7 @@ class DecodeJob {
       maximum_[r] = static_cast<T>(-__builtin_inf());
       sum_[r] = 0;
     }
-    for (int64_t i = 0; i < shape_.rows * shape_.columns; i += kLanes<T>) store(sums_.data + i, Vec<T>{});
+    clear_lanes(sums_.data, shape_.rows * shape_.columns);
     for (int64_t g = 0; g < shape_.group; ++g) {
       copy_rows(source_of(p_.query, sequence_.tensor_batch, kv_head_ * shape_.group + g, sequence_.begin_q),
                 sequence_.length_q, sequence_.length_q, p_.head_dim,

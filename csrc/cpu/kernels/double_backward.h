@@ -28,11 +28,6 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
   friend Jvp;
   friend QueryRun<C, DoubleBackwardTiles<C>>;
 
-  // Of prob, before dropout: dP and dP', but for the scale of what is kept.
-  struct Gradients {
-    Matrix<T> whole, moved;
-  };
-
  public:
   static RunShape<C> run_shape(const AttentionProblem& p) { return jvp_shape<C>(p, /*most_tiles=*/1); }
 
@@ -63,21 +58,11 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
       const Sequence s = sequence_of(p_, batch);
       const int64_t groups = minimum(groups_of(p_.cu_seqlens_q ? s.length_q : p_.seqlen_q), jobs.groups);
       for (int64_t head = h.begin; head < h.end; ++head) {
-        clear_sums(s, head);
+        shared_.clear(p_, group_, s, head);
         for (int64_t tile = group_; tile < tiles && group_ < groups; tile += groups) {
           this->walk((batch * p_.kv_heads + head) * tiles + tile);
         }
       }
-    }
-  }
-
-  void clear_sums(const Sequence& s, int64_t kv_head) const {
-    const int64_t length = p_.cu_seqlens_k ? s.length_k : p_.seqlen_k;
-    if (p_.grad_key) shared_.key_sums.clear(group_, s, kv_head, s.begin_k, length);
-    if (p_.grad_value) shared_.value_sums.clear(group_, s, kv_head, s.begin_k, length);
-    if (!p_.grad_alibi_slopes) return;
-    for (int64_t g = 0; g < p_.group_size(); ++g) {
-      shared_.slope_sums.of(group_, s, kv_head * p_.group_size() + g) = 0.0;
     }
   }
 
@@ -88,13 +73,14 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
   // Where the matrices of some keys lie between the two parts.
   Scores<T> scores(Range k, int64_t lane) const {
     if (!scores_held()) return this->passing_scores();
-    const int64_t at = (k.begin - first_key()) * kQueries<T> + lane;
-    return {{memory_.held_weight + at, kQueries<T>}, {memory_.held_moved + at, kQueries<T>}};
+    return {held(memory_.held_scores.weight, k, lane), held(memory_.held_scores.moved, k, lane)};
   }
-  Gradients gradients(Range k, int64_t lane) const {
-    if (memory_.makes_out) return {grad_score(), grad_moved()};
-    const int64_t at = (k.begin - first_key()) * kQueries<T> + lane;
-    return {{memory_.held_grad + at, kQueries<T>}, {memory_.held_grad_moved + at, kQueries<T>}};
+  Gradients<T> gradients(Range k, int64_t lane) const {
+    if (memory_.makes_out) return memory_.grad_score;
+    return {held(memory_.held_gradients.whole, k, lane), held(memory_.held_gradients.moved, k, lane)};
+  }
+  Matrix<T> held(Matrix<T> m, Range k, int64_t lane) const {
+    return columns_from(rows_from(m, k.begin - first_key()), lane);
   }
 
   void open_tile(int64_t i) {
@@ -116,32 +102,9 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     if (memory_.makes_out) {
       this->add_to_out(i, tile, lane, block.k, scores);
     } else {
-      const Gradients gradients = this->gradients(block.k, lane);
+      const Gradients<T> gradients = this->gradients(block.k, lane);
       multiply_values(tile, lane, block.k, gradients);
-      add_to_delta_tangent(scores, gradients, tile, lane, block.k);
-    }
-  }
-
-  // Sums for D' = rowsum(P' dP + P dP'), as far as they are known before m is: rowsum(P S' (dP - D) + P dP') and
-  // rowsum(P (dP - D)). Centred, they do not cancel each other.
-  void add_to_delta_tangent(const Scores<T>& scores, const Gradients& gradients, const Tile& tile, int64_t first_lane,
-                            Range k) {
-    const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout_.kept_scale)), zero{};
-    const T* delta = memory_.row_delta + first_lane;
-    alignas(64) T moved[kQueries<T>] = {}, centred[kQueries<T>] = {};  // of the block: long rows lose less that way
-    for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
-      const Vec<T> prob = load(scores.weight.row(r) + lane), prob_moved = load(scores.moved.row(r) + lane);
-      const Vec<T> grad = (kept ? load(gradients.whole.row(r) + lane) * kept_scale : zero) - load(delta + lane);
-      const Vec<T> grad_moved = kept ? load(gradients.moved.row(r) + lane) * kept_scale : zero;
-      const auto hidden = prob == zero;
-      store(moved + lane, load(moved + lane) + (hidden ? zero : fma(prob_moved, grad, prob * grad_moved)));
-      store(centred + lane, load(centred + lane) + (hidden ? zero : prob * grad));
-    });
-    for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
-      T *to_moved = memory_.row_delta_tangent + first_lane + lane,
-        *to_centred = memory_.row_centred + first_lane + lane;
-      store(to_moved, load(to_moved) + load(moved + lane));
-      store(to_centred, load(to_centred) + load(centred + lane));
+      add_to_delta_tangent(p_, dropout_, tile, block.k, scores, gradients, memory_.rows.from(lane));
     }
   }
 
@@ -153,36 +116,22 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
       this->close_out(i);
       dot_rows(source_of(this->sums(i)), query_rows(p_.grad_out, tile), tile.q.size(), p_.head_dim_v, delta_tangent);
     } else {
-      close_delta_tangent(tile, this->mean(i), delta_tangent);
+      close_delta_tangent(p_, tile, this->mean(i), memory_.rows, delta_tangent);
     }
-    load_rows(this->mean(i), tile, memory_.row_mean);
-    load_rows(delta_tangent, tile, memory_.row_delta_tangent);
+    load_rows(this->mean(i), tile, memory_.rows.mean);
+    load_rows(delta_tangent, tile, memory_.rows.delta_tangent);
     finish_tile(tile);
-  }
-
-  // The sums become D'. With a sink P' of the keys does not sum to 0, and centring by D took D times that sum away.
-  void close_delta_tangent(const Tile& tile, const T* mean, T* delta_tangent) const {
-    const double sink_moves = p_.tangent.sinks ? p_.tangent.sinks[sequence_.batch * p_.heads + tile.head] : 0.0;
-    for (int64_t r = 0; r < tile.q.size(); ++r) {
-      delta_tangent[r] = memory_.row_delta_tangent[r] - mean[r] * memory_.row_centred[r];
-      if (!p_.sinks) continue;
-      const double prob = sink_prob<T>(p_, sequence_, tile.head, tile.q.begin + r);
-      const double moved_prob = prob * (static_cast<double>(mean[r]) - sink_moves);
-      delta_tangent[r] += static_cast<T>(moved_prob * static_cast<double>(memory_.row_delta[r]));
-    }
   }
 
   // The second part: once more over the keys, now that the sums of whole rows are known.
   void finish_tile(const Tile& tile) {
-    for (int64_t at = 0; at < kQueries<T> * gradient_shape_.columns; at += kLanes<T>) {
-      store(memory_.grad_query + at, Vec<T>{});
-    }
+    clear_lanes(memory_.grad_query.data, kQueries<T> * gradient_shape_.columns);
     this->for_each_block(
         [this](Range k) { open_gradient_keys(k); },
         [this](int64_t, const Tile& part, int64_t lane, Range keys) { gradient_block(part, lane, keys); });
     if (!p_.grad_query) return;
     const auto scale = static_cast<T>(p_.scale);
-    write_rows(query_rows(p_.grad_query, tile), tile.q.size(), p_.head_dim, as_operand(grad_query()), &scale, 0);
+    write_rows(query_rows(p_.grad_query, tile), tile.q.size(), p_.head_dim, as_operand(memory_.grad_query), &scale, 0);
   }
 
   Source query_rows(const View& view, const Tile& tile) const {
@@ -201,11 +150,9 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
       query_tangent_lanes_ = lanes(p_.tangent.query, memory_.query_tangent_rows, memory_.query_tangent_lanes);
     }
     grad_out_ = both_ways<C>(query_rows(p_.grad_out, tile), tile, p_.head_dim_v, memory_.grad_out);
-    load_rows(shared_.delta + row, tile, memory_.row_delta);
-    for (int64_t lane = 0; lane < kQueries<T>; lane += kLanes<T>) {
-      store(memory_.row_delta_tangent + lane, Vec<T>{});
-      store(memory_.row_centred + lane, Vec<T>{});
-    }
+    load_rows(shared_.delta + row, tile, memory_.rows.delta);
+    clear_lanes(memory_.rows.delta_tangent, kQueries<T>);
+    clear_lanes(memory_.rows.centred, kQueries<T>);
   }
 
   void open_gradient_keys(Range k) {
@@ -224,29 +171,28 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     const Range k = block.k;
     const int64_t skip = k.begin - opened_.begin;
     const Scores<T> scores = this->scores(k, lane);
-    const Gradients gradients = this->gradients(k, lane);
-    const Bend<T> bend =
-        block.mods.softcap ? Bend<T>{{memory_.slope, kQueries<T>}, {memory_.curve, kQueries<T>}} : Bend<T>{};
+    const Gradients<T> gradients = this->gradients(k, lane), &grad_score = memory_.grad_score;
     if (!scores_held()) {
       alignas(64) T known[kQueries<T>] = {};
-      this->make_scores(0, tile, lane, block, scores, bend, known);
+      this->make_scores(0, tile, lane, block, scores, memory_.bend, known);
     }
     if (memory_.makes_out) multiply_values(tile, lane, k, gradients);
-    differentiate(scores, gradients, tile, lane, k);
-    if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_moved()));
+    move_score_gradients(p_, dropout_, tile, k, scores, gradients, memory_.rows.from(lane), memory_.weight_tangent,
+                         grad_score);
+    if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_score.moved));
     if (p_.grad_alibi_slopes) {
       shared_.slope_sums.of(group_, sequence_, tile.head) +=
-          slope_gradient(block, tile.vectors, as_operand(grad_moved()));
+          slope_gradient(block, tile.vectors, as_operand(grad_score.moved));
     }
-    if (bend.slope.data) unbend(bend, tile, k);
-    for (const Matrix<T>& m : {weight_tangent(), grad_score(), grad_moved()}) {
+    if (p_.softcap > 0) unbend(memory_.bend, k.size(), tile.vectors, grad_score);
+    for (const Matrix<T>& m : {memory_.weight_tangent, grad_score.whole, grad_score.moved}) {
       clear_spare_row(m, k.size(), tile.vectors);
     }
     multiply_gradients(tile, lane, k, skip);
   }
 
   // grad_out value^T and grad_out value'^T
-  void multiply_values(const Tile& tile, int64_t lane, Range k, const Gradients& to) const {
+  void multiply_values(const Tile& tile, int64_t lane, Range k, const Gradients<T>& to) const {
     const auto times = [&](Matrix<const Element> value, Matrix<T> product) {
       multiply<C>(by_rows(rows_from(value, k.begin - opened_.begin)), columns_from(grad_out_.columns, lane),
                   gradient_shape_.value_depth, product, round_up(k.size(), 2), tile.vectors, Start::kZero);
@@ -256,38 +202,6 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
       times(value_tangent_rows_, to.moved);
     } else {
       clear_block(to.moved, k.size(), tile.vectors);
-    }
-  }
-
-  // From the four matrices: dS, dS' and dropout(P').
-  void differentiate(const Scores<T>& scores, const Gradients& gradients, const Tile& tile, int64_t first_lane,
-                     Range k) {
-    const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout_.kept_scale)), zero{};
-    const T *mean = memory_.row_mean + first_lane, *delta = memory_.row_delta + first_lane;
-    const T* delta_tangent = memory_.row_delta_tangent + first_lane;
-    for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
-      const Vec<T> g = load(gradients.whole.row(r) + lane), gm = load(gradients.moved.row(r) + lane);
-      const Vec<T> prob = load(scores.weight.row(r) + lane);
-      const Vec<T> prob_tangent = load(scores.moved.row(r) + lane) - prob * load(mean + lane);
-      const Vec<T> centred = (kept ? g * kept_scale : zero) - load(delta + lane);
-      const Vec<T> centred_tangent = (kept ? gm * kept_scale : zero) - load(delta_tangent + lane);
-      const Vec<T> second = fma(prob_tangent, centred, prob * centred_tangent);
-      const auto hidden = prob == zero;
-      store(weight_tangent().row(r) + lane, hidden ? zero : (kept ? prob_tangent : zero));
-      store(grad_score().row(r) + lane, hidden ? zero : prob * centred);
-      store(grad_moved().row(r) + lane, hidden ? zero : second);
-    });
-  }
-
-  // dS, dS' become dU, dU'.
-  void unbend(const Bend<T>& bend, const Tile& tile, Range k) {
-    for (int64_t r = 0; r < k.size(); ++r) {
-      for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
-        T *g = grad_score().row(r) + lane, *gm = grad_moved().row(r) + lane;
-        const Vec<T> slope = load(bend.slope.row(r) + lane), curve = load(bend.curve.row(r) + lane);
-        store(gm, load(gm) * slope + load(g) * curve);
-        store(g, load(g) * slope);
-      }
     }
   }
 
@@ -302,24 +216,19 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     const auto to_queries = [&](Matrix<T> from, Matrix<const Element> lanes) {
       const auto by_key = weights_by_keys<C>(from, k.size(), tile.vectors, memory_.weight_rows);
       multiply<C>(by_columns(by_key), rows_from(lanes, skip / C::kPair), ceil_div(k.size(), C::kPair),
-                  rows_from(grad_query(), lane), round_up(tile.q.size(), 2), gradient_shape_.columns / kLanes<T>,
+                  rows_from(memory_.grad_query, lane), round_up(tile.q.size(), 2), gradient_shape_.columns / kLanes<T>,
                   Start::kAdd);
     };
-    if (p_.grad_value) to_keys(weight_tangent(), grad_out_.lanes, shared_.value_sums);
+    if (p_.grad_value) to_keys(memory_.weight_tangent, grad_out_.lanes, shared_.value_sums);
     if (p_.grad_key) {
-      to_keys(grad_moved(), query_lanes_, shared_.key_sums);
-      if (p_.tangent.query) to_keys(grad_score(), query_tangent_lanes_, shared_.key_sums);
+      to_keys(memory_.grad_score.moved, query_lanes_, shared_.key_sums);
+      if (p_.tangent.query) to_keys(memory_.grad_score.whole, query_tangent_lanes_, shared_.key_sums);
     }
     if (p_.grad_query) {
-      to_queries(grad_moved(), key_lanes_);
-      if (p_.tangent.key) to_queries(grad_score(), key_tangent_lanes_);
+      to_queries(memory_.grad_score.moved, key_lanes_);
+      if (p_.tangent.key) to_queries(memory_.grad_score.whole, key_tangent_lanes_);
     }
   }
-
-  Matrix<T> weight_tangent() const { return {memory_.weight_tangent, kQueries<T>}; }
-  Matrix<T> grad_score() const { return {memory_.grad_score, kQueries<T>}; }
-  Matrix<T> grad_moved() const { return {memory_.grad_moved, kQueries<T>}; }
-  Matrix<T> grad_query() const { return {memory_.grad_query, gradient_shape_.columns}; }
 
   const BackwardShape<C>& gradient_shape_;
   const DoubleBackwardShared<C>& shared_;

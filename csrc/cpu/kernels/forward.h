@@ -85,7 +85,7 @@ class SoftmaxRun : protected QueryRun<C, Job> {
       store(row_state(i).maximum + lane, splat<T>(static_cast<T>(sink)));
       store(row_state(i).sum + lane, splat<T>(p_.sinks ? 1 : 0));
     }
-    for (int64_t at = 0; at < queries * shape_.columns; at += kLanes<T>) store(sums(i).data + at, Vec<T>{});
+    clear_lanes(sums(i).data, queries * shape_.columns);
   }
 
   void open_keys(Range k) {

@@ -67,8 +67,8 @@ class JvpRun : protected QueryRun<C, Job> {
     const Tile& tile = tiles_[i];
     open_columns(p_.query, tile, columns(scratch_.query_columns, i));
     if (p_.tangent.query) open_columns(p_.tangent.query, tile, columns(scratch_.query_tangent_columns, i));
-    for (int64_t lane = 0; lane < kQueries<T>; lane += kLanes<T>) store(mean(i) + lane, Vec<T>{});
-    for (int64_t at = 0; at < kQueries<T> * shape_.columns; at += kLanes<T>) store(sums(i).data + at, Vec<T>{});
+    clear_lanes(mean(i), kQueries<T>);
+    clear_lanes(sums(i).data, kQueries<T> * shape_.columns);
   }
 
   // What scores are made of.

@@ -19,10 +19,15 @@ ATTENTION_INLINE bool stored_as(DType dtype) {
   return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
 }
 
+// Whole vectors, as many as `count` numbers need.
+template <class T>
+ATTENTION_INLINE void clear_lanes(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, Vec<T>{});
+}
+
 // (rows, columns) to (padded_rows, columns rounded up to whole vectors), the padding 0.
 template <class T>
 void copy_rows(const Source& from, int64_t rows, int64_t padded_rows, int64_t columns, Matrix<T> to) {
-  const int64_t padded_columns = round_up(columns, kLanes<T>);
   with_storage<T>(from.dtype, [&](auto* storage) __attribute__((always_inline)) {
     const auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(from.data));
     for (int64_t r = 0; r < rows; ++r) {
@@ -33,9 +38,7 @@ void copy_rows(const Source& from, int64_t rows, int64_t padded_rows, int64_t co
       });
     }
   });
-  for (int64_t r = rows; r < padded_rows; ++r) {
-    for (int64_t c = 0; c < padded_columns; c += kLanes<T>) store(to.row(r) + c, Vec<T>{});
-  }
+  for (int64_t r = rows; r < padded_rows; ++r) clear_lanes(to.row(r), columns);
 }
 
 // Rows that follow one another. Rows of (batch, length, heads, head_dim) memory lie a power of two apart as a rule, and
@@ -120,14 +123,12 @@ Matrix<const typename C::Element> weights_by_queries(Matrix<typename C::Scalar> 
 template <class T>
 void clear_spare_row(Matrix<T> m, int64_t rows, int64_t vectors) {
   if (rows % 2 == 0) return;
-  for (int64_t v = 0; v < vectors; ++v) store(m.row(rows) + v * kLanes<T>, Vec<T>{});
+  clear_lanes(m.row(rows), vectors * kLanes<T>);
 }
 
 template <class T>
 void clear_block(Matrix<T> m, int64_t rows, int64_t vectors) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) store(m.row(r) + lane, Vec<T>{});
-  }
+  for (int64_t r = 0; r < rows; ++r) clear_lanes(m.row(r), vectors * kLanes<T>);
 }
 
 // m *= factor, element by element

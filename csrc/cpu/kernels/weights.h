@@ -54,7 +54,7 @@ class WeightsJob {
     for (int64_t k = 0; k < p_.seqlen_k; k += kKeys) {
       const Range keys{k, minimum(k + kKeys, p_.seqlen_k)};
       const Matrix<T> mean{scratch_.mean, kQueries<T>};
-      for (int64_t i = 0; i < kKeys * kQueries<T>; i += kLanes<T>) store(mean.data + i, Vec<T>{});
+      clear_lanes(mean.data, kKeys * kQueries<T>);
       for (int64_t h = heads.begin; h < heads.end; ++h) {
         add_head({s, h, q, ceil_div(q.size(), kLanes<T>)}, keys, splat<T>(T(1) / static_cast<T>(heads.size())));
       }
