@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The oracle: attention in plain torch, one line per mask or score change.
 
 It materialises every score, works in any floating dtype, is differentiable to any order in both modes and defines what
@@ -65,7 +64,7 @@ def attention(
         window: ``(left, right)``: keys from ``diagonal - left`` to ``diagonal + right``, None for no limit.
         softcap: ``c`` in ``c * tanh(score / c)``, 0 for none.
         alibi_slopes: ``(heads,)`` or ``(batch, heads)``, subtracts ``slope * |diagonal - k|``.
-        sinks: ``(heads,)``, one more logit per head that joins the normaliser and brings no value.
+        sinks: ``(heads,)`` or ``(batch, heads)``, one more logit that joins the normaliser and brings no value.
         key_lengths: ``(batch,)``, the valid keys of each batch entry.
         cu_seqlens_q: ``(sequences + 1,)`` with ``query (1, heads, total_q, head_dim)``: where each sequence starts.
         cu_seqlens_k: likewise for key and value.
@@ -87,15 +86,14 @@ def attention(
         "causal_alignment": causal_alignment,
         "window": window,
         "softcap": softcap,
-        "sinks": sinks,
     }
     if enable_gqa:
         key, value = (x.repeat_interleave(heads // max(1, x.shape[1]), 1) for x in (key, value))
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        return _varlen(query, key, value, attn_mask, alibi_slopes, keep, cu_seqlens_q, cu_seqlens_k, dense)
+        return _varlen(query, key, value, attn_mask, alibi_slopes, sinks, keep, cu_seqlens_q, cu_seqlens_k, dense)
     if attn_mask is not None and len(lead) > 2:
         attn_mask = attn_mask.expand(*lead, seqlen_q, key.shape[2]).reshape(batch, heads, seqlen_q, key.shape[2])
-    result = _dense(query, key, value, attn_mask, alibi_slopes, key_lengths, keep, **dense)
+    result = _dense(query, key, value, attn_mask, alibi_slopes, key_lengths, keep, sinks=sinks, **dense)
     return Result(*(x.reshape(*lead, *x.shape[2:]) for x in result))
 
 
@@ -187,7 +185,7 @@ def _dense(
     if alibi_slopes is not None:
         score = score - alibi_slopes.to(inner)[..., None, None] * distance.abs().to(inner)
     sink = query.new_full((1,), NEG_INF) if sinks is None else sinks.to(inner)
-    sink = sink[:, None, None].expand(*query.shape[:3], 1)
+    sink = sink[..., None, None].expand(*query.shape[:3], 1)
 
     peak = torch.cat([score.masked_fill(~visible, NEG_INF), sink], -1).detach().amax(-1, keepdim=True)
     peak = peak.masked_fill(peak == NEG_INF, 0)  # any shift is right; this one keeps -inf - -inf away
@@ -212,6 +210,7 @@ def _varlen(
     value: Tensor,
     attn_mask: Tensor | None,
     alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     keep: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
@@ -221,8 +220,7 @@ def _varlen(
     count, heads = len(cu_seqlens_q) - 1, query.shape[1]
     if attn_mask is not None:
         attn_mask = attn_mask.expand(count, heads, longest_q, longest_k)
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.expand(count, heads)
+    alibi_slopes, sinks = (None if x is None else x.expand(count, heads) for x in (alibi_slopes, sinks))
     outs, logsumexps = [value[:, :, :0]], [query.new_empty(1, heads, 0)]
     weights = query.new_empty(0, heads, longest_q, longest_k)
     for i, (rows_q, rows_k) in enumerate(sequences(cu_seqlens_q, cu_seqlens_k)):
@@ -235,6 +233,7 @@ def _varlen(
             None if alibi_slopes is None else alibi_slopes[i : i + 1],
             None,
             None if keep is None else keep[inside],
+            sinks=None if sinks is None else sinks[i : i + 1],
             **options,
         )
         margin = (0, longest_k - one.weights.shape[3], 0, longest_q - one.weights.shape[2])

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Every gradient is as accurate as the tolerance rule demands, and is made for exactly the inputs that ask."""
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from attention_ext.testing import (
 
 Check = Callable[[Sample, dict[str, torch.Tensor]], None]
 
-ALL_INPUTS = Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks=True, heads=(4, 2), head_dims="wider_value")
+ALL_INPUTS = Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks="heads", heads=(4, 2), head_dims="wider_value")
 
 
 def check_backward(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Nothing is lost in silence: each operator of the chain, with a tangent or a gradient asked for at each input, up to
 third order, either equals the same derivative of plain torch or raises one clear error."""
 
@@ -24,9 +23,9 @@ ops = torch.ops.attention_ext
 SAMPLES = {
     x.name: x
     for x in (
-        Spec("all_inputs", mask="float 1hqk inf", alibi="heads", sinks=True, heads=(2, 1), lengths=(3, 4), batch=1,
+        Spec("all_inputs", mask="float 1hqk inf", alibi="heads", sinks="heads", heads=(2, 1), lengths=(3, 4), batch=1,
              head_dims=(2, 3), softcap=1.5, causal="bottom_right", dropout_p=0.3),
-        Spec("packed", mask="float hqk", alibi="batch", sinks=True, varlen=True),
+        Spec("packed", mask="float hqk", alibi="batch", sinks="heads", varlen=True),
     )
 }  # fmt: skip
 

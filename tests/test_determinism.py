@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The same call gives the same bits: again, on any number of threads, and in any company of other batch entries."""
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SPECS = [
         head_dims=(40, 40),
         dropout_p=0.2,
         alibi="heads",
-        sinks=True,
+        sinks="heads",
         softcap=2.0,
     ),
     Spec("decode", lengths=(1, 2000), head_dims=(64, 64), heads=(4, 2), causal="bottom_right"),
@@ -104,6 +103,17 @@ def test_company_of_other_batch_entries(spec: Spec, dtype: torch.dtype, device: 
     expected = evaluate_all(sample)
     for chosen in ([0], [3], [4, 1], [2, 0, 3]):
         assert_equal(evaluate_all(entries(sample, chosen)), {name: x[chosen] for name, x in expected.items()})
+
+
+def test_company_of_rows_far_from_zero(dtype: torch.dtype) -> None:
+    """Which are computed otherwise."""
+    sample = Spec("far company", lengths=(40, 40), head_dims=(32, 32)).build(dtype)
+    mask = torch.zeros(2, 1, 1, 40, dtype=dtype)
+    near = evaluate_all(sample.replace(attn_mask=mask))
+    mask[1] = -5000.0
+    far = evaluate_all(sample.replace(attn_mask=mask))
+    assert not torch.equal(far["logsumexp"][1], near["logsumexp"][1])
+    assert_equal({name: x[:1] for name, x in far.items()}, {name: x[:1] for name, x in near.items()})
 
 
 @pytest.mark.parametrize("spec", COMPANY, ids=lambda x: x.name)

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Second derivatives of the real kernels in double agree with finite differences and the reference, in every order of
 the modes, for each feature and pair."""
 
@@ -33,7 +32,7 @@ CHECKABLE = [x for x in FEATURES if x.supports_gradcheck()]
 
 NAMED = {x.name: x for x in SINGLE}
 
-ALL_INPUTS = Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks=True, heads=(4, 2), head_dims="wider_value")
+ALL_INPUTS = Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks="heads", heads=(4, 2), head_dims="wider_value")
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -78,7 +77,7 @@ def test_empty(spec: Spec, device: str) -> None:
 @pytest.mark.parametrize("size", [(70, 70), (33, 200), (200, 33)])
 def test_many_tiles(size: tuple[int, int], device: str) -> None:
     spec = Spec("tiles", lengths=size, head_dims=(17, 9), heads=(2, 1), mask="float 1hqk", causal="bottom_right",
-                window=(100, None), softcap=2.0, alibi="heads", sinks=True, dropout_p=0.1)  # fmt: skip
+                window=(100, None), softcap=2.0, alibi="heads", sinks="heads", dropout_p=0.1)  # fmt: skip
     test_equals_the_reference(spec, device)
 
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Dropout: the bits are those of the Philox twin in every pass, and depend on nothing but state and position."""
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def test_weights_bits(lengths: tuple[int, int], dtype: torch.dtype, device: str)
 
 @pytest.mark.parametrize(
     "options",
-    [{"heads": (4, 2)}, {"mask": "float bhqk"}, {"causal": "bottom_right"}, {"window": (40, 9)}, {"sinks": True}],
+    [{"heads": (4, 2)}, {"mask": "float bhqk"}, {"causal": "bottom_right"}, {"window": (40, 9)}, {"sinks": "heads"}],
 )
 def test_accurate_with_the_same_bits(options: dict[str, Any], device: str) -> None:
     sample = sample_of((70, 200), torch.float64, device, **options)

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Where attention breaks: hidden rows, NaN and infinity, memory that must not be read, huge strides, subnormals."""
 
 from __future__ import annotations
@@ -102,8 +101,21 @@ def test_weights_of_rows_far_from_zero_sum_to_one(name: str, distance: float, dt
     """logsumexp, one rounded number, does not say so. On a CPU: CUDA kernels go by logsumexp alone."""
     sample = NAMED[name].build(dtype, "large")
     distance = max(distance, torch.finfo(dtype).min)
-    sample = sample.replace(attn_mask=torch.full((1, sample.key.shape[2]), distance, dtype=dtype))
-    eps = 64 * torch.finfo(dtype).eps
+    assert_weights_sum_to_one(sample.replace(attn_mask=torch.full((1, sample.key.shape[2]), distance, dtype=dtype)))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("scale", [300.0, 1000.0])
+@pytest.mark.parametrize("name", ["plain", "grouped", "causal", "decode"])
+def test_weights_of_peaked_rows_sum_to_one(name: str, scale: float, dtype: torch.dtype) -> None:
+    """Every pass rounds a score alike: else the largest weight of a row is off by what rounding took from its score."""
+    sample = NAMED[name].build(dtype, "large").replace(scale=scale)
+    assert (sample.call(operator)[1] > 1024).any()
+    assert_weights_sum_to_one(sample)
+
+
+def assert_weights_sum_to_one(sample: Sample) -> None:
+    eps = 64 * torch.finfo(sample.query.dtype).eps
     sums = all_outputs(sample)["weights"].double().sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=eps, atol=eps)
     ones = sample.replace(value=torch.ones_like(sample.value), grad_out=torch.ones_like(sample.grad_out))
@@ -113,8 +125,8 @@ def test_weights_of_rows_far_from_zero_sum_to_one(name: str, distance: float, dt
 
 
 @pytest.mark.parametrize("distance", [torch.finfo(torch.float32).min, -1e9])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_second_order_of_rows_far_from_zero(distance: float, sinks: bool) -> None:
+@pytest.mark.parametrize("sinks", [None, "heads"])
+def test_second_order_of_rows_far_from_zero(distance: float, sinks: str | None) -> None:
     """The mask leaves nothing of the dot products; a mask that cancels them does the same near zero."""
     sample = Spec("far", lengths=(33, 70), sinks=sinks).build(torch.float32)
     far = sample.replace(attn_mask=torch.full((33, 70), distance))
@@ -130,7 +142,66 @@ def test_second_order_of_rows_far_from_zero(distance: float, sinks: bool) -> Non
         torch.testing.assert_close(x.double(), expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.every_isa
+@pytest.mark.parametrize("scale", [1e-37, 1e-44, 1e-46])  # the last two times log2(e) are not float32's
+@pytest.mark.parametrize(
+    "changes", [{"causal": "top_left"}, {"window": (3, 3)}, {"causal": "top_left", "dropout_p": 0.2}]
+)
+def test_scales_that_vanish(scale: float, changes: dict[str, Any], device: str) -> None:
+    sample = Spec("vanishing", lengths=(70, 70), scale=0.0, **changes).build(torch.float32, device=device)
+    torch.manual_seed(0)
+    expected = evaluate(sample, operator)
+    torch.manual_seed(0)
+    actual = evaluate(sample.replace(scale=scale), operator)
+    for name, x in actual.items():
+        torch.testing.assert_close(x, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e-20, 1e30, 1e37, torch.finfo(torch.float32).max])
+def test_softcaps_far_from_scores(softcap: float, device: str) -> None:
+    """A tiny one makes scores equal, a huge one leaves them."""
+    names = ("query", "key", "value")
+    sample = Spec("far cap", lengths=(20, 33)).build(torch.float32, device=device)
+    capped = sample.replace(softcap=softcap)
+    same = sample.replace(scale=0.0) if softcap < 1 else sample
+    actual, expected = (
+        evaluate(each, operator) | double_backward(each, tangents_of(each, *names), operator, names)
+        for each in (capped, same)
+    )
+    for name, x in actual.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
 # NaN and infinity come out where they are seen, and nowhere else.
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("length", [1, 16])
+def test_values_of_blocks_that_a_mask_hides_are_not_read(length: int, dtype: torch.dtype, device: str) -> None:
+    sample = Spec("hidden blocks", lengths=(length, 800), head_dims=(16, 16)).build(dtype, device=device)
+    mask = torch.ones(800, dtype=torch.bool, device=device)
+    mask[192:384] = False
+    sample = sample.replace(attn_mask=mask.expand(length, 800))
+    expected = sample.call(operator)[:2]
+    sample.value[:, :, 192:384] = math.nan
+    for x, y in zip(sample.call(operator)[:2], expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_values_have_no_say_in_logsumexp(number: float, device: str) -> None:
+    sample = Spec("say", lengths=(20, 33)).build(torch.float64, device=device)
+    gradients = []
+    for value in (sample.value, torch.full_like(sample.value, number)):
+        inputs = [x.clone().requires_grad_() for x in (sample.query, sample.key, value)]
+        logsumexp = torch.ops.attention_ext.attention(*inputs)[1]
+        first = torch.autograd.grad(logsumexp.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(
+            torch.stack([x.square().sum() for x in first[:2]]).sum(), inputs, materialize_grads=True
+        )
+        gradients.append([*first, *second])
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.every_isa

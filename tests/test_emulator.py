@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """GPU kernels on the emulated warp layer give right results, the same bits under every schedule of their threads."""
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ def test_forward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: A
 DECODE = [
     Spec("few", lengths=(3, 1100), head_dims=(16, 24), batch=1, heads=(4, 2)),
     Spec("causal", lengths=(16, 600), head_dims=(32, 32), batch=1, causal="bottom_right", window=(530, None)),
-    Spec("lengths", lengths=(1, 1030), head_dims=(33, 8), key_lengths=(1025, 0), sinks=True),
+    Spec("lengths", lengths=(1, 1030), head_dims=(33, 8), key_lengths=(1025, 0), sinks="heads"),
     Spec("mods", lengths=(2, 700), head_dims=(8, 8), mask="float 1hqk inf", alibi="heads", softcap=3.0, dropout_p=0.2),
 ]
 
@@ -168,9 +167,9 @@ SECOND = [
     Spec("bias_shared", mask="float b11k inf", batch=3),
     Spec("softcap", softcap=1.5),
     Spec("alibi", alibi="batch", lengths="more_keys"),
-    Spec("sinks", sinks=True, mask="bool bhqk"),
+    Spec("sinks", sinks="heads", mask="bool bhqk"),
     Spec("key_lengths", key_lengths=True, lengths="more_keys"),
-    Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks=True, heads=(4, 2), dropout_p=0.1, softcap=5.0),
+    Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks="heads", heads=(4, 2), dropout_p=0.1, softcap=5.0),
     Spec("tiles", lengths=(70, 130), head_dims=(64, 64), causal="bottom_right", heads=(2, 1), batch=1),
     Spec("wide", lengths=(17, 35), head_dims=(128, 96), batch=1, heads=(1, 1)),
     without_keys((16, 16)),
@@ -247,7 +246,7 @@ def eight(spec: Spec) -> Spec:
 LEFT = [
     Spec("few_columns", lengths=(9, 37), head_dims=(72, 40), heads=(2, 1), causal="bottom_right"),
     Spec("beyond_tiles", lengths=(5, 9), head_dims=(264, 264), batch=1, mask="float 1hqk", layout="offset"),
-    Spec("beyond_tiles_and_odd", lengths=(6, 7), head_dims=(300, 9), batch=1, layout="strided", sinks=True),
+    Spec("beyond_tiles_and_odd", lengths=(6, 7), head_dims=(300, 9), batch=1, layout="strided", sinks="heads"),
     Spec("beyond_tiles_in_value", lengths=(5, 7), head_dims=(8, 300), batch=1, alibi="heads", dropout_p=0.2),
     Spec("beyond_registers", lengths=(3, 5), head_dims=(520, 9), batch=1, alibi="heads"),
     Spec("beyond_registers_in_value", lengths=(3, 5), head_dims=(9, 520), batch=1, softcap=3.0),

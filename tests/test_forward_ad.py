@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Forward mode on the real kernels in double: finite differences and the reference agree, for each feature and pair."""
 
 from __future__ import annotations
@@ -8,7 +7,7 @@ import math
 import pytest
 import torch
 from test_gradcheck import function_of, weights_function_of
-from torch import Tensor
+from torch import Tensor, func
 from torch.autograd import forward_ad, gradcheck
 
 from attention_ext import reference
@@ -19,7 +18,7 @@ CHECKABLE = [x for x in FEATURES if x.supports_gradcheck()]  # a dual number may
 
 NAMED = {x.name: x for x in SINGLE}
 
-ALL_INPUTS = Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks=True, heads=(4, 2), head_dims="wider_value")
+ALL_INPUTS = Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks="heads", heads=(4, 2), head_dims="wider_value")
 
 
 def check(spec: Spec, device: str, fast: bool = True) -> None:
@@ -61,7 +60,7 @@ def test_equals_the_reference(spec: Spec, device: str) -> None:
 @pytest.mark.parametrize("size", [(70, 70), (33, 200), (200, 33)])
 def test_many_tiles(size: tuple[int, int], device: str) -> None:
     spec = Spec("tiles", lengths=size, head_dims=(17, 9), heads=(2, 1), mask="float 1hqk", causal="bottom_right",
-                window=(100, None), softcap=2.0, alibi="heads", sinks=True, dropout_p=0.1)  # fmt: skip
+                window=(100, None), softcap=2.0, alibi="heads", sinks="heads", dropout_p=0.1)  # fmt: skip
     test_equals_the_reference(spec, device)
 
 
@@ -105,6 +104,22 @@ def test_a_sink_alone_moves_logsumexp(device: str) -> None:
     assert (moved["out_tangent"][hidden] == 0).all()
     expected = tangents["sinks"][:, None].expand(hidden.shape)
     torch.testing.assert_close(moved["logsumexp_tangent"][hidden], expected[hidden])
+
+
+def test_a_sink_that_takes_nothing_twice_over(device: str) -> None:
+    """Forward mode over forward mode, where a row sees nothing and its sink is -inf."""
+    sample = Spec("no sink", lengths=(2, 2), mask="float qk", sinks="heads").build(device=device)
+    mask = torch.tensor([[-math.inf, -math.inf], [0.0, 0.0]], dtype=torch.float64, device=device)
+    sample = sample.replace(attn_mask=mask, sinks=torch.full_like(sample.options["sinks"], -math.inf))
+
+    def moved(query: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+        return sample.replace(query=query, sinks=sinks).call(operator)[:2]
+
+    at = (sample.query, sample.options["sinks"])
+    along = tuple(torch.ones_like(x) for x in at)
+    second = func.jvp(lambda *x: func.jvp(moved, x, along)[1], at, along)[1]
+    assert all(x.isfinite().all() for x in second)
+    assert all((x[:, :, 0] == 0).all() for x in second)
 
 
 def test_what_is_hidden_is_not_read(device: str) -> None:

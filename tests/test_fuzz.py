@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Any call within the manual's words: right, deterministic, and blind to memory it must not read.
 
 The examples are the same in each run. ``--fuzz-examples`` asks for more of them.
@@ -47,7 +46,7 @@ def specs(draw: st.DrawFn) -> Spec:
         alignment=draw(st.sampled_from(["top_left", "bottom_right"])),
         softcap=draw(st.sampled_from([0.0, 0.0, 1.5, 20.0])),
         alibi=draw(st.sampled_from([None, "heads", "batch"])),
-        sinks=draw(st.booleans()),
+        sinks=draw(st.sampled_from([None, "heads", "batch"])),
         scale=draw(st.sampled_from([None, None, 0.3, -0.2])),
         key_lengths=key_lengths,
         varlen=sequences == "varlen",

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """First derivatives of the real kernels in double agree with finite differences, for every feature and pair of them."""
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def test_broadcast_bias(dims: str, lengths: str, device: str) -> None:
 @pytest.mark.parametrize("size", [(70, 70), (33, 200), (200, 33)])
 def test_many_tiles(size: tuple[int, int], device: str) -> None:
     spec = Spec("tiles", lengths=size, head_dims=(17, 9), heads=(2, 1), mask="float 1hqk", causal="bottom_right",
-                window=(100, None), softcap=2.0, alibi="heads", sinks=True, dropout_p=0.1)  # fmt: skip
+                window=(100, None), softcap=2.0, alibi="heads", sinks="heads", dropout_p=0.1)  # fmt: skip
     function, inputs = function_of(spec.build(device=device).requiring())
     assert gradcheck(function, inputs, fast_mode=True)
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The oracle, the sample generator and the tolerance rule themselves: everything else leans on them."""
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def by_hand(sample: Sample, b: int, h: int, q: int) -> tuple[list[float], float]
     mask = options.get("attn_mask")
     mask = None if mask is None else mask.expand(*sample.query.shape[:3], sample.key.shape[2])[b, h, q].tolist()
     slopes = options.get("alibi_slopes")
-    slope = 0.0 if slopes is None else float(slopes[h] if slopes.dim() == 1 else slopes[b, h])
+    slope = 0.0 if slopes is None else float(slopes.expand(sample.query.shape[:2])[b, h])
     scores = []
     for k in range(sample.key.shape[2]):
         terms = zip(sample.query[b, h, q].tolist(), sample.key[b, h // group, k].tolist(), strict=True)
@@ -45,7 +44,7 @@ def by_hand(sample: Sample, b: int, h: int, q: int) -> tuple[list[float], float]
         elif mask is not None:
             score += mask[k]
         scores.append(-math.inf if hidden else score - slope * abs(diagonal - k))
-    sink = [float(options["sinks"][h])] if "sinks" in options else []
+    sink = [float(options["sinks"].expand(sample.query.shape[:2])[b, h])] if "sinks" in options else []
     total = sum(math.exp(x) for x in scores + sink)
     return [math.exp(x) / total if total else 0.0 for x in scores], math.log(total) if total else -math.inf
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Tangents and second derivatives are as accurate as the tolerance rule demands, in every dtype and to long lengths."""
 
 from __future__ import annotations
@@ -29,21 +28,27 @@ MODERATE = [
     Spec("bias_shared", mask="float b11k inf", batch=3),
     Spec("softcap", softcap=1.5),
     Spec("alibi", alibi="batch", lengths="more_keys"),
-    Spec("sinks", sinks=True, mask="bool bhqk"),
+    Spec("sinks", sinks="heads", mask="bool bhqk"),
     Spec("key_lengths", key_lengths=True, lengths="more_keys"),
     Spec("dropout", dropout_p=0.2),
     Spec("negative_scale", scale=-0.2, grad_logsumexp=False),
     Spec("x3", distribution="x3"),
     Spec("tied", distribution="tied", lengths="more_keys"),
     Spec("outlier", distribution="outlier", causal="top_left"),
-    Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks=True, heads=(4, 2), dropout_p=0.1, softcap=5.0),
+    Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks="heads", heads=(4, 2), dropout_p=0.1, softcap=5.0),
 ]
 
 LONG = [
     Spec("many_keys", lengths=(128, 4096), head_dims=(64, 64), batch=1, heads=(1, 1)),
     Spec("many_queries", lengths=(4096, 128), head_dims=(64, 64), batch=1, heads=(2, 1)),
     Spec(
-        "many_keys_bias", lengths=(96, 4096), head_dims=(64, 64), batch=1, heads=(1, 1), mask="float 1hqk", sinks=True
+        "many_keys_bias",
+        lengths=(96, 4096),
+        head_dims=(64, 64),
+        batch=1,
+        heads=(1, 1),
+        mask="float 1hqk",
+        sinks="heads",
     ),
     Spec("both", lengths=(1024, 1024), head_dims=(64, 64), batch=1, heads=(1, 1), causal="top_left"),
     # more keys than a tile holds the scores of, from the first key on and from within

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """What tests, benchmarks and documents share: the sample generator and the tolerance rule."""
 
 from attention_ext.testing.samples import DIFFERENTIABLE, Sample, Spec, distribute, laid_out, operator_options

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The sample generator: attention calls with a name, from one list for every test, benchmark and document.
 
 A :class:`Spec` says everything about a call but its numbers; :meth:`Spec.build` makes the tensors in a dtype and a
@@ -101,7 +100,7 @@ class Spec:
         causal: the alignment, or None.
         window: ``"left"``, ``"right"``, ``"both"``, ``"diagonal"`` or ``(left, right)``.
         alignment: what the diagonal of a window or of ALiBi refers to when not causal.
-        alibi: ``"heads"`` or ``"batch"``, the dimensions of the slopes.
+        alibi: ``"heads"`` or ``"batch"``, the dimensions of the slopes; sinks likewise.
         key_lengths: one length per batch entry; the default puts one in the middle and one at 1.
         varlen: pack several sequences, some of them empty.
         layout: memory of query, key and value, see :func:`laid_out`.
@@ -121,7 +120,7 @@ class Spec:
     alignment: str = "top_left"
     softcap: float = 0.0
     alibi: str | None = None
-    sinks: bool = False
+    sinks: str | None = None
     scale: float | None = None
     key_lengths: bool | tuple[int, ...] = False
     varlen: bool = False
@@ -179,11 +178,11 @@ class Spec:
             options["window"] = _WINDOWS[size][self.window] if isinstance(self.window, str) else self.window
         if self.softcap:
             options["softcap"] = self.softcap
+        per_head = {"heads": [heads], "batch": [mask_sizes["b"], heads]}
         if self.alibi:
-            slopes = normal(*([mask_sizes["b"]] if self.alibi == "batch" else []), heads).abs() / 4
-            options["alibi_slopes"] = slopes.to(dtype)
+            options["alibi_slopes"] = (normal(*per_head[self.alibi]).abs() / 4).to(dtype)
         if self.sinks:
-            options["sinks"] = normal(heads).to(dtype)
+            options["sinks"] = normal(*per_head[self.sinks]).to(dtype)
         if self.scale is not None:
             options["scale"] = self.scale
         if self.key_lengths:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Derivatives of second order: how to make them of any attention function, and how accurate they must be.
 
 The rule is that of :mod:`attention_ext.testing.tolerance`; only what each output is a sum of is written here.
@@ -6,7 +5,6 @@ The rule is that of :mod:`attention_ext.testing.tolerance`; only what each outpu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +14,18 @@ from torch.autograd import forward_ad
 
 from attention_ext import reference
 from attention_ext.testing.samples import Sample
-from attention_ext.testing.tolerance import Comparison, Outputs, Weights, baseline, compare_outputs
+from attention_ext.testing.tolerance import (
+    Comparison,
+    Outputs,
+    Weights,
+    baseline,
+    compare_outputs,
+    distances,
+    scale_of,
+    softcap_derivatives,
+    to_kv_heads,
+    to_query_heads,
+)
 
 Tangents = dict[str, Tensor]
 
@@ -95,29 +104,18 @@ def second_order_term_sizes(sample: Sample, tangents: Tangents) -> tuple[Outputs
 
 
 def _sizes(sample: Sample, tangents: Tangents, made: Weights, moved: Outputs) -> Outputs:
-    heads, kv_heads = sample.query.shape[1], sample.key.shape[1]
-    group = max(1, heads // max(1, kv_heads))
-    scale = sample.options.get("scale", 1 / math.sqrt(sample.query.shape[-1]))
-
-    def repeated(x: Tensor) -> Tensor:
-        return x.repeat_interleave(group, 1)
-
-    def of_kv_heads(x: Tensor) -> Tensor:
-        return x.unflatten(1, (kv_heads, group)).sum(2)
-
-    zero = sample.query.new_zeros(())
-    query, key, value = sample.query, repeated(sample.key), repeated(sample.value)
+    scale, zero = scale_of(sample), sample.query.new_zeros(())
+    query, key, value = sample.query, *(to_query_heads(sample, x) for x in (sample.key, sample.value))
     query_moved, key_moved, value_moved = (
         tangents.get(name, zero.expand(x.shape))
         for name, x in (("query", sample.query), ("key", sample.key), ("value", sample.value))
     )
-    key_moved, value_moved = repeated(key_moved), repeated(value_moved)
+    key_moved, value_moved = to_query_heads(sample, key_moved), to_query_heads(sample, value_moved)
     out, logsumexp, weights, prob = made
     out_moved, mean = moved["out_tangent"], moved["logsumexp_tangent"][..., None]
 
-    diagonal = {x: sample.options[x] for x in ("causal_alignment", "key_lengths") if x in sample.options}
-    distance = reference.visible_keys(prob.shape[2], prob.shape[3], **diagonal, device=prob.device)[1].double()
-    slope, curve = _softcap_derivatives(query @ key.mT * scale, sample.options.get("softcap", 0.0))
+    distance = distances(sample)
+    slope, curve = softcap_derivatives(query @ key.mT * scale, sample.options.get("softcap", 0.0))
     dot_moved = scale**2 * (query_moved.square() @ key.square().mT + query.square() @ key_moved.square().mT)
     shift = slope.square() * dot_moved + mean.square()  # of the score's tangent minus its mean
     if "attn_mask" in tangents:
@@ -148,9 +146,10 @@ def _sizes(sample: Sample, tangents: Tangents, made: Weights, moved: Outputs) ->
         inner @ key.square() + (row @ key).square() * row_error
         + (first * slope.square()) @ key_moved.square() + (row @ key_moved).square() * delta
     )  # fmt: skip
-    squares["second_key"] = scale**2 * of_kv_heads(
+    squares["second_key"] = scale**2 * to_kv_heads(
+        sample,
         (inner + row.square() * row_error).mT @ query.square()
-        + (first * slope.square() + row.square() * delta).mT @ query_moved.square()
+        + (first * slope.square() + row.square() * delta).mT @ query_moved.square(),
     )
     if "attn_mask" in tangents:
         shared_keys = sample.options["attn_mask"].shape[-1] == 1
@@ -161,16 +160,8 @@ def _sizes(sample: Sample, tangents: Tangents, made: Weights, moved: Outputs) ->
         along = (alone * distance.square()).sum(-1, keepdim=True) + far * row_error
         squares["second_alibi_slopes"] = along.sum((-2, -1)).sum_to_size(tangents["alibi_slopes"].shape)
     if "sinks" in tangents:
-        sink = torch.exp(sample.options["sinks"][:, None] - logsumexp).nan_to_num()[..., None]
-        shared = (mean.square() + tangents["sinks"][:, None, None].square()) * delta + row_error
+        sink = torch.exp(sample.options["sinks"][..., None] - logsumexp).nan_to_num()[..., None]
+        shared = (mean.square() + tangents["sinks"][..., None, None].square()) * delta + row_error
         squares["second_sinks"] = (sink.square() * shared).sum((-2, -1)).sum_to_size(tangents["sinks"].shape)
-    squares["second_value"] = of_kv_heads((weights.square() * (shift + mean_error)).mT @ grad_out.square())
+    squares["second_value"] = to_kv_heads(sample, (weights.square() * (shift + mean_error)).mT @ grad_out.square())
     return {name: x.sqrt() for name, x in squares.items()}
-
-
-def _softcap_derivatives(score: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    if not softcap:
-        return torch.ones_like(score), torch.zeros_like(score)
-    bent = torch.tanh(score / softcap)
-    slope = 1 - bent.square()
-    return slope, -2 / softcap * bent * slope

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The lists of samples: every feature alone, every pair of features, sizes at tile edges, empty sizes, hard numbers."""
 
 from __future__ import annotations
@@ -57,8 +56,9 @@ SINGLE = [
     Spec("alibi", alibi="heads"),
     Spec("alibi_per_batch", alibi="batch", lengths="more_keys"),
     Spec("alibi_bottom_right", alibi="heads", alignment="bottom_right", lengths="more_keys"),
-    Spec("sinks", sinks=True),
-    Spec("sinks_hidden_rows", sinks=True, mask="bool bhqk"),
+    Spec("sinks", sinks="heads"),
+    Spec("sinks_per_batch", sinks="batch", heads=(4, 2)),
+    Spec("sinks_hidden_rows", sinks="heads", mask="bool bhqk"),
     Spec("scale", scale=0.3),
     Spec("scale_negative", scale=-0.7),
     Spec("scale_zero", scale=0.0),
@@ -71,7 +71,7 @@ SINGLE = [
     Spec("dropout", dropout_p=0.3),
     Spec("no_grad_logsumexp", grad_logsumexp=False),
     Spec("everything", (7, 9), (3, 4), 2, (4, 2), "float 1hqk inf", "bottom_right", (4, None), "top_left", 1.5, "batch",
-         True, 0.4, (9, 6), False, 0.2),
+         "heads", 0.4, (9, 6), False, 0.2),
 ]  # fmt: skip
 
 HARD = [
@@ -108,7 +108,7 @@ EMPTY = [
     Spec("empty_heads", heads=(0, 0)),
     Spec("empty_queries", lengths=(0, 5)),
     Spec("empty_keys", lengths=(5, 0)),
-    Spec("empty_keys_with_sinks", lengths=(5, 0), sinks=True),
+    Spec("empty_keys_with_sinks", lengths=(5, 0), sinks="heads"),
     Spec("empty_keys_with_bias", lengths=(5, 0), mask="float bhqk"),
     Spec("empty_lengths", lengths=(0, 0)),
     Spec("empty_value", head_dims=(3, 0)),
@@ -126,7 +126,7 @@ _FACTORS: dict[str, tuple[Any, ...]] = {
     "heads": ((2, 2), (4, 2), (3, 1)),
     "softcap": (0.0, 1.5),
     "alibi": (None, "heads", "batch"),
-    "sinks": (False, True),
+    "sinks": (None, "heads"),
     "scale": (None, 0.4, -0.5),
     "sequences": ("dense", "key_lengths", "varlen"),
     "dropout_p": (0.0, 0.3),

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The one rule that says how accurate out, logsumexp and every gradient must be.
 
 The oracle is :mod:`attention_ext.reference` in float64, the baseline the same formula in the dtype of the sample,
@@ -225,8 +224,9 @@ def _sequences(sample: Sample) -> list[Sample]:
         if "attn_mask" in one:
             full = (len(starts_q) - 1, sample.query.shape[1], int(starts_q.diff().max()), int(starts_k.diff().max()))
             one["attn_mask"] = one["attn_mask"].expand(full)[i : i + 1, :, :len_q, :len_k]
-        if "alibi_slopes" in one:
-            one["alibi_slopes"] = one["alibi_slopes"].expand(len(starts_q) - 1, -1)[i : i + 1]
+        for name in ("alibi_slopes", "sinks"):
+            if name in one:
+                one[name] = one[name].expand(len(starts_q) - 1, -1)[i : i + 1]
         if "keep" in one:
             one["keep"] = one["keep"][i : i + 1, :, :len_q, :len_k]
         grad_logsumexp = None if sample.grad_logsumexp is None else sample.grad_logsumexp[:, :, rows_q]
@@ -261,48 +261,66 @@ def _joined(sample: Sample, parts: list[Outputs]) -> Outputs:
 
 
 def _squared_terms(sample: Sample, made: Weights) -> Outputs:
-    options = sample.options
-    batch, heads, seqlen_q, head_dim = sample.query.shape
-    kv_heads, seqlen_k = sample.key.shape[1:3]
-    group = max(1, heads // max(1, kv_heads))
-    query, key, value = sample.query, *(x.repeat_interleave(group, 1) for x in (sample.key, sample.value))
-    scale = options.get("scale", 1 / math.sqrt(head_dim))
+    options, scale = sample.options, scale_of(sample)
+    query, key, value = sample.query, *(to_query_heads(sample, x) for x in (sample.key, sample.value))
     out, logsumexp, weights, prob = made
     grad_logsumexp = 0 if sample.grad_logsumexp is None else sample.grad_logsumexp.square()[..., None]
 
     delta = (sample.grad_out.square() * out.square()).sum(-1, keepdim=True) + grad_logsumexp
-    bend = 1.0 if not options.get("softcap") else _softcap_slope(query @ key.mT * scale, options["softcap"])
+    bend = softcap_derivatives(query @ key.mT * scale, options.get("softcap", 0.0))[0]
     alone = weights.square() * (sample.grad_out.square() @ value.square().mT)
     inner, row = alone * bend**2, prob * bend
-
-    def of_kv_heads(x: Tensor) -> Tensor:
-        return x.unflatten(1, (kv_heads, group)).sum(2) if kv_heads else x
 
     squares = {
         "out": weights.square() @ value.square() + out.square(),
         "logsumexp": _logsumexp_size(logsumexp).square(),
         "grad_query": scale**2 * (inner @ key.square() + (row @ key).square() * delta),
-        "grad_key": scale**2 * of_kv_heads((inner + row.square() * delta).mT @ query.square()),
-        "grad_value": of_kv_heads(weights.square().mT @ sample.grad_out.square()),
+        "grad_key": scale**2 * to_kv_heads(sample, (inner + row.square() * delta).mT @ query.square()),
+        "grad_value": to_kv_heads(sample, weights.square().mT @ sample.grad_out.square()),
     }
     mask = options.get("attn_mask")
     if mask is not None and mask.is_floating_point():
-        full = (batch, heads, seqlen_q, seqlen_k)
         shared_keys = mask.shape[-1] == 1
-        row_sum = prob.sum(-1, keepdim=True).square() / max(1, seqlen_k) if shared_keys else prob.square()
-        squares["grad_attn_mask"] = (alone + row_sum * delta).expand(full)
-    diagonal = {name: options[name] for name in ("causal_alignment", "key_lengths") if name in options}
-    distance = reference.visible_keys(seqlen_q, seqlen_k, **diagonal, device=query.device)[1].double()
+        row_sum = prob.sum(-1, keepdim=True).square() / max(1, prob.shape[-1]) if shared_keys else prob.square()
+        squares["grad_attn_mask"] = (alone + row_sum * delta).expand(prob.shape)
+    distance = distances(sample)
     along = (alone * distance.square()).sum(-1) + (prob * distance.abs()).sum(-1).square() * delta.squeeze(-1)
     squares["grad_alibi_slopes"] = along.sum(-1)
     if "sinks" in options:
-        sink = torch.exp(options["sinks"][:, None] - logsumexp).nan_to_num()
+        sink = torch.exp(options["sinks"][..., None] - logsumexp).nan_to_num()
         squares["grad_sinks"] = (sink.square() * delta.squeeze(-1)).sum(-1)
     return squares
 
 
-def _softcap_slope(score: Tensor, softcap: float) -> Tensor:
-    return 1 - torch.tanh(score / softcap).square()
+def scale_of(sample: Sample) -> float:
+    return sample.options.get("scale", 1 / math.sqrt(sample.query.shape[-1]))
+
+
+def to_query_heads(sample: Sample, x: Tensor) -> Tensor:
+    """(b, kv_h, ...), repeated for the query heads that read each."""
+    return x.repeat_interleave(max(1, sample.query.shape[1] // max(1, sample.key.shape[1])), 1)
+
+
+def to_kv_heads(sample: Sample, x: Tensor) -> Tensor:
+    """(b, h, ...), summed over the query heads that read the same."""
+    kv_heads = sample.key.shape[1]
+    return x.unflatten(1, (kv_heads, -1)).sum(2) if kv_heads and x.shape[1] else x
+
+
+def distances(sample: Sample) -> Tensor:
+    """k - diagonal(q), float64."""
+    diagonal = {x: sample.options[x] for x in ("causal_alignment", "key_lengths") if x in sample.options}
+    lengths = sample.query.shape[2], sample.key.shape[2]
+    return reference.visible_keys(*lengths, **diagonal, device=sample.query.device)[1].double()
+
+
+def softcap_derivatives(score: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """First and second, by the score before; 1 and 0 without a softcap."""
+    if not softcap:
+        return torch.ones_like(score), torch.zeros_like(score)
+    bent = torch.tanh(score / softcap)
+    slope = 1 - bent.square()
+    return slope, -2 / softcap * bent * slope
 
 
 def _padded(x: Tensor, size: list[int]) -> Tensor:

@@ -1,5 +1,5 @@
-// Kernels as data: ordered rows, best first. The table is the only list of kernels there is; selection, error texts,
-// explain(), the README's support table and the tests that force a kernel by name all read it.
+// Kernels as data: ordered rows, best first, a table for each device. Selection, error texts, explain() and the tests
+// that force a kernel by name all read them.
 #pragma once
 
 #include <cstdint>

@@ -64,6 +64,10 @@ struct AttentionProblem {
   int64_t window_left = kUnlimited, window_right = kUnlimited;  // causal is window_right = 0
   bool bottom_right = false;  // the diagonal ends in the last corner, not starts in the first
 
+  // (b, h, q) or null: what rounding takes from logsumexp, of which a maximum of -1e9 beside it leaves nothing. A CPU's
+  // forward kernel writes it, and those of other passes read it; GPU kernels know nothing of it.
+  void* logsumexp_rest = nullptr;
+
   double dropout_p = 0.0;
   const int64_t* rng_state = nullptr;  // (2,): seed, offset
 
@@ -75,16 +79,12 @@ struct AttentionProblem {
 struct ForwardProblem : AttentionProblem {
   View out;                   // (b, h, q, d_v)
   void* logsumexp = nullptr;  // (b, h, q)
-  // (b, h, q) or null: what rounding takes from logsumexp. Beside a maximum of -1e9 the logarithm of a sum is lost
-  // whole. CPU kernels write it, and read it in the passes below; GPU kernels know nothing of it.
-  void* logsumexp_rest = nullptr;
 };
 
 // Gradients that nobody wants stay null. With head_dim_v == 0 there is no value, no out and no grad_out.
 struct BackwardProblem : AttentionProblem {
   View out, grad_out;                     // (b, h, q, d_v)
   const void* logsumexp = nullptr;        // (b, h, q)
-  const void* logsumexp_rest = nullptr;   // (b, h, q) or null
   const void* grad_logsumexp = nullptr;   // (b, h, q) or null
   View grad_query, grad_key, grad_value;  // like query, key, value
   View grad_attn_mask;                  // accumulate type, mask's shape, zeroed by the caller; stride 0 where broadcast
@@ -117,9 +117,8 @@ struct JvpProblem : BackwardProblem {
 struct DoubleBackwardProblem : JvpProblem {};
 
 struct WeightsProblem : AttentionProblem {
-  const void* logsumexp = nullptr;       // (b, h, q)
-  const void* logsumexp_rest = nullptr;  // (b, h, q) or null
-  View weights;                          // (b, h or 1, rows, k), in the dtype of query
+  const void* logsumexp = nullptr;  // (b, h, q)
+  View weights;                     // (b, h or 1, rows, k), in the dtype of query
   bool average_heads = false;
   int64_t row_begin = 0, row_end = 0;  // the queries asked for
 };

@@ -1,9 +1,11 @@
 // Every change of a score and every rule that hides a key, written once for all kernels and devices.
 //
-// A mod has up to four one-line members over a named position:
-//   modify(score, at)   the changed score            slope, curve   its first and second derivative, 1 and 0 if absent
-//   keep(at)            whether the key is visible   cover(q, k)    what a block of positions holds
-// ScoreMods applies them in the documented order: scale, softcap, bias and ALiBi, then what hides keys.
+// A mod has some of these one-line members, over a named position where the position matters:
+//   modify          the changed score            slope, curve   its first and second derivative, 1 and 0 if absent
+//   keep            whether the key is visible   cover          what a block of positions holds
+//   by_slope        the score's derivative by the mod's own parameter
+// ScoreMods applies them in the documented order: scale, softcap, bias and ALiBi, then what hides keys; and says which
+// kinds of mods are there, by which kernels choose what they compile.
 //
 // Ops gives the arithmetic: Ops::V is a number, or a vector of numbers whose lanes are queries.
 #pragma once
@@ -36,7 +38,8 @@ struct Softcap {
   }
   template <class Ops>
   ATTENTION_INLINE typename Ops::V curve(typename Ops::V capped) const {
-    return capped * Ops::splat(-2.0 / (cap * cap)) * slope<Ops>(capped);
+    const auto inverse = Ops::splat(1.0 / cap);  // its square may overflow
+    return capped * inverse * (inverse * Ops::splat(-2.0)) * slope<Ops>(capped);
   }
 };
 
@@ -95,6 +98,9 @@ struct Modified {
   typename Ops::V slope, curve;  // first and second derivative of score by scale * dot
 };
 
+// A smaller scale is 0 in float32, if not by itself then times log2(e), and 0 times the -inf of a hidden key is NaN.
+constexpr double kLeastLateScale = 1e-30;
+
 // All mods of one head of one sequence.
 struct ScoreMods {
   double scale = 1.0;
@@ -102,6 +108,14 @@ struct ScoreMods {
   Bias bias;
   Alibi alibi;
   Band band;
+
+  ATTENTION_INLINE bool bends() const { return static_cast<bool>(softcap); }
+  ATTENTION_INLINE bool adds() const { return bias || alibi; }
+  // Whether scores are dot products times a scale that can wait for the exponential.
+  ATTENTION_INLINE bool is_linear() const { return !bends() && !adds() && scale >= kLeastLateScale; }
+  ATTENTION_INLINE ScoreMods only_bending() const {
+    return {.scale = scale, .softcap = softcap, .bias = {}, .alibi = {}, .band = {}};
+  }
 
   // dot: query . key, not scaled. Hidden keys come out as -inf.
   template <class Ops>
@@ -125,13 +139,20 @@ struct ScoreMods {
   }
 };
 
-ATTENTION_INLINE ScoreMods score_mods_of(const AttentionProblem& p, const Sequence& s, int64_t h) {
+// Of any head: all but what differs between heads, which a GPU's host cannot read.
+ATTENTION_INLINE ScoreMods score_mods_of(const AttentionProblem& p) {
   ScoreMods mods;
   mods.scale = p.scale;
   mods.softcap.cap = p.softcap;
   mods.bias.present = static_cast<bool>(p.attn_mask);
-  if (p.alibi_slopes) mods.alibi = {p.alibi_slopes[s.batch * p.alibi_stride_b + h], true};
+  mods.alibi.present = p.alibi_slopes != nullptr;
   mods.band = {p.window_left, p.window_right};
+  return mods;
+}
+
+ATTENTION_INLINE ScoreMods score_mods_of(const AttentionProblem& p, const Sequence& s, int64_t h) {
+  ScoreMods mods = score_mods_of(p);
+  if (p.alibi_slopes) mods.alibi.slope = p.alibi_slopes[s.batch * p.alibi_stride_b + h];
   return mods;
 }
 

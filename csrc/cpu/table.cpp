@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <span>
 #include <vector>
 
 #include "core/kernel_table.h"
@@ -67,6 +68,8 @@ const char* not_decoding(const AttentionProblem& problem) {
   constexpr int64_t kMostQueries = 8;
   if (problem.max_seqlen_q > kMostQueries) return "serves at most 8 queries a sequence";
   if (problem.dropout_p > 0) return "has no dropout";
+  // For passes that read it, which all add up dot products as the ordinary forward kernel does.
+  if (problem.logsumexp_rest) return "does not say what rounding takes from logsumexp";
   return unavailable<kSet>(problem);
 }
 

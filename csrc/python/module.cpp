@@ -66,13 +66,6 @@ py::dict build_info() {
   return info;
 }
 
-int64_t calls_of(const std::string& op) {
-  for (size_t i = 0; i < std::size(kOperatorNames); ++i) {
-    if (op == kOperatorNames[i]) return call_count(static_cast<Pass>(i));
-  }
-  throw py::key_error("no operator of attention_ext counts calls as \"" + op + "\"");
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -83,7 +76,9 @@ PYBIND11_MODULE(_C, m) {
         "The widest instruction set in use: the CPU's, or what ATTENTION_EXT_ISA limits it to; \"none\" if that names "
         "none that the CPU has.");
   m.def("build_info", build_info, "The compiler, flags, commit and torch version this was built with.");
-  m.def("call_count", calls_of, py::arg("op"), "How often an operator has computed in this process.");
+  m.def(
+      "call_count", [](const std::string& pass) { return call_count(pass_of(pass)); }, py::arg("pass"),
+      "How often the operator of a pass has computed in this process.");
   m.def(
       "force_kernel", [](const std::string& pass, const std::string& name) { force_kernel(pass_of(pass), name); },
       py::arg("pass"), py::arg("name"),

@@ -11,6 +11,8 @@
 // are total, and out and logsumexp have no edge of their own. A tangent or a graph is never dropped.
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "torch/autograd_node.h"
 #include "torch/composed_jvp.h"
 #include "torch/outputs.h"
@@ -78,9 +80,28 @@ struct AttentionRule {
                                  const AttentionOptions& options) {
     const auto wanted = six(request.wanted, 0);
     if (!request.grads[0].defined() && !request.grads[1].defined()) return variable_list(6);
-    const auto gradients = ops::attention_backward(or_zeros(request.grads[0], out), if_defined(request.grads[1]), query,
-                                                   key, value, out, logsumexp, rng_state, options, wanted);
+    if (!request.grads[0].defined()) {
+      return of_logsumexp_alone(request.grads[1], wanted, query, key, value, out, logsumexp, rng_state, options);
+    }
+    const auto gradients = ops::attention_backward(request.grads[0], if_defined(request.grads[1]), query, key, value,
+                                                   out, logsumexp, rng_state, options, wanted);
     return gradients_of(gradients, wanted);
+  }
+
+ private:
+  // Values have no say in logsumexp, not even those that are not finite.
+  static variable_list of_logsumexp_alone(const Tensor& grad, ops::OutputMask wanted, const Tensor& query,
+                                          const Tensor& key, const Tensor& value, const Tensor& out,
+                                          const Tensor& logsumexp, const Tensor& rng_state,
+                                          const AttentionOptions& options) {
+    constexpr size_t kValue = 2;
+    const bool wants_value = std::exchange(wanted[kValue], false);
+    const Tensor no_value = value.narrow(3, 0, 0), no_out = out.narrow(3, 0, 0);
+    variable_list gradients = gradients_of(ops::attention_backward(at::zeros_like(no_out), grad, query, key, no_value,
+                                                                   no_out, logsumexp, rng_state, options, wanted),
+                                           wanted);
+    if (wants_value) gradients[kValue] = at::zeros_like(value);
+    return gradients;
   }
 };
 

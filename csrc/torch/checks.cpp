@@ -10,6 +10,7 @@ using at::Tensor;
 using c10::SymInt;
 
 constexpr int64_t kLargestHeadDim = INT32_MAX;  // so that the size of a kernel's tiles cannot overflow
+constexpr double kLeastSoftcap = 1e-30;         // so that float32 holds its reciprocal
 
 bool is_float(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
@@ -67,8 +68,8 @@ void check_numbers(const char* op, const AttentionOptions& options) {
               options.dropout_p);
   TORCH_CHECK(!options.scale || std::isfinite(*options.scale), op, ": expected `scale` to be finite or None, got ",
               *options.scale);
-  TORCH_CHECK(options.softcap >= 0 && std::isfinite(options.softcap), op,
-              ": expected `softcap` to be finite and at least 0 (0: none), got ", options.softcap);
+  TORCH_CHECK(options.softcap == 0 || (options.softcap >= kLeastSoftcap && std::isfinite(options.softcap)), op,
+              ": expected `softcap` to be 0 (none), or finite and at least ", kLeastSoftcap, ", got ", options.softcap);
   TORCH_CHECK(!options.window_left || *options.window_left >= 0, op,
               ": expected `window_left` to be at least 0 or None, got ", *options.window_left);
   TORCH_CHECK(!options.window_right || *options.window_right >= 0, op,

@@ -1,5 +1,7 @@
 #include "torch/composed_jvp.h"
 
+#include <limits>
+
 #include "torch/weights_derivative.h"
 
 namespace attention_ext {
@@ -29,7 +31,9 @@ ops::OutputTangents composed_jvp(const Tensor& query, const Tensor& key, const T
     out_tangent = out_tangent + weigh(kept * score, value);
   }
   if (tangents.sinks) {
-    const Tensor share = (options.sinks->to(dtype).unsqueeze(-1) - logsumexp).exp();
+    constexpr double kHidden = -std::numeric_limits<double>::infinity();
+    const Tensor score = options.sinks->to(dtype).unsqueeze(-1) - logsumexp;
+    const Tensor share = score.masked_fill(logsumexp == kHidden, kHidden).exp();
     logsumexp_tangent = logsumexp_tangent + share * tangents.sinks->to(dtype).unsqueeze(-1);
   }
   if (tangents.value) out_tangent = out_tangent + weigh(kept, *tangents.value);

@@ -5,7 +5,6 @@
 #include <ATen/ATen.h>
 
 #include <functional>
-#include <iterator>
 #include <string>
 #include <vector>
 
@@ -15,8 +14,6 @@ namespace attention_ext {
 
 // By Pass.
 constexpr const char* kPassNames[] = {"forward", "backward", "weights", "jvp", "double_backward"};
-constexpr const char* kOperatorNames[] = {"attention", "attention_backward", "attention_weights", "attention_jvp",
-                                          "attention_double_backward"};
 
 Pass pass_of(std::string_view name);
 

@@ -29,7 +29,7 @@ bool is_far_anywhere(const Tensor& logsumexp) {
 
 }  // namespace
 
-const void* logsumexp_rest(const AttentionProblem& call, const Tensor& logsumexp, Converted& converted) {
+void* logsumexp_rest(const AttentionProblem& call, const Tensor& logsumexp, Converted& converted) {
   if (!logsumexp.is_cpu() || !is_far_anywhere(logsumexp)) return nullptr;
   ForwardProblem problem;
   static_cast<AttentionProblem&>(problem) = call;
@@ -37,11 +37,13 @@ const void* logsumexp_rest(const AttentionProblem& call, const Tensor& logsumexp
   problem.head_dim_v = 0;
   problem.dropout_p = 0;
   const Tensor again = at::empty(logsumexp.sizes(), logsumexp.options());
-  const Tensor& rest = converted.emplace_back(at::zeros(logsumexp.sizes(), logsumexp.options()));
+  const Tensor rest = at::zeros(logsumexp.sizes(), logsumexp.options());
   problem.logsumexp = again.mutable_data_ptr();
   problem.logsumexp_rest = rest.mutable_data_ptr();  // stays 0 where a GPU's kernel, emulated, is forced
   device_for(at::kCPU).run(Pass::kForward, problem);
-  return rest.const_data_ptr();
+  // Of rows near 0 nothing, whatever others in the call hold: a row's results are its own.
+  const Tensor far = logsumexp.abs().gt(kFarFromZero).logical_and(logsumexp.isfinite());
+  return converted.emplace_back(at::where(far, rest + (again - logsumexp), 0)).mutable_data_ptr();
 }
 
 }  // namespace attention_ext

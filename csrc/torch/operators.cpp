@@ -21,12 +21,17 @@ void run(const Tensor& query, Pass pass, const AttentionProblem& problem) {
   device_for(query.device().type()).run(pass, problem);
 }
 
+template <class Problem>
+void fill_logsumexp(Problem& problem, Converted& converted, const Tensor& logsumexp) {
+  problem.logsumexp = contiguous_data(logsumexp, converted);
+  problem.logsumexp_rest = logsumexp_rest(problem, logsumexp, converted);
+}
+
 void fill_backward(BackwardProblem& problem, Converted& converted, const Tensor& grad_out,
                    const std::optional<Tensor>& grad_logsumexp, const Tensor& out, const Tensor& logsumexp) {
   problem.out = view_of(out);
   problem.grad_out = view_of(grad_out);
-  problem.logsumexp = contiguous_data(logsumexp, converted);
-  problem.logsumexp_rest = logsumexp_rest(problem, logsumexp, converted);
+  fill_logsumexp(problem, converted, logsumexp);
   if (grad_logsumexp) problem.grad_logsumexp = contiguous_data(*grad_logsumexp, converted);
 }
 
@@ -86,8 +91,7 @@ ops::OutputTangents attention_jvp(const Tensor& query, const Tensor& key, const 
   auto& [out_tangent, logsumexp_tangent] = outputs;
   if (!has_rows(problem)) return outputs;
   problem.out = view_of(out);
-  problem.logsumexp = contiguous_data(logsumexp, converted);
-  problem.logsumexp_rest = logsumexp_rest(problem, logsumexp, converted);
+  fill_logsumexp(problem, converted, logsumexp);
   problem.out_tangent = view_of(out_tangent);
   problem.logsumexp_tangent = logsumexp_tangent.mutable_data_ptr();
   run(query, Pass::kJvp, problem);
@@ -140,8 +144,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
   problem.average_heads = average_heads;
   problem.row_begin = rows.begin.expect_int();
   problem.row_end = rows.end.expect_int();
-  problem.logsumexp = contiguous_data(logsumexp, converted);
-  problem.logsumexp_rest = logsumexp_rest(problem, logsumexp, converted);
+  fill_logsumexp(problem, converted, logsumexp);
   run(query, Pass::kWeights, problem);
   return weights;
 }
@@ -149,12 +152,15 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
 std::string attention_explain(const Tensor& query, const Tensor& key, const Tensor& value,
                               const AttentionOptions& options, std::string_view which) {
   const char* op = "attention_explain";
-  const Sizes sizes = check_attention(op, query, key, &value, options);
+  const Pass pass = pass_of(which);
+  check_attention(op, query, key, &value, options);
+  const Tensor* values = pass == Pass::kWeights ? nullptr : &value;  // which weights are made without
+  const Sizes sizes = check_attention(op, query, key, values, options);
   const c10::DeviceGuard guard(query.device());
   Converted converted;
-  return with_problem(pass_of(which), [&](auto problem) {
-    fill_problem(problem, converted, op, sizes, query, key, &value, nullptr, options);
-    return explain_kernels(query.device().type(), pass_of(which), problem);
+  return with_problem(pass, [&](auto problem) {
+    fill_problem(problem, converted, op, sizes, query, key, values, nullptr, options);
+    return explain_kernels(query.device().type(), pass, problem);
   });
 }
 

@@ -1,5 +1,6 @@
 #include "torch/problem.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace attention_ext {
@@ -7,6 +8,9 @@ namespace attention_ext {
 namespace {
 
 using at::Tensor;
+
+// Such a softcap bends no score below 1e25, and what float32 divides by it vanishes.
+constexpr double kBendsNothing = 1e30;
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -20,21 +24,6 @@ DType dtype_of(const Tensor& tensor) {
       return DType::kBool;
     default:
       return DType::kFloat32;
-  }
-}
-
-at::ScalarType scalar_type_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return at::kDouble;
-    case DType::kBFloat16:
-      return at::kBFloat16;
-    case DType::kFloat16:
-      return at::kHalf;
-    case DType::kBool:
-      return at::kBool;
-    default:
-      return at::kFloat;
   }
 }
 
@@ -86,15 +75,14 @@ void verify_packed_mask(const char* op, const char* name, const AttentionProblem
 
 // Kernels add a mask of the problem's own precision, or of any narrower one; others are converted, without the copies
 // that a broadcast stands for.
-Tensor readable_mask(const Tensor& mask, at::ScalarType dtype) {
-  const bool readable = mask.scalar_type() == at::kBool || mask.scalar_type() == dtype ||
-                        (dtype != at::kDouble && mask.scalar_type() != at::kDouble);
-  if (readable) return mask;
+Tensor readable_mask(const Tensor& mask, const AttentionProblem& problem) {
+  const bool wide = problem.dtype == DType::kFloat64;
+  if (mask.scalar_type() == at::kBool || (mask.scalar_type() == at::kDouble) == wide) return mask;
   Tensor once = mask;
   for (int64_t i = 0; i < mask.dim(); ++i) {
     if (mask.stride(i) == 0 && mask.size(i) > 1) once = once.narrow(i, 0, 1);
   }
-  return once.to(accumulate_type(dtype));
+  return once.to(wide ? at::kDouble : at::kFloat);
 }
 
 void fill_structure(AttentionProblem& problem, Converted& converted, const char* op, const AttentionOptions& options) {
@@ -159,15 +147,14 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   if (value) problem.value = view_of(*value);
 
   problem.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
-  problem.softcap = options.softcap;
+  problem.softcap = options.softcap < kBendsNothing ? options.softcap : 0;
   problem.window_left = std::min(options.window_left.value_or(kUnlimited), kUnlimited);
   problem.window_right = std::min(options.window_right.value_or(kUnlimited), kUnlimited);
   if (options.is_causal) problem.window_right = 0;
   problem.bottom_right = is_bottom_right(options);
 
   if (options.attn_mask) {
-    problem.attn_mask =
-        broadcast_view_of(converted.emplace_back(readable_mask(*options.attn_mask, query.scalar_type())));
+    problem.attn_mask = broadcast_view_of(converted.emplace_back(readable_mask(*options.attn_mask, problem)));
   }
   if (options.alibi_slopes) {
     problem.alibi_slopes = per_head(*options.alibi_slopes, converted, problem.alibi_stride_b);
@@ -187,7 +174,7 @@ void fill_tangents(Tangents& filled, Converted& converted, const char* op, const
   if (tangents.key) filled.key = view_of(*tangents.key);
   if (tangents.value) filled.value = view_of(*tangents.value);
   if (tangents.attn_mask) {
-    const Tensor& mask = converted.emplace_back(readable_mask(*tangents.attn_mask, scalar_type_of(problem.dtype)));
+    const Tensor& mask = converted.emplace_back(readable_mask(*tangents.attn_mask, problem));
     if (problem.cu_seqlens_q) verify_packed_mask(op, "attn_mask_tangent", problem, mask);
     filled.attn_mask = broadcast_view_of(mask);
   }

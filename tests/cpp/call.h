@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: BSD-3-Clause
 // A call with all its memory, and what it should give, computed score by score in double from the manual's words.
 #pragma once
 

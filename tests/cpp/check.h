@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: BSD-3-Clause
 // A test is a function; CHECK counts and reports, it does not stop.
 #pragma once
 

@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: BSD-3-Clause
 // Memory between two pages that may not be touched. It ends at the second, so one element too far faults, in vector
 // code and in code without a sanitizer too; what lies in front of it is NaN and must stay as it is.
 #pragma once

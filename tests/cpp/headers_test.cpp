@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: BSD-3-Clause
 // csrc/core against brute force: which keys a block holds, and the random numbers' published vectors.
 #include "check.h"
 #include "core/score_mods.h"

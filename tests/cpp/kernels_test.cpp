@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: BSD-3-Clause
 // Every row of the kernel table that this CPU can run: right numbers, no byte touched outside the buffers, and the same
 // bits for any order of jobs and for several threads.
 #include <atomic>

@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: BSD-3-Clause
 // Optional argument n: of the cases of the kernels only every n-th, for machines that emulate.
 #include <cstdio>
 #include <cstdlib>

@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: BSD-3-Clause
 // Arrays of the library's dtypes, read and written as double.
 #pragma once
 

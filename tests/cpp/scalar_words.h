@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: BSD-3-Clause
 // One lane of the arithmetic that core/philox.h asks for.
 #pragma once
 

@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: BSD-3-Clause
 // The elementary functions of the baseline vectors, against the C library in the next wider type.
 #include <cmath>
 #include <limits>

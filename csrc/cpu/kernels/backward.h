@@ -198,7 +198,7 @@ class BackwardBlocks {
       });
       return operands;
     }
-    const Matrix<T> slope{block.mods.softcap ? scratch_.slope : nullptr, kQueries<T>};
+    const Matrix<T> slope{block.mods.bends() ? scratch_.slope : nullptr, kQueries<T>};
     with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
       probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, slope);
     });

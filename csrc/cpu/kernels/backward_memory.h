@@ -192,7 +192,7 @@ struct BackwardScratch {
     value_rows = arena.take<Element>(padded_keys * round_up(shape.value_depth, kLanes<Element>));
     weight = arena.take<T>(block);
     grad_score = arena.take<T>(block);
-    slope = arena.take<T>(p.softcap > 0 ? block : 0);
+    slope = arena.take<T>(score_mods_of(p).bends() ? block : 0);
     bias = arena.take<T>(p.attn_mask ? block : 0);
     grad_query = arena.take<T>(shape.adds_queries ? 0 : kQueries<T> * shape.columns);
     grad_key = arena.take<T>((shape.keys + 1) * shape.columns);

@@ -35,7 +35,8 @@ struct BFloat16Compute {
   static Matrix<const uint32_t> paired_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns,
                                             uint32_t* buffer, int64_t unseen) {
     const auto* data = reinterpret_cast<const uint16_t*>(from.data);
-    const bool even = columns % (2 * kLanes<uint32_t>) == 0;
+    const bool even =
+        columns % (2 * kLanes<uint32_t>) == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0;
     if (is_dense(from, columns) && rows == padded_rows && even && unseen == 0) {
       return {reinterpret_cast<const uint32_t*>(data), from.stride_row / 2};
     }

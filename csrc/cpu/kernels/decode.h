@@ -58,6 +58,21 @@ struct DecodeScratch {
   }
 };
 
+// One query in a state of its own: rescaling it for one more maximum tells what the added is worth beside it.
+template <class T>
+struct Merged {
+  T maximum, sum, kept = 1;  // kept: what the last rescaling left of the sums
+
+  T rescale(T added) {
+    const T now = attention_ext::maximum(maximum, added);
+    const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
+    kept = exp2<T>((splat<T>(maximum) - base) * log2e)[0];
+    maximum = now;
+    sum *= kept;
+    return exp2<T>((splat<T>(added) - base) * log2e)[0];
+  }
+};
+
 template <class C>
 class DecodeJob {
   using T = typename C::Scalar;
@@ -124,9 +139,11 @@ class DecodeJob {
                   });
                 });
     }
+    bool seen = false;
     for (int64_t g = 0; g < shape_.group; ++g) {
-      for (int64_t q = 0; q < sequence_.length_q; ++q) softmax_row(g, q, k);
+      for (int64_t q = 0; q < sequence_.length_q; ++q) seen |= softmax_row(g, q, k);
     }
+    if (!seen) return;
     RowsAhead next_keys =
         RowsAhead(source(p_.key, k.end), minimum(kKeys, end_ - k.end), p_.head_dim)
             .in_steps(k.size() * row_groups(rows, kTogether<T>) * ceil_div(shape_.columns, kColumnsTogether));
@@ -162,14 +179,15 @@ class DecodeJob {
   Matrix<T> score(int64_t r) const { return {scratch_.score + r * shape_.keys, shape_.keys}; }
   Matrix<const T> query(int64_t r) const { return {scratch_.query + r * shape_.width, shape_.width}; }
 
-  // One query, a key per lane.
-  void softmax_row(int64_t g, int64_t q, Range k) {
+  // One query, a key per lane. Whether it sees any.
+  bool softmax_row(int64_t g, int64_t q, Range k) {
     using Ops = VectorOps<T>;
     const int64_t head = kv_head_ * shape_.group + g, r = g * sequence_.length_q + q;
     T* scores = score(r).data;
     const ScoreMods mods = score_mods_of(p_, sequence_, head);
     const Vec<T> hidden = splat<T>(static_cast<T>(-__builtin_inf()));
     Vec<T> top = hidden;
+    decltype(top != hidden) seen{};
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
       const int64_t count = k.size() - i;
       const auto distance = static_cast<T>(k.begin + i - q - sequence_.diagonal);
@@ -177,23 +195,25 @@ class DecodeJob {
       Vec<T> s = mods.hide<Ops>(mods.operator()<Ops>(load(scores + i), at).score, at);
       s = iota<T>() < splat<T>(static_cast<T>(count)) ? s : hidden;
       store(scores + i, s);
+      seen |= s != hidden;
       top = max(s, top);
     }
-    const T now = maximum<T>(maximum_[r], max_lanes<T>(top));
-    const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
-    const T worth = exp2<T>((splat<T>(maximum_[r]) - base) * log2e)[0];
+    Merged<T> state{maximum_[r], sum_[r]};
+    state.rescale(max_lanes<T>(top));
+    const Vec<T> base = finite_or_zero<T>(splat<T>(state.maximum)), log2e = splat<T>(static_cast<T>(kLog2E));
     Vec<T> sum{};
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
       const Vec<T> weight = exp2<T>((load(scores + i) - base) * log2e);
       store(scores + i, weight);
       sum += weight;
     }
-    maximum_[r] = now;
-    sum_[r] = sum_[r] * worth + sum_lanes<T>(sum);
+    maximum_[r] = state.maximum;
+    sum_[r] = state.sum + sum_lanes<T>(sum);
     for (int64_t c = 0; c < shape_.columns; c += kLanes<T>) {
       T* sums = sums_.row(r) + c;
-      store(sums, load(sums) * splat<T>(worth));
+      store(sums, load(sums) * splat<T>(state.kept));
     }
+    return any_lane(seen);
   }
 
   Vec<T> mask_row(int64_t head, int64_t q, int64_t k, int64_t count) const {
@@ -216,21 +236,6 @@ class DecodeJob {
   int64_t end_ = 0;  // of all keys: those after this split's are likely to be the next job
   T *maximum_, *sum_;
   Matrix<T> sums_;
-};
-
-// One query in a state of its own: rescaling it for one more maximum tells what the added is worth beside it.
-template <class T>
-struct Merged {
-  T maximum, sum, kept = 1;  // kept: what the last rescaling left of the sums
-
-  T rescale(T added) {
-    const T now = attention_ext::maximum(maximum, added);
-    const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
-    kept = exp2<T>((splat<T>(maximum) - base) * log2e)[0];
-    maximum = now;
-    sum *= kept;
-    return exp2<T>((splat<T>(added) - base) * log2e)[0];
-  }
 };
 
 // The splits of a group of heads, and their sinks, become out and logsumexp.
@@ -262,7 +267,6 @@ void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, i
       const Vec<T> maximum = splat<T>(state.maximum), sum = splat<T>(state.sum);
       const int64_t at = row_of(p, s, head) + q;
       static_cast<T*>(p.logsumexp)[at] = logsumexp_of<T>(maximum, sum)[0];
-      if (p.logsumexp_rest) static_cast<T*>(p.logsumexp_rest)[at] = rest_of_logsumexp<T>(maximum, sum)[0];
       const T factor[] = {one_over<T>(splat<T>(state.sum))[0] * state.kept};
       write_rows(source_of(p.out, s.tensor_batch, head, s.begin_q + q), 1, p.head_dim_v, as_operand(total), factor);
     }

@@ -66,8 +66,8 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     }
   }
 
-  // The derivatives of a softcap would have to be held with its scores.
-  bool scores_held() const { return opened_.end - first_key() <= memory_.held_keys && p_.softcap == 0; }
+  // The derivatives of what bends scores would have to be held with them.
+  bool scores_held() const { return opened_.end - first_key() <= memory_.held_keys && !score_mods_of(p_).bends(); }
   int64_t first_key() const { return seen_.begin / kKeys * kKeys; }
 
   // Where the matrices of some keys lie between the two parts.
@@ -184,7 +184,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
       shared_.slope_sums.of(group_, sequence_, tile.head) +=
           slope_gradient(block, tile.vectors, as_operand(grad_score.moved));
     }
-    if (p_.softcap > 0) unbend(memory_.bend, k.size(), tile.vectors, grad_score);
+    if (block.mods.bends()) unbend(memory_.bend, k.size(), tile.vectors, grad_score);
     for (const Matrix<T>& m : {memory_.weight_tangent, grad_score.whole, grad_score.moved}) {
       clear_spare_row(m, k.size(), tile.vectors);
     }

@@ -72,7 +72,7 @@ struct DoubleBackwardScratch : JvpScratch<C> {
     const auto block_of = [&](int64_t keys) { return Matrix<T>{arena.take<T>(keys * kQueries<T>), kQueries<T>}; };
     weight_tangent = block_of(padded_keys);
     grad_score = {block_of(padded_keys), block_of(padded_keys)};
-    if (p.softcap > 0) bend = {block_of(padded_keys), block_of(padded_keys)};
+    if (score_mods_of(p).bends()) bend = {block_of(padded_keys), block_of(padded_keys)};
     grad_query = {arena.take<T>(kQueries<T> * shape.columns), shape.columns};
     rows.mean = arena.take<T>(kQueries<T>);
     rows.delta = arena.take<T>(kQueries<T>);

@@ -58,8 +58,9 @@ class Probability {
     });
   }
 
-  // Of key r and the queries of vector n. The difference comes before the factor: log2(e) * logsumexp would be rounded
-  // first, and far from 0 that is a whole exponent.
+  // Of key r and the queries of vector n. A score is rounded, as the forward pass does far from 0: else the largest
+  // weight of a row would be off by what its rounding took. The difference comes before the factor: log2(e) * logsumexp
+  // would be rounded first, and far from 0 that is a whole exponent.
   template <class N>
   ATTENTION_INLINE Weights<T> operator()(int64_t r, N n, Vec<T> dot) const {
     const Vec<T> log2e = splat<T>(static_cast<T>(kLog2E));
@@ -71,7 +72,7 @@ class Probability {
       slope = modified.slope;
       curve = modified.curve;
     }
-    Vec<T> weight = C::exponential(fma(fma(score, unit_, -base_[n]), log2e, -rest_[n]));
+    Vec<T> weight = C::exponential(fma(score * unit_ - base_[n], log2e, -rest_[n]));
     if constexpr (kRules == Rules::kBand) {
       weight = block_.mods.band.template keep<VectorOps<T>>(block_.at(r, n)) ? weight : Vec<T>{};
     }

@@ -39,7 +39,7 @@ ATTENTION_INLINE Vec<T> one_over(Vec<T> sum) {
 // A mask of -1e4 or -1e30 takes scores there. log2(e) * base, rounded, would be off by up to a whole exponent, or
 // overflow: differences of scores must come first. Elsewhere one multiply-add makes an exponent.
 template <class T, int kVectors>
-ATTENTION_INLINE bool far_from_zero(const Vec<T> (&base)[kVectors]) {
+ATTENTION_INLINE bool any_far_from_zero(const Vec<T> (&base)[kVectors]) {
   decltype(base[0] < base[0]) far{};
   unroll<kVectors>(UNROLLED(n) {
     const Vec<T> distance = abs<T>(base[n]);
@@ -85,7 +85,7 @@ void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Sc
     store(state.sum + n * kLanes<T>, load(state.sum + n * kLanes<T>) * worth);
     store(factor + n * kLanes<T>, worth);
   });
-  if (far_from_zero<T>(base)) {
+  if (any_far_from_zero<T>(base)) {
     for (int64_t r = 0; r < rows; ++r) {
       unroll<kVectors>(UNROLLED(n) {
         T* lanes = score.row(r) + n * kLanes<T>;

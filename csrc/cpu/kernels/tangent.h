@@ -13,10 +13,10 @@ struct ScoreTangent {
   Matrix<const T> mask;  // staged like the mask itself, no data without it
   Vec<T> slope{};        // of ALiBi
 
-  // dot: how scale * query . key moves. The score moves by the softcap's slope times that, and by mask and ALiBi.
+  // dot: how scale * query . key moves; bend: the score's derivative by that. Mask and ALiBi move it too.
   template <class N>
-  ATTENTION_INLINE Vec<T> operator()(const Block<T>& block, Vec<T> softcap_slope, Vec<T> dot, int64_t r, N n) const {
-    Vec<T> moved = dot * softcap_slope;
+  ATTENTION_INLINE Vec<T> operator()(const Block<T>& block, Vec<T> bend, Vec<T> dot, int64_t r, N n) const {
+    Vec<T> moved = dot * bend;
     if (mask.data) moved += load(mask.row(r) + n * kLanes<T>);
     if (block.mods.alibi) moved = fma(slope, block.mods.alibi.template by_slope<VectorOps<T>>(block.at(r, n)), moved);
     return moved;
@@ -43,7 +43,7 @@ struct Scores {
   Matrix<T> weight, moved;
 };
 
-// What a softcap makes of gradients: dU = dS slope, and dU' = dS' slope + dS curve, with curve the second derivative
+// What bent scores make of gradients: dU = dS slope, and dU' = dS' slope + dS curve, with curve the second derivative
 // times how scale * dot moves.
 template <class T>
 struct Bend {

@@ -53,11 +53,11 @@ void load_rows(const T* per_query, const Tile& tile, T* to) {
 }
 
 // Which mods a block of scores needs: each is an instance of its own, the fewer the faster.
-enum class Rules : uint8_t { kNone, kBand, kSoftcap, kAll };
+enum class Rules : uint8_t { kNone, kBand, kBends, kAll };
 
 // Whether scores are modified; else they stay dot products, and the scale becomes part of the exponent.
 template <Rules kRules>
-constexpr bool kModifies = kRules == Rules::kSoftcap || kRules == Rules::kAll;
+constexpr bool kModifies = kRules == Rules::kBends || kRules == Rules::kAll;
 
 struct Staged {
   Cover cover;    // of the keys below
@@ -136,7 +136,7 @@ ATTENTION_INLINE RowsAhead next_mask_rows(const View& mask, const Tile& tile, Ra
 template <Rules kRules>
 ATTENTION_INLINE ScoreMods mods_of(const ScoreMods& all) {
   if constexpr (kRules == Rules::kAll) return all;
-  return {.scale = all.scale, .softcap = all.softcap, .bias = {}, .alibi = {}, .band = {}};
+  return all.only_bending();
 }
 
 // One block of scores of a tile, and what is to be done to it.
@@ -169,9 +169,10 @@ bool open_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> 
   const Cover band = block.k.empty() ? Cover::kSkip : block.mods.band.cover(tile.q, block.k, tile.sequence.diagonal);
   if (band == Cover::kSkip) return false;
   if (band == Cover::kFull) block.mods.band = Band{};
-  const bool adds = block.mods.bias || block.mods.alibi, full = band == Cover::kFull;
-  const bool plain = !block.mods.softcap && !adds && block.mods.scale > 0;
-  block.rules = plain ? (full ? Rules::kNone : Rules::kBand) : !adds && full ? Rules::kSoftcap : Rules::kAll;
+  const bool full = band == Cover::kFull, bends_only = full && !block.mods.adds();
+  block.rules = block.mods.is_linear() ? (full ? Rules::kNone : Rules::kBand)
+                : bends_only           ? Rules::kBends
+                                       : Rules::kAll;
   const auto distance = static_cast<T>(block.k.begin - tile.q.begin - tile.sequence.diagonal);
   for (int v = 0; v < kQueryVectors; ++v) {
     block.first_distance[v] = splat<T>(distance - static_cast<T>(v * kLanes<T>)) - iota<T>();
@@ -219,8 +220,8 @@ ATTENTION_INLINE void with_constants(int64_t vectors, Rules rules, F&& f) {
       case Rules::kBand:
         f(kCount, std::integral_constant<Rules, Rules::kBand>{});
         break;
-      case Rules::kSoftcap:
-        f(kCount, std::integral_constant<Rules, Rules::kSoftcap>{});
+      case Rules::kBends:
+        f(kCount, std::integral_constant<Rules, Rules::kBends>{});
         break;
       case Rules::kAll:
         f(kCount, std::integral_constant<Rules, Rules::kAll>{});

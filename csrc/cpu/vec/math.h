@@ -1,4 +1,4 @@
-// exp2 and tanh of a vector, and the arithmetic that core's templates ask for.
+// exp2, log2 and tanh of a vector, and the arithmetic that core's templates ask for.
 #pragma once
 
 #include <type_traits>

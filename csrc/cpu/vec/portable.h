@@ -1,4 +1,5 @@
-// 128-bit vectors and nothing else but the vector extensions: x86-64 baseline (SSE2) and AArch64 (NEON).
+// 128-bit vectors by the vector extensions, and an intrinsic where those have no word: x86-64 baseline (SSE2) and
+// AArch64 (NEON).
 #pragma once
 
 #include "core/numeric.h"

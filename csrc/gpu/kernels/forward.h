@@ -72,11 +72,11 @@ class Forward {
   // changes no bit of logsumexp.
   ATTENTION_DEVICE static Head head_of(const ForwardProblem& p, const QueryTileIndex& at) {
     Head head(p, at.batch, at.head);
-    if (is_linear(p)) head.mods.scale = 1.0;
+    if (score_mods_of(p).is_linear()) head.mods.scale = 1.0;
     return head;
   }
   ATTENTION_DEVICE static Exponential<T> exponential_of(const ForwardProblem& p) {
-    const bool linear = kRules == Rules::kBand || is_linear(p);
+    const bool linear = kRules == Rules::kBand || score_mods_of(p).is_linear();
     return {linear ? static_cast<T>(p.scale) : T(1), !linear};
   }
 

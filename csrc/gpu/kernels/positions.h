@@ -29,13 +29,8 @@ ATTENTION_DEVICE constexpr T infinity() {
 // window and lengths.
 enum class Rules : uint8_t { kBand, kAll };
 
-// Whether scores are dot products times a scale, which can then wait for the exponential.
-ATTENTION_INLINE bool is_linear(const AttentionProblem& p) {
-  return p.softcap == 0 && !p.attn_mask && !p.alibi_slopes && p.scale > 0;
-}
-
 inline Rules rules_of(const AttentionProblem& p) {
-  return is_linear(p) && p.dropout_p == 0 ? Rules::kBand : Rules::kAll;
+  return score_mods_of(p).is_linear() && p.dropout_p == 0 ? Rules::kBand : Rules::kAll;
 }
 
 // One head of one sequence.
