@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Exact attention for PyTorch: fast C++ kernels, memory linear in the lengths, gradients of every argument.
 
 `attention` stands for `torch.nn.functional.scaled_dot_product_attention`, `MultiheadAttention` for
@@ -9,6 +8,7 @@ from attention_ext import ops  # loads the operator library, so it comes first  
 
 from attention_ext.functional import attention, attention_varlen, attention_weights
 from attention_ext.interop import Replacement, Routed, replace_, restore_, sdpa
+from attention_ext.introspection import explain, kernels
 from attention_ext.modules import (
     Attention,
     KVCache,
@@ -18,7 +18,6 @@ from attention_ext.modules import (
     SinusoidalPositions,
     alibi_slopes,
 )
-from attention_ext.ops import explain, kernels
 from attention_ext.paths import cmake_prefix, include_path, library_path
 
 __all__ = [

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Shape rules: any number of leading dimensions, folded to the 4-D tensors that the operators take, and back.
 
 Everything here runs in TorchScript as well as in eager mode: list arithmetic, no generators, no keyword-only defaults.
@@ -14,7 +13,14 @@ Window = tuple[int | None, int | None] | None
 
 
 def window_sides(window: Window) -> tuple[int | None, int | None]:
+    if not torch.jit.is_scripting():
+        check_pair("window", window)
     return (None, None) if window is None else window
+
+
+def check_pair(name: str, pair: object) -> None:
+    if pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2):
+        raise TypeError(f"attention: expected `{name}` to be None or two numbers, got {pair!r}")
 
 
 def at_rank(x: Tensor, rank: int) -> Tensor:
@@ -92,6 +98,11 @@ def check_leading(name: str, sizes: list[int], batch: list[int]) -> None:
         )
 
 
+def check_is_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"attention: expected `{name}` to be a Tensor, got {type(x).__name__}")
+
+
 def fold_mask(attn_mask: Tensor | None, batch: list[int]) -> Tensor | None:
     """A mask that broadcasts to (*batch, H, L, S), as one of 2 to 4 dimensions that broadcasts to (B, H, L, S).
 
@@ -99,6 +110,8 @@ def fold_mask(attn_mask: Tensor | None, batch: list[int]) -> Tensor | None:
     """
     if attn_mask is None:
         return None
+    if not torch.jit.is_scripting():
+        check_is_tensor("attn_mask", attn_mask)
     if len(batch) < 2 or attn_mask.dim() < 4:
         return at_rank(attn_mask, 2)
     check_leading("attn_mask", list(attn_mask.shape[:-3]), batch)
@@ -108,20 +121,32 @@ def fold_mask(attn_mask: Tensor | None, batch: list[int]) -> Tensor | None:
     return attn_mask.expand(batch + shape).flatten(0, -4)
 
 
-def fold_slopes(alibi_slopes: Tensor | None, batch: list[int]) -> Tensor | None:
+def fold_heads(name: str, per_head: Tensor | None, batch: list[int]) -> Tensor | None:
     """(H,) stays; (*batch, H) becomes (B, H)."""
-    if alibi_slopes is None or len(batch) == 1 or alibi_slopes.dim() < 2:
-        return alibi_slopes
-    check_leading("alibi_slopes", list(alibi_slopes.shape[:-1]), batch)
-    return alibi_slopes.expand(batch + list(alibi_slopes.shape[-1:])).flatten(0, -2)
+    if per_head is None or len(batch) == 0 or per_head.dim() < 2:
+        return per_head
+    check_leading(name, list(per_head.shape[:-1]), batch)
+    return per_head.expand(batch + list(per_head.shape[-1:])).flatten(0, -2)
 
 
 def fold_lengths(key_lengths: Tensor | None, batch: list[int]) -> Tensor | None:
     """(*batch,) becomes (B,)."""
-    if key_lengths is None or len(batch) == 1:
+    if key_lengths is None or len(batch) == 0:
         return key_lengths
     check_leading("key_lengths", list(key_lengths.shape), batch)
     return key_lengths.expand(batch).flatten()
+
+
+def fold_options(
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    key_lengths: Tensor | None,
+    batch: list[int],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What goes with tensors whose leading sizes were `batch`; none: they were not folded."""
+    slopes, sinks = fold_heads("alibi_slopes", alibi_slopes, batch), fold_heads("sinks", sinks, batch)
+    return fold_mask(attn_mask, batch), slopes, sinks, fold_lengths(key_lengths, batch)
 
 
 def unfold(x: Tensor, batch: list[int], rank: int) -> Tensor:
@@ -152,9 +177,7 @@ def attention_with_state(
     if not fits(query, key, value, enable_gqa):
         rank = max(query.dim(), key.dim(), value.dim())
         query, key, value, batch, enable_gqa = fold(query, key, value, enable_gqa)
-        alibi_slopes = fold_slopes(alibi_slopes, batch)
-        key_lengths = fold_lengths(key_lengths, batch)
-    attn_mask = fold_mask(attn_mask, batch)
+    attn_mask, alibi_slopes, sinks, key_lengths = fold_options(attn_mask, alibi_slopes, sinks, key_lengths, batch)
     left, right = window_sides(window)
     out, logsumexp, rng_state = attention_op(
         query,

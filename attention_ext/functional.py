@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The functional interface: `attention`, `attention_varlen` and `attention_weights`.
 
 Only shape rules are Python (`folding.py`). Every other check, and every default, is in C++, so that a bare
@@ -14,15 +13,14 @@ from torch import Tensor
 from attention_ext import script_forms
 from attention_ext.folding import (
     Window,
-    at_rank,
     attention_op,
     attention_weights_op,
     attention_with_state,
+    check_pair,
     fits,
     fold,
-    fold_lengths,
     fold_mask,
-    fold_slopes,
+    fold_options,
     unfold,
     varlen_with_state,
     window_sides,
@@ -73,7 +71,7 @@ def attention(
         window: ``(left, right)``: keys from ``diagonal - left`` to ``diagonal + right``; None on a side: no limit.
         softcap: c > 0 bends a score to ``c * tanh(score / c)``; 0 leaves it.
         alibi_slopes: ``(Hq,)`` or ``(B, Hq)``: adds ``-slope * |diagonal - k|`` to the score; differentiable.
-        sinks: ``(Hq,)``: one more logit per head in the normaliser, without a value; differentiable.
+        sinks: ``(Hq,)`` or ``(B, Hq)``: one more logit per head in the normaliser, without a value; differentiable.
         key_lengths: ``(B,)``, int32 or int64: keys from this position on are hidden, and are not read. From 0 to S,
             which is verified on the CPU only: on a GPU that would wait for the device.
         return_logsumexp: also return the logarithm of the normaliser.
@@ -89,13 +87,13 @@ def attention(
 
     Source: "Attention Is All You Need" (arXiv:1706.03762); online softmax as in "FlashAttention" (arXiv:2205.14135).
     """
-    if scale is not None or softcap != 0.0 or dropout_p != 0.0:
-        _refuse_tensors(scale=scale, softcap=softcap, dropout_p=dropout_p)
+    if scale is not None or type(softcap) is not float or type(dropout_p) is not float:
+        _refuse_tensors("attention", scale=scale, softcap=softcap, dropout_p=dropout_p)
     if fits(query, key, value, enable_gqa):
         # Every argument that is passed costs the dispatcher time, also a default: what has its default is not passed.
         options: dict[str, Any] = {}
         if attn_mask is not None:
-            options["attn_mask"] = at_rank(attn_mask, 2)
+            options["attn_mask"] = fold_mask(attn_mask, [])
         if dropout_p != 0.0:
             options["dropout_p"] = dropout_p
         if is_causal is not False:
@@ -107,7 +105,7 @@ def attention(
         if causal_alignment != "top_left":
             options["causal_alignment"] = causal_alignment
         if window is not None:
-            options["window_left"], options["window_right"] = window
+            options["window_left"], options["window_right"] = window_sides(window)
         if softcap != 0.0:
             options["softcap"] = softcap
         if alibi_slopes is not None:
@@ -156,7 +154,7 @@ def attention_varlen(
         cu_seqlens_q: ``(n + 1,)``, int32 or int64, from 0 to total_q, never falling, which is verified on the CPU only.
         cu_seqlens_k: ``(n + 1,)``, likewise, to total_k.
         attn_mask: broadcastable to ``(n, Hq, longest query sequence, longest key sequence)``.
-        alibi_slopes: ``(Hq,)`` or ``(n, Hq)``.
+        alibi_slopes: ``(Hq,)`` or ``(n, Hq)``; sinks likewise.
 
     Returns:
         The output ``(total_q, Hq, Dv)``, contiguous; with ``return_logsumexp`` a pair of it and the logsumexp
@@ -167,7 +165,7 @@ def attention_varlen(
 
     Source: the packed layout of FlashAttention's ``flash_attn_varlen_func``.
     """
-    _refuse_tensors(scale=scale, softcap=softcap, dropout_p=dropout_p)
+    _refuse_tensors("attention_varlen", scale=scale, softcap=softcap, dropout_p=dropout_p)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise TypeError("attention_varlen: expected `cu_seqlens_q` and `cu_seqlens_k` to be Tensors (n + 1,), got None")
     out, logsumexp, _ = varlen_with_state(
@@ -190,12 +188,12 @@ def attention_varlen(
     return (out, logsumexp) if return_logsumexp else out
 
 
-def _refuse_tensors(**numbers: Any) -> None:
+def _refuse_tensors(function: str, **numbers: Any) -> None:
     """The dispatcher would take a tensor of one element for a number, and its gradient would be lost."""
     for name, number in numbers.items():
         if isinstance(number, Tensor):
             raise TypeError(
-                f"attention: expected `{name}` to be a number, got a Tensor, for which there is no gradient"
+                f"{function}: expected `{name}` to be a number, got a Tensor, for which there is no gradient"
             )
 
 
@@ -246,7 +244,7 @@ def attention_weights(
         RuntimeError: as :func:`attention`; also where ``dropout_p > 0`` and ``rng_state`` is None.
     """
     if not torch.jit.is_scripting():
-        _refuse_tensors(scale=scale, softcap=softcap, dropout_p=dropout_p)
+        _refuse_tensors("attention_weights", scale=scale, softcap=softcap, dropout_p=dropout_p)
     if logsumexp is None:
         logsumexp = attention_with_state(
             query, key, key[..., :0], attn_mask, 0.0, is_causal, scale, enable_gqa,
@@ -257,9 +255,7 @@ def attention_weights(
     if not fits(query, key, key, enable_gqa):
         rank = max(query.dim(), key.dim())
         query, key, _, batch, enable_gqa = fold(query, key, key, enable_gqa)
-        alibi_slopes = fold_slopes(alibi_slopes, batch)
-        key_lengths = fold_lengths(key_lengths, batch)
-    attn_mask = fold_mask(attn_mask, batch)
+    attn_mask, alibi_slopes, sinks, key_lengths = fold_options(attn_mask, alibi_slopes, sinks, key_lengths, batch)
     left, right = window_sides(window)
     if rank > 0:
         sizes = batch + list(query.shape[1:3])
@@ -272,6 +268,8 @@ def attention_weights(
     row_begin: int | None = None
     row_end: int | None = None
     if rows is not None:
+        if not torch.jit.is_scripting():
+            check_pair("rows", rows)
         row_begin, row_end = rows
     if rng_state is None:
         rng_state = query.new_empty([0], dtype=torch.int64)

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Raw operator calls with bad input raise an error that names the argument, what was expected and what was received."""
 
 from __future__ import annotations
@@ -102,9 +101,9 @@ OPTIONS: Changes = [
     ({"dropout_p": math.nan}, "expected `dropout_p` to be in \\[0, 1\\], got nan"),
     ({"scale": math.nan}, "expected `scale` to be finite or None, got nan"),
     ({"scale": -math.inf}, "expected `scale` to be finite or None, got -inf"),
-    ({"softcap": -1.0}, "expected `softcap` to be finite and at least 0 .* got -1"),
-    ({"softcap": math.nan}, "expected `softcap` to be finite and at least 0 .* got nan"),
-    ({"softcap": math.inf}, "expected `softcap` to be finite and at least 0 .* got inf"),
+    ({"softcap": -1.0}, "expected `softcap` to be 0 .none., or finite and at least 1e-30.* got -1"),
+    ({"softcap": math.nan}, "expected `softcap` to be 0 .none., or finite and at least 1e-30.* got nan"),
+    ({"softcap": math.inf}, "expected `softcap` to be 0 .none., or finite and at least 1e-30.* got inf"),
     ({"window_left": -1}, "expected `window_left` to be at least 0 or None, got -1"),
     ({"window_right": -(2**62)}, "expected `window_right` to be at least 0 or None, got -"),
     ({"causal_alignment": "middle"}, 'expected `causal_alignment` to be "top_left" or "bottom_right", got "middle"'),
@@ -302,14 +301,27 @@ def test_sizes_that_overflow() -> None:
 def test_a_tensor_is_no_number(name: str) -> None:
     """The dispatcher would take its value and lose its gradient."""
     x, packed, ends = torch.randn(2, 2, 4, 8), torch.randn(4, 2, 8), torch.tensor([0, 4])
-    number: dict[str, Any] = {name: torch.tensor(0.5)}
-    for call in (
-        lambda: attention(x, x, x, **number),
-        lambda: attention_weights(x, x, **number),
-        lambda: attention_varlen(packed, packed, packed, ends, ends, **number),
-    ):
-        with pytest.raises(TypeError, match=f"expected `{name}` to be a number, got a Tensor"):
-            call()
+    for value in (0.0, 0.5):
+        number: dict[str, Any] = {name: torch.tensor(value)}
+        for function, arguments in (
+            (attention, (x, x, x)),
+            (attention_weights, (x, x)),
+            (attention_varlen, (packed, packed, packed, ends, ends)),
+        ):
+            match = f"^{function.__name__}: expected `{name}` to be a number, got a Tensor"
+            with pytest.raises(TypeError, match=match):
+                function(*arguments, **number)
+
+
+def test_python_objects_that_do_not_fit() -> None:
+    x = torch.randn(2, 2, 4, 8)
+    for window in (4, (1, 2, 3)):
+        with pytest.raises(TypeError, match="expected `window` to be None or two numbers, got "):
+            attention(x, x, x, window=cast(Any, window))
+    with pytest.raises(TypeError, match="expected `rows` to be None or two numbers, got 1"):
+        attention_weights(x, x, rows=cast(Any, 1))
+    with pytest.raises(TypeError, match="expected `attn_mask` to be a Tensor, got list"):
+        attention(x, x, x, cast(Any, [[0.0]]))
 
 
 def test_packing_cannot_be_left_out() -> None:
@@ -319,7 +331,8 @@ def test_packing_cannot_be_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("attn_mask", (7, 2, 1, 4, 4)), ("alibi_slopes", (3, 2, 2)), ("key_lengths", (3, 5))]
+    ("name", "shape"),
+    [("attn_mask", (7, 2, 1, 4, 4)), ("alibi_slopes", (3, 2, 2)), ("sinks", (6, 2)), ("key_lengths", (3, 5))],
 )
 def test_leading_dimensions_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(2, 3, 2, 4, 8)

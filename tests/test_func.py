@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """`torch.func` and `torch.autograd.forward_ad`: every transform, in every order, equals the same code on the oracle.
 
 In double, on the kernels themselves. vmap folds the batch: torch's fallback, a loop over samples, would warn and fail.
@@ -23,21 +22,21 @@ ops = torch.ops.attention_ext
 
 # one sample with every differentiable input, one with all structure
 RICH = [
-    Spec("rich", heads=(4, 2), lengths="more_keys", mask="float 1h1k", alibi="heads", sinks=True),
+    Spec("rich", heads=(4, 2), lengths="more_keys", mask="float 1h1k", alibi="heads", sinks="heads"),
     Spec(
         "structured",
         heads=(2, 1),
         lengths="more_keys",
         mask="float b1qk",
         alibi="batch",
-        sinks=True,
+        sinks="heads",
         softcap=1.5,
         causal="bottom_right",
         window=(3, None),
         key_lengths=(5, 7),
     ),
 ]
-PACKED = Spec("packed", varlen=True, lengths="more_keys", mask="float bhqk", alibi="batch", sinks=True)
+PACKED = Spec("packed", varlen=True, lengths="more_keys", mask="float bhqk", alibi="batch", sinks="batch")
 
 Inputs = tuple[Tensor, ...]
 
@@ -303,6 +302,13 @@ class TestDropout:
         out = func.vmap(self.attend, randomness="same")(*samples)
         assert torch.equal(out[0], out[1])
         assert torch.equal(out[0], out[2])
+
+    def test_no_samples(self) -> None:
+        for randomness in ("same", "different"):
+            out = func.vmap(self.attend, randomness=randomness)(
+                *(x.new_empty(0, *x.shape) for x in (self.q, self.k, self.v))
+            )
+            assert out.shape == (0, *self.q.shape)
 
     def test_different_mode_draws_different_bits(self) -> None:
         samples = [torch.stack([x, x, x]) for x in (self.q, self.k, self.v)]

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The kernel table is the list of kernels: every row of it can be forced, explained, and gives right results.
 
 Each instruction set of this machine then runs the tests marked ``every_isa`` in a process of its own.
@@ -22,7 +21,7 @@ from attention_ext.testing import SINGLE, Sample, Spec, evaluate, operator, oper
 ROWS: list[dict[str, Any]] = _C.kernels()
 SETS = list(dict.fromkeys(row["isa"] for row in ROWS if row["available"] and row["device"] == "cpu"))
 NAMED = {x.name: x for x in SINGLE}
-PASSES = {"forward": "attention", "backward": "attention_backward", "weights": "attention_weights"}
+PASSES = ("forward", "backward", "weights")
 HEADLINE = ("plain", "grouped", "causal", "bias", "everything", "dropout", "varlen_causal", "decode", "wider_value")
 
 
@@ -62,6 +61,12 @@ def test_explain_names_every_row(which: str, dtype: torch.dtype, device: str) ->
     rows = _C.kernels()  # now: tests of emulated kernels may have added theirs
     assert names == [row["name"] for row in rows if (row["device"], row["pass"]) == (device, which)]
     assert sum(line.endswith(": chosen") for line in lines) == 1
+
+
+def test_explain_takes_what_attention_takes() -> None:
+    x = torch.randn(2, 4, 5, 8)
+    for call in ((x, x, x), (x, x[:, :1], x[:, :1]), (x, x[:1], x[:1]), (x[0], x[0], x[0]), (x, x, x, torch.zeros(5))):
+        assert ": chosen" in explain(*call, return_logsumexp=True)
 
 
 def serving() -> Iterator[Any]:
@@ -126,12 +131,12 @@ def test_unknown_names_raise() -> None:
 
 def test_calls_are_counted(device: str) -> None:
     sample = Spec("counted").build(device=device)
-    before = {name: _C.call_count(name) for name in PASSES.values()}
+    before = {name: _C.call_count(name) for name in PASSES}
     evaluate(sample, operator)
-    after = {name: _C.call_count(name) for name in PASSES.values()}
-    assert after["attention"] == before["attention"] + 1
-    assert after["attention_backward"] == before["attention_backward"] + 1
-    assert after["attention_weights"] == before["attention_weights"]
+    after = {name: _C.call_count(name) for name in PASSES}
+    assert after["forward"] == before["forward"] + 1
+    assert after["backward"] == before["backward"] + 1
+    assert after["weights"] == before["weights"]
 
 
 def run_python(*arguments: str, isa: str) -> subprocess.CompletedProcess[str]:

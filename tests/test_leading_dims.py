@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Shapes of the functional interface: any number of leading dimensions, as torch's function takes them."""
 
 from __future__ import annotations
@@ -127,11 +126,17 @@ def test_grouped_heads(leading: tuple[int, ...]) -> None:
 
 def test_lengths_and_slopes_of_several_batch_dimensions() -> None:
     tensors = make((2, 3, 4), (2, 3, 4), (2, 3, 4))
-    lengths, slopes = torch.randint(1, S + 1, (2, 3)), torch.rand(2, 3, 4, dtype=torch.float64)
-    out = attention_ext.attention(*tensors, key_lengths=lengths, alibi_slopes=slopes)
-    for i in range(2):
-        expected = attention_ext.attention(*[x[i] for x in tensors], key_lengths=lengths[i], alibi_slopes=slopes[i])
-        torch.testing.assert_close(out[i], expected, rtol=0, atol=0)
+    options: dict[str, Any] = {
+        "key_lengths": torch.randint(1, S + 1, (2, 3)),
+        "alibi_slopes": torch.rand(2, 3, 4, dtype=torch.float64),
+        "sinks": torch.rand(2, 3, 4, dtype=torch.float64),
+    }
+    weights = attention_ext.attention_weights(*tensors[:2], **options)
+    out = attention_ext.attention(*tensors, **options)
+    for chosen in (0, 1, (0, 1), (1, 2)):
+        expected = attention_ext.attention(*[x[chosen] for x in tensors], **{k: x[chosen] for k, x in options.items()})
+        torch.testing.assert_close(out[chosen], expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights.sum(-1) < 1, torch.ones_like(out[..., 0], dtype=torch.bool))
 
 
 def test_heads_merge_without_a_copy() -> None:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The operators, and how they take part in torch's subsystems: a module for each.
 
 Schemas, autograd, autocast, meta and fake tensors are in C++ (csrc/torch), so they hold without Python too.
@@ -9,10 +8,7 @@ from attention_ext.ops import library
 library.load()
 
 from attention_ext.ops import flops, sharding, vmap  # noqa: E402
-from attention_ext.ops.introspection import explain, kernels  # noqa: E402
 
 flops.register()
 vmap.register()
 sharding.register_if_imported()
-
-__all__ = ["explain", "kernels"]

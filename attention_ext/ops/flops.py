@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Operation counts for `torch.utils.flop_counter`, by torch's own convention for attention.
 
 Two operations for each multiply-add of a matrix product, recomputed scores included; masks and structure are not

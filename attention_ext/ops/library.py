@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Loads the operator library, once, or says in words why it cannot be."""
 
 import ctypes

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """DTensor: the operators run on shards of the batch or of the heads, without communication.
 
 Importing torch.distributed.tensor takes a second, so the rules are registered when it is there already, or by a call of
@@ -28,7 +27,6 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    _registered = True
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
     from torch.distributed.tensor.experimental import register_sharding
@@ -45,6 +43,7 @@ def register() -> None:
         register_sharding(op)(_Rule(op))
         # All that is no tensor is part of the cache key: dropout_p decides the size of rng_state.
         propagator.op_to_schema_info[op] = RuntimeSchemaInfo(0, needs_pytree=True)
+    _registered = True
 
 
 class _Rule:

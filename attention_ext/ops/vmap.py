@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """vmap: every operator folds the mapped dimension into the batch, so that one call serves all samples.
 
 Packed sequences (cu_seqlens) have no batch to fold into: samples are packed one after another instead.
@@ -169,7 +168,7 @@ def rewinder(device: torch.device) -> Callable[[], None]:
 
 def attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     call = Call(ops.attention.default, info, in_dims, args)
-    if call.values["dropout_p"] > 0 and info.randomness == "same":
+    if call.values["dropout_p"] > 0 and info.randomness == "same" and call.samples > 0:
         return call.one_by_one(before_each=rewinder(call.values["query"].device))
     out, logsumexp, rng_state = call.run(call.folded())
     return (call.unfold_rows(out), call.unfold_rows(logsumexp), rng_state), (0, 0, None)
