@@ -1,10 +1,9 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """attention_ext.modules.Attention against plain torch, and decoding against its cache."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -150,6 +149,27 @@ def test_cache_is_for_inference() -> None:
         build({})(torch.randn(1, 2, EMBED, dtype=torch.float64), cache=KVCache())
 
 
+def test_cache_of_inference_mode_serves_outside_of_it() -> None:
+    module, cache, x = Attention(EMBED, HEADS, is_causal=True).eval(), KVCache(), torch.randn(1, 5, EMBED)
+    with torch.inference_mode():
+        first = module(x[:, :3], cache=cache)[0]
+    with torch.no_grad():
+        second = module(x[:, 3:], cache=cache)[0]
+        torch.testing.assert_close(torch.cat([first, second], dim=1), module(x)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"alibi": "fixed"}, {"rotary": True}], ids=str)
+def test_last_queries_lie_at_the_last_keys(options: dict[str, Any]) -> None:
+    if "rotary" in options:
+        options = {"rotary": RotaryPositions(EMBED // HEADS)}
+    module = Attention(EMBED, HEADS, is_causal=True, causal_alignment="bottom_right", **options).eval()
+    x = torch.randn(1, 6, EMBED)
+    torch.testing.assert_close(module(x[:, -2:], x)[0], module(x)[0][:, -2:])
+    more = module(torch.cat([x[:, :2], x], dim=1), x)[0]
+    torch.testing.assert_close(more[:, 2:], module(x)[0])
+
+
 def stored(batch: int = 2, features: int = 6, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
     return torch.randn(batch, HEADS, 3, features, dtype=dtype, device=device)
 
@@ -236,6 +256,8 @@ def test_wrong_constructors(options: dict[str, Any], message: str) -> None:
         Attention(EMBED, HEADS, **options)
     with pytest.raises(ValueError, match="head_dim"):
         Attention(10, 3)
+    with pytest.raises(TypeError, match="expected `window` to be None or two numbers, got 4"):
+        Attention(EMBED, HEADS, window=cast(Any, 4))
 
 
 def test_state_dict_has_what_is_trained() -> None:

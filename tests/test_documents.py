@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The tutorials' layers compute what their texts intend, from the tutorials' own checkpoints.
 
 The oracles restate each text in plain torch; the printed code is compared where it runs and is right.
@@ -304,6 +303,12 @@ class TestKeras:
         torch.testing.assert_close(out, self.reference(query, value, arrays))
         assert scores.shape == (3, heads, 5, 7)
         torch.testing.assert_close(scores.sum(-1), torch.ones_like(scores[..., 0]))
+
+    def test_scores_are_those_before_dropout(self) -> None:
+        layer = KerasMultiHeadAttention(2, 4, dropout=0.5, query_features=16)
+        x = torch.randn(3, 5, 16)
+        scores = layer(x, x, return_attention_scores=True)[1]
+        torch.testing.assert_close(scores, layer.eval()(x, x, return_attention_scores=True)[1])
 
     def test_masks(self) -> None:
         arrays = self.weights(16, 2, 4, 4)

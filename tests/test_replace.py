@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """replace_ swaps torch's modules in place and back, and sdpa() routes torch's function for a while."""
 
 from __future__ import annotations
@@ -8,7 +7,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Barrier
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -180,10 +179,12 @@ def test_subclasses_of_ours_stay() -> None:
     wrapped = encoder.get_submodule("layers.0.self_attn")
     parametrizations.weight_norm(wrapped, "in_proj_weight")
     wrapped.__class__ = type("FSDPMultiheadAttention", (Sharded, type(wrapped)), {})
-    for back in (report.restore(), restore_(model), replace_(model)):
+    for back in (report.restore(), restore_(model)):
         assert "FSDPMultiheadAttention is a subclass" in back.left.pop("0.layers.0.self_attn")
         assert not back.left
         assert not back.encoders
+    again = replace_(model)
+    assert again.left == {"0.layers.0.self_attn": "already attention_ext.MultiheadAttention"}
     assert isinstance(wrapped, MultiheadAttention)
     assert encoder.use_nested_tensor is False
 
@@ -228,6 +229,38 @@ def test_encoder_does_not_make_nested_tensors() -> None:
         assert restore_(copy.deepcopy(model)).encoders == ["0"]
         assert restore_(model).encoders == ["0"]
         torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_encoder_of_wrapped_attention() -> None:
+    def wrap(encoder: nn.TransformerEncoder) -> None:
+        for layer in encoder.layers:
+            layer.self_attn = torch.compile(layer.self_attn, backend="eager")
+
+    x, padding = torch.randn(2, 5, 16), torch.arange(5).expand(2, 5) > 2
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2).eval()
+    expected = encoder(x, src_key_padding_mask=padding)
+    for wrapped_before in (False, True):
+        changed = copy.deepcopy(encoder)
+        if wrapped_before:
+            wrap(changed)
+        report = replace_(changed)
+        assert (len(report.swapped), report.encoders) == (2, [""])
+        if not wrapped_before:
+            wrap(changed)
+        actual = changed(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(actual[~padding], expected[~padding])
+        undone = report.restore()
+        assert (undone.swapped, undone.left, undone.encoders) == (report.swapped, {}, [""])
+        assert not any(isinstance(module, MultiheadAttention) for module in changed.modules())
+
+
+def test_restore_leaves_what_is_no_longer_there() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(16, 4)])
+    report = replace_(model)
+    taken, model[0] = model[0], nn.Identity()
+    assert report.restore().left == {"0": "no longer in the model"}
+    assert isinstance(taken, MultiheadAttention)
 
 
 def test_encoder_that_made_none_is_not_touched() -> None:
@@ -306,8 +339,46 @@ def test_sdpa_leaves_to_torch_what_it_cannot_do() -> None:
     x = tensors(5, 4)
     with sdpa() as routed:
         F.scaled_dot_product_attention(x[0].as_subclass(Wrapper), x[1], x[2])
+        F.scaled_dot_product_attention(x[0][..., :0], x[1][..., :0], x[2])
+        F.scaled_dot_product_attention(x[0], x[1], x[2], scale=cast(float, torch.tensor(0.5)))
     assert routed.taken == 0
-    assert dict(routed.left) == {"tensor subclass": 1}
+    assert dict(routed.left) == {"tensor subclass": 1, "head_dim 0": 1, "a number given as a tensor": 1}
+
+
+@pytest.mark.parametrize("lengths", [(4, 5), (5, 3)])
+def test_sdpa_leaves_biases_of_other_lengths_to_torch(lengths: tuple[int, int]) -> None:
+    (query, _, _), (key, value, _) = tensors(3, 4), tensors(5, 4)
+    with sdpa() as routed:
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(query, key, value, causal_lower_right(*lengths))
+        with pytest.raises((ValueError, RuntimeError), match="causal"):
+            F.scaled_dot_product_attention(query, key, value, causal_lower_right(3, 5), is_causal=True)
+    assert routed.taken == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_sdpa_is_exported(strict: bool) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    x = tensors(5, 4)[0]
+    with sdpa():
+        exported = torch.export.export(Model(), (x,), strict=strict)
+    assert [node for node in exported.graph.nodes if node.target is torch.ops.attention_ext.attention.default]
+    torch.testing.assert_close(exported.module()(x), Model()(x))
+
+
+def test_sdpa_leaves_scripts_to_torch() -> None:
+    def attend(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+    x = tensors(5, 4)[0]
+    with sdpa() as routed:
+        scripted = torch.jit.script(attend)
+        torch.testing.assert_close(scripted(x), attend(x))
+    assert routed.taken == 1
+    torch.testing.assert_close(scripted(x), attend(x))
 
 
 @pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])

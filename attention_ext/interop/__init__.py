@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Ways into the library for code that was written against torch."""
 
 from attention_ext.interop.replace import Replacement, replace_, restore_

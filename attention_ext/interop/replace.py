@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Turns the nn.MultiheadAttention modules of a model into ours, and back.
 
 A module changes its class and stays the same object: parameters, buffers, hooks, device, dtype, training mode, places
@@ -34,14 +33,17 @@ class Replacement:
     swapped: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     encoders: list[str] = field(default_factory=list)
+    _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)  # of all names but those left
 
     def restore(self) -> "Replacement":
         """Gives what this replacement swapped its former class back."""
-        report = Replacement(self.model)
-        modules = dict(self.model.named_modules())
+        report = Replacement(self.model, _modules=self._modules)
+        present = set(self.model.modules())  # perhaps under another name, where it was wrapped meanwhile
         for name in self.swapped:
-            module = modules.get(name)
-            if not isinstance(module, MultiheadAttention):
+            module = self._modules[name]
+            if module not in present:
+                report.left[name] = "no longer in the model"
+            elif not isinstance(module, MultiheadAttention):
                 report.left[name] = "no longer an attention_ext.MultiheadAttention"
             elif reason := _not_exactly(MultiheadAttention, module):
                 report.left[name] = reason
@@ -49,7 +51,7 @@ class Replacement:
                 _change_class(module, nn.MultiheadAttention)
                 report.swapped.append(name)
         for name in self.encoders:
-            if name in modules and not _has_ours(modules[name]) and _allow_nested(modules[name]):
+            if not _has_ours(self._modules[name]) and _allow_nested(self._modules[name]):
                 report.encoders.append(name)
         return report
 
@@ -78,20 +80,22 @@ def replace_(model: nn.Module) -> Replacement:
         if reason is None:
             _change_class(module, MultiheadAttention)
             report.swapped.append(name)
+            report._modules[name] = module
         elif reason:
             report.left[name] = reason
     for name, module in model.named_modules():
         if _has_ours(module) and _forbid_nested(module):
             report.encoders.append(name)
+            report._modules[name] = module
     return report
 
 
 def restore_(model: nn.Module) -> Replacement:
     """Makes every `attention_ext.MultiheadAttention` in model, but no subclass, torch's, in place; reports likewise."""
-    modules = list(model.named_modules())
-    ours = [name for name, module in modules if isinstance(module, MultiheadAttention)]
-    encoders = [name for name, module in modules if hasattr(module, _NESTED_FLAG)]
-    return Replacement(model, swapped=ours, encoders=encoders).restore()
+    modules = dict(model.named_modules())
+    ours = [name for name, module in modules.items() if isinstance(module, MultiheadAttention)]
+    encoders = [name for name, module in modules.items() if hasattr(module, _NESTED_FLAG)]
+    return Replacement(model, swapped=ours, encoders=encoders, _modules=modules).restore()
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -100,7 +104,7 @@ def _why_not(module: nn.Module) -> str | None:
         return "scripted: replace before torch.jit.script" if module.original_name == "MultiheadAttention" else ""
     if not isinstance(module, nn.MultiheadAttention):
         return ""
-    if _base_class(module) is MultiheadAttention:
+    if isinstance(module, MultiheadAttention):
         return "already attention_ext.MultiheadAttention"
     return _not_exactly(nn.MultiheadAttention, module)
 
@@ -134,7 +138,7 @@ def _change_class(module: nn.Module, to: type[nn.MultiheadAttention]) -> None:
 def _has_ours(module: nn.Module) -> bool:
     if not isinstance(module, nn.TransformerEncoder):
         return False
-    return any(isinstance(getattr(layer, "self_attn", None), MultiheadAttention) for layer in module.layers)
+    return any(isinstance(inner, MultiheadAttention) for inner in module.layers.modules())  # perhaps wrapped
 
 
 def _forbid_nested(encoder: nn.Module) -> bool:

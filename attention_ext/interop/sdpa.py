@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Routes F.scaled_dot_product_attention to `attention_ext.attention` for the length of a with-block."""
 
 from collections import Counter
@@ -11,12 +10,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.jit._builtins import _get_builtin_table as builtins
 
 from attention_ext.functional import attention
+from attention_ext.introspection import kernels
 
 __all__ = ["Routed", "sdpa"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CLASSES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)  # the last two are what torch traces with
+_DEVICES = {"meta", *(row["device"] for row in kernels())}
 
 
 @dataclass
@@ -58,11 +63,11 @@ class _Dispatcher:
     ) -> Any:
         alignment = "top_left"
         bias: Any = attn_mask
-        if isinstance(bias, self.causal_bias):
+        if isinstance(bias, self.causal_bias) and _causal_bias_fits(bias, query, key, is_causal):
             if bias.variant == self.lower_right:
                 alignment = "bottom_right"
             attn_mask, is_causal = None, True
-        reason = _why_not(query, key, value, attn_mask, enable_gqa)
+        reason = _why_not(query, key, value, attn_mask, enable_gqa, (dropout_p, scale))
         for routed in self.open:
             if reason:
                 routed.left[reason] += 1
@@ -91,8 +96,11 @@ def sdpa() -> Iterator[Routed]:
 
     Calls that this library does not serve are torch's, and are counted in ``left``: tensor subclasses other than
     torch.nn.attention.bias.CausalBias, nested tensors, grouped heads of which keys and values have different numbers,
-    and dtypes and devices without kernels. A mask together with ``is_causal`` hides what either of them hides; torch
-    does the same or refuses, depending on its backend.
+    head_dim 0, numbers given as tensors, and dtypes and devices without kernels. A mask together with ``is_causal``
+    hides what either of them hides; torch does the same or refuses, depending on its backend.
+
+    What recomputes a call later must do so in a block too: where torch.utils.checkpoint is used within, call
+    ``backward()`` within as well, or torch's function recomputes, with other dropout.
 
     Blocks may overlap, in threads too: a call counts in every one that is open, and torch's function is back when the
     last one ends. Where somebody else has replaced the function meanwhile, theirs stays, and calls torch's.
@@ -103,6 +111,7 @@ def sdpa() -> Iterator[Routed]:
         if not isinstance(dispatcher, _Dispatcher):
             dispatcher = _Dispatcher(dispatcher)
             F.scaled_dot_product_attention = dispatcher
+            builtins()[id(dispatcher)] = "aten::scaled_dot_product_attention"  # for torch.jit.script
         dispatcher.open += (routed,)
     try:
         yield routed
@@ -111,11 +120,19 @@ def sdpa() -> Iterator[Routed]:
             dispatcher.open = tuple(other for other in dispatcher.open if other is not routed)
             if not dispatcher.open and F.scaled_dot_product_attention is dispatcher:
                 F.scaled_dot_product_attention = dispatcher.original  # type: ignore[attr-defined]
+                del builtins()[id(dispatcher)]
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> str:
+def _causal_bias_fits(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> bool:
+    """Else it is torch's to refuse."""
+    return not is_causal and (bias.seq_len_q, bias.seq_len_kv) == (query.size(-2), key.size(-2))
+
+
+def _why_not(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool, numbers: tuple[Any, ...]
+) -> str:
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
-    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+    if any(type(x) not in _CLASSES for x in tensors):
         return "tensor subclass"
     if any(x.is_nested for x in tensors):
         return "nested tensor"
@@ -123,4 +140,8 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
         return "grouped heads of keys unlike those of values"
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype}"
-    return "" if query.device.type in ("cpu", "cuda", "meta") else f"device {query.device.type}"
+    if any(isinstance(x, Tensor) for x in numbers):
+        return "a number given as a tensor"
+    if query.size(-1) == 0:
+        return "head_dim 0"
+    return "" if query.device.type in _DEVICES else f"device {query.device.type}"

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Layers on the library's operators."""
 
 from attention_ext.modules.attention import Attention, KVCache, alibi_slopes

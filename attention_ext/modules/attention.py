@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """An attention layer with everything the operator offers, and a cache of keys and values for decoding."""
 
 import math
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_ext.folding import Window, attention_with_state
+from attention_ext.folding import Window, attention_with_state, window_sides
 from attention_ext.functional import attention_weights
 from attention_ext.modules.positional import RotaryPositions
 
@@ -16,7 +15,7 @@ __all__ = ["Attention", "KVCache", "alibi_slopes"]
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
-    r"""The slopes ``(num_heads,)`` of the ALiBi paper: ``2^(-8 i / n)`` for i = 1 .. n, n a power of two.
+    r"""The slopes ``(num_heads,)``, float32, of the ALiBi paper: ``2^(-8 i / n)`` for i = 1 .. n, n a power of two.
 
     For other numbers of heads: those of the power of two below, then every second one of the power of two above.
 
@@ -24,7 +23,7 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     """
     power = 2 ** math.floor(math.log2(num_heads))
     steps = torch.arange(2, 2 * num_heads + 1, 2, device=device) % (2 * power + 1)  # 2, 4 .. 2 power, 1, 3 ..
-    return torch.exp2(steps * (-4.0 / power))
+    return torch.exp2(steps.float() * (-4.0 / power))
 
 
 class KVCache:
@@ -66,7 +65,8 @@ class KVCache:
         if end <= buffer.size(-2):
             return buffer
         self.capacity = max(self.capacity, 2 ** math.ceil(math.log2(end)))
-        grown = new.new_zeros(*new.shape[:-2], self.capacity, new.size(-1))
+        with torch.inference_mode(False):  # else it could be written to in that mode only
+            grown = new.new_zeros(*new.shape[:-2], self.capacity, new.size(-1))
         grown[..., : self.length, :] = buffer[..., : self.length, :]
         return grown
 
@@ -106,11 +106,14 @@ class Attention(nn.Module):
             (parameter ``log_temperature``, at first log 10, at most log 100).
         alibi: None, ``"fixed"`` slopes, or ``"trained"`` ones (parameter ``slopes``).
         sinks: one trained logit per head (parameter ``sinks``, at first 0) that takes weight and gives no value.
-        rotary: turns queries and keys by their positions.
+        rotary: turns queries and keys by their positions; with bottom-right alignment the last query by that of the
+            last key, whatever ``key_lengths`` says.
 
     Source: grouped heads arXiv:2305.13245, cosine similarity arXiv:2111.09883, ALiBi arXiv:2108.12409, softcap
     arXiv:2408.00118, sinks arXiv:2309.17453 and their trained form in gpt-oss.
     """
+
+    _returns_dropped_weights = True
 
     def __init__(
         self,
@@ -155,6 +158,7 @@ class Attention(nn.Module):
             raise ValueError(f"Attention: cosine similarity has a temperature instead of a scale, got scale={scale}")
         if alibi not in (None, "fixed", "trained"):
             raise ValueError(f'Attention: expected alibi to be None, "fixed" or "trained", got {alibi!r}')
+        window_sides(window)  # or raises
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -239,8 +243,9 @@ class Attention(nn.Module):
             q = F.normalize(q, dim=-1) * self.log_temperature.clamp(max=math.log(100.0)).exp()
             k = F.normalize(k, dim=-1)
         if self.rotary is not None:
-            offset = 0 if cache is None else cache.length
-            q, k = self.rotary(q, offset), self.rotary(k, offset)
+            stored = 0 if cache is None else cache.length
+            apart = k.size(-2) - q.size(-2) if self.causal_alignment == "bottom_right" and cache is None else 0
+            q, k = self.rotary(q, stored + max(apart, 0)), self.rotary(k, stored + max(-apart, 0))
         if cache is not None:
             k, v = cache.append(k, v)
         options: dict[str, Any] = {
@@ -259,6 +264,8 @@ class Attention(nn.Module):
         out, logsumexp, rng_state = attention_with_state(q, k, v, **options)
         weights = None
         if need_weights:
+            if not self._returns_dropped_weights:
+                options["dropout_p"] = 0.0
             weights = attention_weights(q, k, logsumexp, average_heads=average_weights, rng_state=rng_state, **options)
         return self.out_proj(out.transpose(-3, -2).flatten(-2)), weights
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The attention layers of five introductory tutorials, as their texts intend them.
 
 Three tutorials call their class `SelfAttention`; here each has a name of its own, and its own name is an alias:
@@ -168,6 +167,8 @@ class KerasMultiHeadAttention(Attention):
     Source: keras.layers.MultiHeadAttention.
     """
 
+    _returns_dropped_weights = False
+
     def __init__(
         self,
         num_heads: int,
@@ -210,7 +211,7 @@ class KerasMultiHeadAttention(Attention):
             value: ``(B, S, value_features)``.
             key: ``(B, S, key_features)``.
             attention_mask: ``(B, T, S)`` or ``(B, H, T, S)``, or broadcastable to one of them; True attends.
-            return_attention_scores: return a pair of output and weights ``(B, H, T, S)``.
+            return_attention_scores: return a pair of output and weights ``(B, H, T, S)``, as they are before dropout.
             use_causal_mask: a query sees keys up to its own position.
 
         Returns:
@@ -289,8 +290,10 @@ def numpy_self_attention(x: "np.ndarray", scale: float = 1.0) -> "np.ndarray":
     import numpy as np
 
     tensor = torch.from_numpy(np.array(x, np.asarray(x).dtype.newbyteorder("="), order="C"))
-    tensor = tensor if tensor.is_floating_point() else tensor.double()
-    return attention(tensor, tensor, tensor, scale=scale).numpy()
+    if not tensor.is_floating_point() and not tensor.is_complex():  # which attention refuses
+        tensor = tensor.double()
+    with torch.autocast("cpu", enabled=False):
+        return attention(tensor, tensor, tensor, scale=scale).numpy()
 
 
 class ResidualAttentionStack(nn.Module):

@@ -1,8 +1,7 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """A drop-in for torch.nn.MultiheadAttention on the library's kernels.
 
-Projections, head views and masks are here; the attention itself is `attention_ext.functional`. The argument checks are
-torch's own functions where it has them, so that errors keep their type and text.
+Projections, head views and masks are here; the attention itself is the operator, by way of `attention_ext.folding`. The
+argument checks are torch's own functions where it has them, so that errors keep their type and text.
 """
 
 import torch
@@ -101,7 +100,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             raise AssertionError(
                 "MultiheadAttention does not support NestedTensor: pass a padded tensor with key_padding_mask, and "
-                "give nn.TransformerEncoder enable_nested_tensor=False, or set its attribute use_nested_tensor to False"
+                "call replace_ on the whole nn.TransformerEncoder, or set its attribute use_nested_tensor to False"
             )
         attn_added = _is_added(attn_mask, "attn_mask")
         padding_added = _is_added(key_padding_mask, "key_padding_mask")

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Position codes: sinusoidal and learned ones are added to the input, rotary ones turn queries and keys.
 
 Each takes `offset`, the position of the first row, so that decoding against a cache continues where it stopped.
