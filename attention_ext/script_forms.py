@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """What TorchScript compiles where a script calls `attention` or `attention_varlen`.
 
 Their result depends on the flag `return_logsumexp`, which TorchScript's types cannot say, and their keyword-only

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -26,6 +27,6 @@ def library(name: str) -> ctypes.CDLL:
     if not file.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
-        subprocess.run([os.environ.get("CXX", "c++"), *FLAGS, str(source), "-o", str(part)], check=True)
+        subprocess.run([*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, str(source), "-o", str(part)], check=True)
         part.rename(file)
     return ctypes.CDLL(str(file))

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Options, fixtures and the accuracy summary that the tests share."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Under autocast the operators cast as torch's own attention does, and gradients come back in the inputs' dtypes."""
 
 from __future__ import annotations

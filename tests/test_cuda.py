@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """What only a GPU can show: the CPU's numbers, graphs, streams, and that nothing waits for the device."""
 
 from __future__ import annotations

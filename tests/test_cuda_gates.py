@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The gates that CUDA kernels pass where there is no GPU: what ptxas says is read rightly and judged."""
 
 from __future__ import annotations

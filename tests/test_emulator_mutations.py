@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The emulator catches what goes wrong on a GPU: each mutation of a kernel gives a wrong result or an error.
 
 The programs in tests/emulator need no torch; the mutated ones are compiled from a copy of the sources with one line

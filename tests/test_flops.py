@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """`torch.utils.flop_counter` counts the operators as it counts torch's own attention."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """out and logsumexp are as accurate as the tolerance rule demands: every feature and pair, dtype, hard numbers.
 
 test_backward.py holds them to it too, at every size: there they come with gradients.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Each mask and score change means what the manual says: equal to the same thing spelled by another argument."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """attention_ext.MultiheadAttention is torch's, argument by argument."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The layers inside torch's transformations: compile, export, ensembles, checkpointing, meta devices."""
 
 from __future__ import annotations

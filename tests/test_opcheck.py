@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """torch.library.opcheck, all four tests of it, on every operator and dtype."""
 
 from __future__ import annotations

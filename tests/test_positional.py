@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Position codes against their formulas."""
 
 from __future__ import annotations

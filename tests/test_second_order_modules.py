@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Derivatives of derivatives of small Transformers on our kernels, in double, are those of torch's on its math path."""
 
 from __future__ import annotations

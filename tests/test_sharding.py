@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """DTensor: batch and head shards give the results of one process, forward and backward, without gathering anything."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Scripts compile, run, and load in a process that has only the operator library, with gradients."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """A replaced nn.Transformer learns to reverse sequences, and decodes what it learned."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """Packed sequences: each gets what it would get alone, and none sees another."""
 
 from __future__ import annotations

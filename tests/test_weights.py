@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: BSD-3-Clause
 """The weights operator: what attention multiplies value with, after dropout; whole, averaged over heads, or by rows."""
 
 from __future__ import annotations

@@ -8,13 +8,13 @@
 namespace attention_ext {
 
 struct AttentionResult {
-  at::Tensor out;        // (batch, heads, len_q, head_dim_v)
-  at::Tensor logsumexp;  // (batch, heads, len_q), natural logarithm, differentiable
+  at::Tensor out;        // (batch, heads, seqlen_q, head_dim_v)
+  at::Tensor logsumexp;  // (batch, heads, seqlen_q), natural logarithm, differentiable
   at::Tensor rng_state;  // what dropout drew: seed and offset
 };
 
-// query (batch, heads, len_q, head_dim), key (batch, kv_heads, len_k, head_dim), value (batch, kv_heads, len_k,
-// head_dim_v), any strides. Throws c10::Error where an argument is not as it should be.
+// query (batch, heads, seqlen_q, head_dim), key (batch, kv_heads, seqlen_k, head_dim), value (batch, kv_heads,
+// seqlen_k, head_dim_v), any strides. Throws c10::Error where an argument is not as it should be.
 inline AttentionResult attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                  const AttentionOptions& options = {}) {
   using Function = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,

@@ -12,7 +12,7 @@ namespace attention_ext {
 
 // score = softcap * tanh(scale * query . key / softcap) + attn_mask - alibi_slope * |diagonal - k|, then hidden keys.
 struct AttentionOptions {
-  std::optional<at::Tensor> attn_mask;  // broadcast to (batch, heads, len_q, len_k); bool (true: attend) or added
+  std::optional<at::Tensor> attn_mask;  // broadcast to (batch, heads, seqlen_q, seqlen_k); bool (true: attend) or added
   double dropout_p = 0.0;
   bool is_causal = false;
   std::optional<double> scale;                       // none: 1 / sqrt(head_dim)
