@@ -118,9 +118,10 @@ def sdpa() -> Iterator[Routed]:
     finally:
         with _changing:
             dispatcher.open = tuple(other for other in dispatcher.open if other is not routed)
-            if not dispatcher.open and F.scaled_dot_product_attention is dispatcher:
-                F.scaled_dot_product_attention = dispatcher.original  # type: ignore[attr-defined]
-                del builtins()[id(dispatcher)]
+            if not dispatcher.open:
+                builtins().pop(id(dispatcher), None)
+                if F.scaled_dot_product_attention is dispatcher:
+                    F.scaled_dot_product_attention = dispatcher.original  # type: ignore[attr-defined]
 
 
 def _causal_bias_fits(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> bool:

@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "torch/autograd_node.h"
 #include "torch/composed_jvp.h"
