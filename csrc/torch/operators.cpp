@@ -153,7 +153,6 @@ std::string attention_explain(const Tensor& query, const Tensor& key, const Tens
                               const AttentionOptions& options, std::string_view which) {
   const char* op = "attention_explain";
   const Pass pass = pass_of(which);
-  check_attention(op, query, key, &value, options);
   const Tensor* values = pass == Pass::kWeights ? nullptr : &value;  // which weights are made without
   const Sizes sizes = check_attention(op, query, key, values, options);
   const c10::DeviceGuard guard(query.device());
