@@ -14,14 +14,14 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.jit._builtins import _get_builtin_table as builtins
 
+from attention_ext._C import build_info
 from attention_ext.functional import attention
-from attention_ext.introspection import kernels
 
 __all__ = ["Routed", "sdpa"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CLASSES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)  # the last two are what torch traces with
-_DEVICES = {"meta", *(row["device"] for row in kernels())}
+_DEVICES = ("cpu", "meta", "cuda") if build_info()["cuda"] else ("cpu", "meta")
 
 
 @dataclass
