@@ -19,6 +19,7 @@ from attention_ext.modules import (
     alibi_slopes,
 )
 from attention_ext.paths import cmake_prefix, include_path, library_path
+from attention_ext.tutorials import SelfAttention
 
 __all__ = [
     "Attention",
@@ -28,6 +29,7 @@ __all__ = [
     "Replacement",
     "RotaryPositions",
     "Routed",
+    "SelfAttention",
     "SinusoidalPositions",
     "alibi_slopes",
     "attention",

@@ -24,10 +24,11 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("document", [x for x in DOCUMENTS if blocks(x, "python")], ids=lambda path: path.name)
-def test_python_blocks_run(document: Path) -> None:
-    """In one process per document, in order, in one namespace."""
-    code = "\n".join(blocks(document, "python"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600)
+def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
+    """In one process per document, in order, in one namespace, where they may write files."""
+    script = tmp_path / "blocks.py"  # TorchScript reads source files
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks(document, "python")))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -68,10 +69,6 @@ def test_kernel_table_says_what_cuda_kernels_were_tested_on(tmp_path: Path, monk
     header, row = (next(x for x in text.splitlines() if x.startswith(y)) for y in ("| Kernel |", "| `forward` |"))
     assert header.endswith("| `sm80` |")
     assert row.endswith("| all; emulated |")
-
-
-def test_three_lines_are_three() -> None:
-    assert len(blocks(ROOT / "README.md", "python")[0].splitlines()) == 3
 
 
 def test_changelog_names_the_version() -> None:

@@ -31,7 +31,7 @@ PYTHON_LAYERS = [
     ["attention_ext.ops"],
     ["attention_ext.folding", "attention_ext.functional", "attention_ext.script_forms", "attention_ext.introspection"],
     ["attention_ext.modules"],
-    ["attention_ext.interop"],
+    ["attention_ext.interop", "attention_ext.tutorials"],
 ]
 # Users' code, by example: it sees what users see.
 PUBLIC = ("attention_ext.testing", "attention_ext.reference", "attention_ext.info")

@@ -1,18 +1,18 @@
-"""The attention layers of five introductory tutorials, as their texts intend them.
+"""The attention layers of five introductory tutorials on self-attention, as their texts intend them.
 
-Three tutorials call their class `SelfAttention`; here each has a name of its own, and its own name is an alias:
+`SelfAttention` takes the constructor of any of the three tutorials that define a class of that name in PyTorch:
 
-- tutorial 000, ``SelfAttention(input_dim)``: `FusedSelfAttention`, `tutorial_000.SelfAttention`
-- tutorial 001, ``SelfAttention(d_model, num_heads, dff)``: `PreNormSelfAttention`, `tutorial_001.SelfAttention`
-- tutorial 002, NumPy: `numpy_self_attention`; Keras: `KerasMultiHeadAttention`
-- tutorial 003, ``SelfAttention(d_model, d_k)``: `ProjectedSelfAttention`, `tutorial_003.SelfAttention`
-- tutorial 004, a formula in steps: `ResidualAttentionStack`
+- ``SelfAttention(input_dim)`` is a `FusedSelfAttention`: one head, one projection for q, k and v;
+- ``SelfAttention(d_model, num_heads, dff)`` is a `PreNormSelfAttention`: LayerNorm, then multi-head attention;
+- ``SelfAttention(d_model, d_k)`` is a `ProjectedSelfAttention`: one head, separate q, k and v projections.
 
-Constructors, parameter names and their order are the tutorials', so their checkpoints load.
+`numpy_self_attention` and `KerasMultiHeadAttention` belong to the tutorial on NumPy and Keras, `ResidualAttentionStack`
+to the one that describes a Transformer layer step by step, without code. Constructors, parameter names and their order
+are the tutorials', so their checkpoints load.
 """
 
+import inspect
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,15 +31,47 @@ __all__ = [
     "PreNormSelfAttention",
     "ProjectedSelfAttention",
     "ResidualAttentionStack",
+    "SelfAttention",
     "numpy_self_attention",
-    "tutorial_000",
-    "tutorial_001",
-    "tutorial_003",
 ]
 
 
-class FusedSelfAttention(nn.Module):
-    r"""Tutorial 000: one head, one projection for q, k and v, ``dropout(softmax(q k^T)) v``.
+class SelfAttention(nn.Module):
+    r"""The class of the tutorials: the arguments choose the layer, which is an instance of a subclass.
+
+    ``SelfAttention(input_dim)`` makes a :class:`FusedSelfAttention`, ``SelfAttention(d_model, num_heads, dff)`` a
+    :class:`PreNormSelfAttention`, ``SelfAttention(d_model, d_k)`` a :class:`ProjectedSelfAttention`; by position or by
+    keyword, with the further keywords of each. To derive a class of your own, derive it from one of those three.
+
+    Raises:
+        TypeError: where the arguments fit none of the three.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "SelfAttention":
+        return super().__new__(_layer_for(args, kwargs) if cls is SelfAttention else cls)
+
+    if TYPE_CHECKING:  # the constructor is the chosen layer's
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def _layer_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> type[SelfAttention]:
+    layers = (FusedSelfAttention, PreNormSelfAttention, ProjectedSelfAttention)
+    for layer in layers:
+        try:
+            inspect.signature(layer.__init__).bind(None, *args, **kwargs)
+        except TypeError:
+            continue
+        return layer
+    given = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+    raise TypeError(
+        "SelfAttention: expected (input_dim) for FusedSelfAttention, (d_model, num_heads, dff) for "
+        f"PreNormSelfAttention, or (d_model, d_k) for ProjectedSelfAttention, got ({given})"
+    )
+
+
+class FusedSelfAttention(SelfAttention):
+    r"""One head, one projection for q, k and v, ``dropout(softmax(q k^T)) v``.
 
     Parameters, in order: ``mask (1, 1, 1)``, ``qkv.weight (3C, C)``, ``qkv.bias (3C,)``. Dropout 0.1 on the weights.
 
@@ -59,7 +91,7 @@ class FusedSelfAttention(nn.Module):
         scale: factor on the scores; the tutorial has none.
     """
 
-    def __init__(self, input_dim: int, scale: float = 1.0) -> None:
+    def __init__(self, input_dim: int, *, scale: float = 1.0) -> None:
         super().__init__()
         self.qkv = nn.Linear(input_dim, 3 * input_dim)
         self.mask = nn.Parameter(torch.zeros(1, 1, 1), requires_grad=False)
@@ -78,8 +110,8 @@ class FusedSelfAttention(nn.Module):
         return attention(query, key, value, shown, dropout_p, scale=self.scale)
 
 
-class PreNormSelfAttention(nn.Module):
-    r"""Tutorial 001: ``dropout(MultiheadAttention(LayerNorm(x)))``, no mask, no residual.
+class PreNormSelfAttention(SelfAttention):
+    r"""``dropout(MultiheadAttention(LayerNorm(x)))``, no mask, no residual.
 
     Parameters, in order: ``attention_layer.in_proj_weight``, ``attention_layer.in_proj_bias``,
     ``attention_layer.out_proj.weight``, ``attention_layer.out_proj.bias``, ``norm.weight``, ``norm.bias``. Dropout 0.1
@@ -124,8 +156,8 @@ class PreNormSelfAttention(nn.Module):
         return self.dropout(out)
 
 
-class ProjectedSelfAttention(nn.Module):
-    r"""Tutorial 003: one head, ``softmax(Q K^T / sqrt(d_k)) V`` with three projections; no mask, no dropout.
+class ProjectedSelfAttention(SelfAttention):
+    r"""One head, ``softmax(Q K^T / sqrt(d_k)) V`` with three projections; no mask, no dropout.
 
     Parameters, in order: ``W_Q.weight (d_k, d_model)``, ``W_Q.bias (d_k,)``, then ``W_K`` and ``W_V`` alike.
 
@@ -147,7 +179,7 @@ class ProjectedSelfAttention(nn.Module):
 
 
 class KerasMultiHeadAttention(Attention):
-    r"""Tutorial 002: Keras' ``MultiHeadAttention``: heads whose width is free of the number of features.
+    r"""Keras' ``MultiHeadAttention`` in PyTorch: heads whose width is free of the number of features.
 
     Queries and keys are ``key_dim`` wide, values ``value_dim``, whatever the input is; scale ``1 / sqrt(key_dim)``.
     Unlike Keras, torch needs the sizes of the inputs at construction. A query whose keys are all hidden has scores 0,
@@ -282,7 +314,7 @@ class KerasMultiHeadAttention(Attention):
 
 
 def numpy_self_attention(x: "np.ndarray", scale: float = 1.0) -> "np.ndarray":
-    r"""Tutorial 002: ``softmax(x x^T) x`` of an array ``(..., N, d)``, each row's weights summing to 1.
+    r"""``softmax(x x^T) x`` of an array ``(..., N, d)``, each row's weights summing to 1.
 
     The printed code divides columns by the sums of rows, and overflows on large input; this does neither. Integers
     become float64.
@@ -297,7 +329,7 @@ def numpy_self_attention(x: "np.ndarray", scale: float = 1.0) -> "np.ndarray":
 
 
 class ResidualAttentionStack(nn.Module):
-    r"""Tutorial 004: position codes once, then ``rounds`` times ``x + softmax(x x^T / sqrt(d)) x``.
+    r"""Position codes once, then ``rounds`` times ``x + softmax(x x^T / sqrt(d)) x``.
 
     The text's thirty-three steps are one and eight rounds of four. It names no projections, no norm and no kind of
     position code, so there are no parameters but those of ``positional``.
@@ -319,8 +351,3 @@ class ResidualAttentionStack(nn.Module):
         for _ in range(self.rounds):
             x = x + attention(x, x, x)
         return x
-
-
-tutorial_000 = SimpleNamespace(SelfAttention=FusedSelfAttention)
-tutorial_001 = SimpleNamespace(SelfAttention=PreNormSelfAttention)
-tutorial_003 = SimpleNamespace(SelfAttention=ProjectedSelfAttention)

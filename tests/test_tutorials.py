@@ -5,6 +5,8 @@ The oracles restate each text in plain torch; the printed code is compared where
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_ext.modules import Attention, SinusoidalPositions, documents
-from attention_ext.modules.documents import (
+import attention_ext
+from attention_ext.modules import Attention, SinusoidalPositions
+from attention_ext.tutorials import (
     FusedSelfAttention,
     KerasMultiHeadAttention,
     PreNormSelfAttention,
     ProjectedSelfAttention,
     ResidualAttentionStack,
+    SelfAttention,
     numpy_self_attention,
 )
 
@@ -50,7 +54,7 @@ def seed() -> None:
 
 
 class PrintedFused(nn.Module):
-    """Tutorial 000's parameters, in its order, with the calculation its text describes."""
+    """The parameters of the class with one projection, in its order, with the calculation its text describes."""
 
     def __init__(self, input_dim: int) -> None:
         super().__init__()
@@ -154,7 +158,7 @@ class TestFused:
 
 
 class PrintedPreNorm(nn.Module):
-    """Tutorial 001 as printed."""
+    """The multi-head class as printed."""
 
     def __init__(self, d_model: int, num_heads: int, dff: int) -> None:
         super().__init__()
@@ -348,7 +352,7 @@ class TestKeras:
 
 
 class PrintedProjected(nn.Module):
-    """Tutorial 003 as printed."""
+    """The class with three projections as printed."""
 
     def __init__(self, d_model: int, d_k: int) -> None:
         super().__init__()
@@ -426,10 +430,42 @@ def test_low_precision_and_autocast(module: nn.Module, dtype: torch.dtype) -> No
         torch.testing.assert_close(module(x).float(), expected, rtol=0.1, atol=0.05)
 
 
-def test_names_of_the_tutorials() -> None:
-    assert documents.tutorial_000.SelfAttention is FusedSelfAttention
-    assert documents.tutorial_001.SelfAttention is PreNormSelfAttention
-    assert documents.tutorial_003.SelfAttention is ProjectedSelfAttention
+CONSTRUCTORS: list[tuple[type[SelfAttention], tuple[Any, ...], dict[str, Any]]] = [
+    (FusedSelfAttention, (6,), {}),
+    (FusedSelfAttention, (), {"input_dim": 6}),
+    (FusedSelfAttention, (6,), {"scale": 0.5}),
+    (PreNormSelfAttention, (6, 2, 12), {}),
+    (PreNormSelfAttention, (6,), {"num_heads": 2, "dff": 12}),
+    (PreNormSelfAttention, (), {"d_model": 6, "num_heads": 2, "dff": 12, "batch_first": True}),
+    (ProjectedSelfAttention, (6, 4), {}),
+    (ProjectedSelfAttention, (), {"d_model": 6, "d_k": 4}),
+]
+
+
+@pytest.mark.parametrize(("layer", "args", "kwargs"), CONSTRUCTORS, ids=str)
+def test_self_attention_is_the_layer_of_its_constructor(
+    layer: type[SelfAttention], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    torch.manual_seed(3)
+    made = SelfAttention(*args, **kwargs)
+    torch.manual_seed(3)
+    expected = layer(*args, **kwargs)
+    assert type(made) is layer
+    assert isinstance(made, attention_ext.SelfAttention)
+    assert names(made) == names(expected)
+    x = torch.randn(2, 5, 6)
+    for copied in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made)), torch.jit.script(made)):
+        torch.testing.assert_close(copied.eval()(x), expected.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((), {}), ((6, 2, 12, False, 1), {}), ((), {"d_model": 6}), ((6,), {"d_v": 4}), ((6,), {"dff": 12})],
+    ids=str,
+)
+def test_constructors_of_no_tutorial_are_refused(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"\(input_dim\).*\(d_model, num_heads, dff\).*\(d_model, d_k\).*got \("):
+        SelfAttention(*args, **kwargs)
 
 
 def test_similarities() -> None:
