@@ -65,7 +65,7 @@ class Parts {
   }
   double softmax() {
     return seconds(
-        [&] { softmax_block<C, kQueryVectors, Rules::kNone>(block_, score_, {maximum_, sum_}, factor_, pairs_); });
+        [&] { softmax_block<C, kQueryVectors, ScoreMode::kNone>(block_, score_, {maximum_, sum_}, factor_, pairs_); });
   }
   double values() {
     const auto weight = C::kPair == 2 ? as_operand(pairs_) : weights_by_keys<C>(score_, keys_, kQueryVectors, nullptr);
@@ -93,8 +93,8 @@ class Parts {
 
  private:
   GradientOperands<C> operands() {
-    return plain_gradient_operands<C, kQueryVectors, Rules::kNone>(block_, logsumexp_, delta_, score_, grad_score_,
-                                                                   gradient_pairs_);
+    return plain_gradient_operands<C, kQueryVectors, ScoreMode::kNone>(block_, logsumexp_, delta_, score_, grad_score_,
+                                                                       gradient_pairs_);
   }
 
   template <class X>
@@ -109,7 +109,7 @@ class Parts {
   std::unique_ptr<Room> room_ = std::make_unique<Room>();
   Arena memory_{room_->bytes};
   int64_t columns_, depth_, keys_;
-  Block<T> block_{.k = {}, .mods = {}, .rules = Rules::kNone, .bias = {}, .first_distance = {}};
+  Block<T> block_{.k = {}, .mods = {}, .rules = ScoreMode::kNone, .bias = {}, .first_distance = {}};
   Matrix<Element> query_ = matrix<Element>(kQueries<T>, columns_), key_ = matrix<Element>(keys_, columns_),
                   columns_of_query_ = matrix<Element>(columns_, kQueries<T>),
                   pairs_ = matrix<Element>(keys_, kQueries<T>);

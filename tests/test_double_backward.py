@@ -98,25 +98,27 @@ def test_one_gradient_moves_every_input(moving: str, device: str) -> None:
     assert_equal(double_backward(sample, tangents, operator), double_backward(sample, tangents, reference.attention))
 
 
-def raw_double_backward(sample: Sample, output_mask: list[bool], with_out_tangent: bool = True) -> tuple[Tensor, ...]:
+def raw_double_backward(
+    sample: Sample, output_mask: list[bool], compute_out_tangent: bool = True
+) -> tuple[Tensor, ...]:
     tangents = tangents_of(sample)
     forward = sample.call(operator)
     return torch.ops.attention_ext.attention_double_backward(
         *(tangents.get(name) for name in DIFFERENTIABLE), sample.grad_out, sample.grad_logsumexp,
         sample.query, sample.key, sample.value, *forward, **operator_options(sample.options), output_mask=output_mask,
-        with_out_tangent=with_out_tangent,
+        compute_out_tangent=compute_out_tangent,
     )  # fmt: skip
 
 
 def test_operator_makes_what_is_asked(device: str) -> None:
     """Asking for fewer gradients changes none of them, bit for bit; without out's tangent they may round otherwise."""
     sample = ALL_INPUTS.build(torch.float32, device=device)
-    for with_out_tangent in (True, False):
-        everything = raw_double_backward(sample, [True] * 6, with_out_tangent)
-        assert with_out_tangent or everything[0].shape == (0,)
+    for compute_out_tangent in (True, False):
+        everything = raw_double_backward(sample, [True] * 6, compute_out_tangent)
+        assert compute_out_tangent or everything[0].shape == (0,)
         for wanted in range(64):
             mask = [bool(wanted >> i & 1) for i in range(6)]
-            outputs = raw_double_backward(sample, mask, with_out_tangent)
+            outputs = raw_double_backward(sample, mask, compute_out_tangent)
             for x, whole, asked in zip(outputs, everything, [True, True, *mask], strict=True):
                 assert torch.equal(x, whole) if asked else x.shape == (0,)
 

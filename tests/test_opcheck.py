@@ -85,16 +85,20 @@ def test_attention_jvp(spec: Spec, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("output_mask", "with_out_tangent"), [([True] * 6, True), ([False, True, False, True, True, False], False)]
+    ("output_mask", "compute_out_tangent"), [([True] * 6, True), ([False, True, False, True, True, False], False)]
 )
 @pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
 def test_attention_double_backward(
-    spec: Spec, output_mask: list[bool], with_out_tangent: bool, dtype: torch.dtype, device: str
+    spec: Spec, output_mask: list[bool], compute_out_tangent: bool, dtype: torch.dtype, device: str
 ) -> None:
     sample = spec.build(dtype, device=device)
     arguments = (sample.grad_out, sample.grad_logsumexp, sample.query, sample.key, sample.value, *forward_of(sample))
     tangents = tuple(tangents_by_name(sample).values())
-    options = {**operator_options(sample.options), "output_mask": output_mask, "with_out_tangent": with_out_tangent}
+    options = {
+        **operator_options(sample.options),
+        "output_mask": output_mask,
+        "compute_out_tangent": compute_out_tangent,
+    }
     check(OPERATORS.attention_double_backward.default, (*tangents, *arguments), options)
 
 

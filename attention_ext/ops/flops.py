@@ -73,7 +73,7 @@ def attention_double_backward(*args: Any, out_val: Any = None, **kwargs: Any) ->
     op = ops.attention_double_backward
     query, key, value = (argument(op, args, kwargs, name) for name in ("query", "key", "value"))
     count = scores(op, args, kwargs, query, key)
-    value_products = 5 if argument(op, args, kwargs, "with_out_tangent") else 3
+    value_products = 5 if argument(op, args, kwargs, "compute_out_tangent") else 3
     return 2 * count * (7 * query.shape[3] + value_products * value.shape[3])
 
 

@@ -91,7 +91,7 @@ def _placement(name: str, spec: Any, sharded: int | None) -> Any:
 def _output_placement(name: str, given: dict[str, Any], sharded: int | None) -> Any:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    if sharded is None or name == "rng_state" or (name == "out_tangent" and not given.get("with_out_tangent", True)):
+    if sharded is None or name == "rng_state" or (name == "out_tangent" and not given.get("compute_out_tangent", True)):
         return Replicate()
     if not name.startswith("grad_"):
         return Shard(sharded)

@@ -212,7 +212,7 @@ def attention_double_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -
         return call.one_by_one()
     out_tangent, logsumexp_tangent, *gradients = call.run(call.folded(call.values["output_mask"]))
     gradients, dims = call.unfold_gradients(gradients)
-    out_dim = 0 if call.values["with_out_tangent"] else None
+    out_dim = 0 if call.values["compute_out_tangent"] else None
     if out_dim is not None:
         out_tangent = call.unfold_rows(out_tangent)
     return (out_tangent, call.unfold_rows(logsumexp_tangent), *gradients), (out_dim, 0, *dims)

@@ -1,9 +1,9 @@
-// When delta = rowsum(grad_out * out) - grad_logsumexp must not be made of the out that forward returned.
+// When delta = rowsum(grad_out * out) - grad_logsumexp must not be computed from the out that forward returned.
 //
-// A 16-bit out is off by up to half a bit in its last place, and rows that repeat are all off by the same. For
-// grad_query, grad_key and grad_value that is the rounding any 16-bit gradient has. But what gathers score gradients
-// over many rows, the gradients of slopes, sinks and masks broadcast over queries or keys, would gather the error with
-// them: there delta is computed from weights once more, in float, and nothing on the way is rounded.
+// A 16-bit out has an error of up to half a unit in the last place, the same for rows that repeat. In grad_query,
+// grad_key and grad_value it is as small as their own rounding. Gradients of slopes, sinks and masks broadcast over
+// queries or keys sum score gradients over many rows and would sum the error too: for them delta is computed from
+// weights once more, in float, without rounding in between.
 #pragma once
 
 #include "core/problem.h"

@@ -1,4 +1,4 @@
-// What dropout does to a call, for every kernel.
+// The dropout of a call, for every kernel.
 #pragma once
 
 #include "core/philox.h"

@@ -48,7 +48,8 @@ void add_cpu_kernels(std::span<const CpuKernel> more);
 // The first row of the pass that serves the problem (named `forced` if given), or null.
 const CpuKernel* select_cpu_kernel(Pass pass, const AttentionProblem& problem, const char* forced = nullptr);
 
-// The widest instruction set in use: the CPU's, or what ATTENTION_EXT_ISA limits it to; "none" if that names none.
+// The widest instruction set in use: the CPU's, or the one that ATTENTION_EXT_ISA limits it to; "none" if it names
+// none.
 const char* cpu_instruction_set();
 
 }  // namespace attention_ext

@@ -1,4 +1,4 @@
-// What an attention call is, once every default is filled in and every argument is checked.
+// An attention call with every default filled in and every argument checked.
 // Plain pointers and numbers: no torch, no CUDA runtime. A kernel reads a Problem and nothing else.
 #pragma once
 
@@ -26,7 +26,7 @@ ATTENTION_INLINE int64_t size_of(DType dtype) {
 
 constexpr int64_t kUnlimited = INT64_MAX / 4;  // a window side without a limit; adding lengths to it cannot overflow
 
-// Scores further from 0 are rounded so coarsely that what is made of them takes differences first.
+// Scores further from 0 are rounded so coarsely that differences of scores are taken before anything else.
 constexpr double kFarFromZero = 1024;
 
 // A 4-D array (batch, heads, row, column) that somebody else owns. Strides count elements; 0 where broadcast.
@@ -38,14 +38,14 @@ struct View {
   ATTENTION_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
-// score = softcap(scale * query . key) + attn_mask - alibi_slope * |diagonal - k|, then what hides keys.
+// score = softcap(scale * query . key) + attn_mask - alibi_slope * |diagonal - k|, then masks.
 struct AttentionProblem {
   int64_t batch = 0;  // sequences: with cu_seqlens their number, while the tensors have batch 1
   int64_t heads = 0, kv_heads = 0;
   int64_t seqlen_q = 0, seqlen_k = 0;  // with cu_seqlens the total lengths
   int64_t head_dim = 0, head_dim_v = 0;
   DType dtype = DType::kFloat32;  // of query, key, value, out and their gradients
-  bool allow_tf32 = false;        // GPUs may round what float32 products read to 11 bits
+  bool allow_tf32 = false;        // GPUs may round the operands of float32 products to 11 bits
 
   View query, key, value;  // (b, h, q, d), (b, kv_h, k, d), (b, kv_h, k, d_v)
   View attn_mask;          // (b, h, q, k), bool (true: attend) or added to the score; q and k count within a sequence
@@ -64,9 +64,9 @@ struct AttentionProblem {
   int64_t window_left = kUnlimited, window_right = kUnlimited;  // causal is window_right = 0
   bool bottom_right = false;  // the diagonal ends in the last corner, not starts in the first
 
-  // (b, h, q) or null: what rounding takes from logsumexp, of which a maximum of -1e9 beside it leaves nothing. A CPU's
-  // forward kernel writes it, and those of other passes read it; GPU kernels know nothing of it.
-  void* logsumexp_rest = nullptr;
+  // (b, h, q) or null: the low-order part of logsumexp, which rounding beside a maximum of -1e9 would lose; without it
+  // recomputed weights need not sum to 1. The forward kernels of a CPU write it, its other passes read it.
+  void* logsumexp_low = nullptr;
 
   double dropout_p = 0.0;
   const int64_t* rng_state = nullptr;  // (2,): seed, offset
@@ -96,7 +96,7 @@ struct BackwardProblem : AttentionProblem {
   }
 };
 
-// Directions along which the six differentiable inputs move; an input that stands still stays null.
+// Tangents of the six differentiable inputs; null means a zero tangent.
 struct Tangents {
   View query, key, value;                // like the inputs
   View attn_mask;                        // like the mask, in a dtype the mask may have but bool
@@ -104,16 +104,16 @@ struct Tangents {
   const double* sinks = nullptr;         // (batch, heads)
 };
 
-// How out and logsumexp move along the tangents. A jvp has no grad_out and wants no gradients.
+// Tangents of out and logsumexp. A jvp has no grad_out and wants no gradients.
 struct JvpProblem : BackwardProblem {
   Tangents tangent;
   View out_tangent;                   // (b, h, q, d_v); double backward may not want it
   void* logsumexp_tangent = nullptr;  // (b, h, q)
 };
 
-// The gradients of attention_backward's results along the tangents: with respect to grad_out and grad_logsumexp they
-// are how out and logsumexp move, with respect to the inputs how the first gradients move (the Hessian is symmetric).
-// The grad_* fields of BackwardProblem receive the latter.
+// The gradients of attention_backward's results along the tangents: those with respect to grad_out and grad_logsumexp
+// are the tangents of out and logsumexp, those with respect to the inputs the tangents of the first gradients (the
+// Hessian is symmetric). The grad_* fields of BackwardProblem receive the latter.
 struct DoubleBackwardProblem : JvpProblem {};
 
 struct WeightsProblem : AttentionProblem {

@@ -1,11 +1,11 @@
-// Every change of a score and every rule that hides a key, written once for all kernels and devices.
+// Every change of a score and every mask, written once for all kernels and devices, in FlexAttention's words.
 //
-// A mod has some of these one-line members, over a named position where the position matters:
-//   modify          the changed score            slope, curve   its first and second derivative, 1 and 0 if absent
-//   keep            whether the key is visible   cover          what a block of positions holds
-//   by_slope        the score's derivative by the mod's own parameter
-// ScoreMods applies them in the documented order: scale, softcap, bias and ALiBi, then what hides keys; and says which
-// kinds of mods are there, by which kernels choose what they compile.
+// A mod has some of these members, over a named position where the position matters:
+//   score_mod      the changed score               softcap_grad, softcap_grad2   its first and second derivative
+//   mask_mod       whether the key is visible      block_mask    whether it hides all, some or none of a block
+//   slope_grad     derivative of the score by the mod's own parameter
+// ScoreMods applies them in the documented order: scale, softcap, bias and ALiBi, then masks. It alone decides whether
+// a block of positions is empty, partial or full, and which instance of a kernel serves it; kernels name no single mod.
 //
 // Ops gives the arithmetic: Ops::V is a number, or a vector of numbers whose lanes are queries.
 #pragma once
@@ -14,7 +14,14 @@
 
 namespace attention_ext {
 
-enum class Cover : uint8_t { kSkip, kPartial, kFull };
+enum class BlockMask : uint8_t { kEmpty, kPartial, kFull };
+
+// The mods that a kernel is compiled for: none but the scale, masks by position, a nonlinear score_mod, or all.
+enum class ScoreMode : uint8_t { kNone, kMask, kSoftcap, kAll };
+
+// Whether scores are changed before the exponential; otherwise they stay dot products and the scale is folded into it.
+template <ScoreMode kMode>
+constexpr bool kHasScoreMod = kMode == ScoreMode::kSoftcap || kMode == ScoreMode::kAll;
 
 template <class Ops>
 struct Position {
@@ -28,31 +35,32 @@ struct Softcap {
   ATTENTION_INLINE explicit operator bool() const { return cap > 0.0; }
 
   template <class Ops>
-  ATTENTION_INLINE typename Ops::V modify(typename Ops::V score) const {
+  ATTENTION_INLINE typename Ops::V score_mod(typename Ops::V score) const {
     return Ops::splat(cap) * Ops::tanh(score * Ops::splat(1.0 / cap));
   }
   template <class Ops>
-  ATTENTION_INLINE typename Ops::V slope(typename Ops::V capped) const {
+  ATTENTION_INLINE typename Ops::V softcap_grad(typename Ops::V capped) const {
     const auto t = capped * Ops::splat(1.0 / cap);
     return Ops::splat(1.0) - t * t;
   }
   template <class Ops>
-  ATTENTION_INLINE typename Ops::V curve(typename Ops::V capped) const {
+  ATTENTION_INLINE typename Ops::V softcap_grad2(typename Ops::V capped) const {
     const auto inverse = Ops::splat(1.0 / cap);  // its square may overflow
-    return capped * inverse * (inverse * Ops::splat(-2.0)) * slope<Ops>(capped);
+    return capped * inverse * (inverse * Ops::splat(-2.0)) * softcap_grad<Ops>(capped);
   }
 };
 
+// attn_mask, added or bool
 struct Bias {
   bool present = false;
   ATTENTION_INLINE explicit operator bool() const { return present; }
 
   template <class Ops>
-  ATTENTION_INLINE typename Ops::V modify(typename Ops::V score, const Position<Ops>& at) const {
+  ATTENTION_INLINE typename Ops::V score_mod(typename Ops::V score, const Position<Ops>& at) const {
     return score + at.bias;
   }
   template <class Ops>
-  ATTENTION_INLINE typename Ops::Mask keep(const Position<Ops>& at) const {
+  ATTENTION_INLINE typename Ops::Mask mask_mod(const Position<Ops>& at) const {
     return at.bias != Ops::splat(-__builtin_inf());
   }
 };
@@ -64,12 +72,11 @@ struct Alibi {
   ATTENTION_INLINE explicit operator bool() const { return present; }
 
   template <class Ops>
-  ATTENTION_INLINE typename Ops::V modify(typename Ops::V score, const Position<Ops>& at) const {
+  ATTENTION_INLINE typename Ops::V score_mod(typename Ops::V score, const Position<Ops>& at) const {
     return score - Ops::splat(slope) * Ops::abs(at.distance);
   }
-  // d score / d slope
   template <class Ops>
-  ATTENTION_INLINE typename Ops::V by_slope(const Position<Ops>& at) const {
+  ATTENTION_INLINE typename Ops::V slope_grad(const Position<Ops>& at) const {
     return -Ops::abs(at.distance);
   }
 };
@@ -77,29 +84,70 @@ struct Alibi {
 // Causal and sliding window: diagonal - left <= k <= diagonal + right.
 struct Band {
   int64_t left = kUnlimited, right = kUnlimited;
+  ATTENTION_INLINE static Band of(const AttentionProblem& p) { return {p.window_left, p.window_right}; }
   ATTENTION_INLINE explicit operator bool() const { return left < kUnlimited || right < kUnlimited; }
 
   template <class Ops>
-  ATTENTION_INLINE typename Ops::Mask keep(const Position<Ops>& at) const {
+  ATTENTION_INLINE typename Ops::Mask mask_mod(const Position<Ops>& at) const {
     return (at.distance >= Ops::splat(-static_cast<double>(left))) &
            (at.distance <= Ops::splat(static_cast<double>(right)));
   }
   // q and k count within the sequence.
-  ATTENTION_INLINE Cover cover(Range q, Range k, int64_t diagonal) const {
+  ATTENTION_INLINE BlockMask block_mask(Range q, Range k, int64_t diagonal) const {
     const int64_t nearest = k.begin - (q.end - 1 + diagonal), farthest = k.end - 1 - (q.begin + diagonal);
-    if (nearest > right || farthest < -left) return Cover::kSkip;
-    return farthest <= right && nearest >= -left ? Cover::kFull : Cover::kPartial;
+    if (nearest > right || farthest < -left) return BlockMask::kEmpty;
+    return farthest <= right && nearest >= -left ? BlockMask::kFull : BlockMask::kPartial;
   }
 };
 
+// Mods that hide keys by position alone. Each is a struct with `of`, an inactive default, operator bool, mask_mod and
+// block_mask, as Band.
+template <class... Mod>
+struct MaskMods : Mod... {
+  ATTENTION_INLINE static MaskMods of(const AttentionProblem& p) { return {Mod::of(p)...}; }
+  ATTENTION_INLINE explicit operator bool() const { return (static_cast<bool>(get<Mod>()) || ...); }
+
+  // The score, -inf where one of the mods hides the key. At least one of them is active.
+  template <class Ops>
+  ATTENTION_INLINE typename Ops::V masked(typename Ops::V score, const Position<Ops>& at,
+                                          typename Ops::V hidden = Ops::splat(-__builtin_inf())) const {
+    ((score = sizeof...(Mod) == 1 || get<Mod>() ? Ops::select(get<Mod>().template mask_mod<Ops>(at), score, hidden)
+                                                : score),
+     ...);
+    return score;
+  }
+  ATTENTION_INLINE BlockMask block_mask(Range q, Range k, int64_t diagonal) const {
+    return MaskMods(*this).restrict_to(q, k, diagonal);
+  }
+  // The same; also switches off the mods that hide nothing of the block.
+  ATTENTION_INLINE BlockMask restrict_to(Range q, Range k, int64_t diagonal) {
+    BlockMask least = BlockMask::kFull;
+    const auto add = [&](auto& mod) {
+      const BlockMask block = mod.block_mask(q, k, diagonal);
+      if (block < least) least = block;
+      if (block == BlockMask::kFull) mod = {};
+    };
+    (add(static_cast<Mod&>(*this)), ...);
+    return least;
+  }
+
+ private:
+  template <class M>
+  ATTENTION_INLINE const M& get() const {
+    return *this;
+  }
+};
+
+using PositionMasks = MaskMods<Band>;
+
 template <class Ops>
-struct Modified {
+struct ModifiedScore {
   typename Ops::V score;
-  typename Ops::V slope, curve;  // first and second derivative of score by scale * dot
+  typename Ops::V softcap_grad, softcap_grad2;  // first and second derivative of score by scale * dot
 };
 
 // A smaller scale is 0 in float32, if not by itself then times log2(e), and 0 times the -inf of a hidden key is NaN.
-constexpr double kLeastLateScale = 1e-30;
+constexpr double kLeastFoldedScale = 1e-30;
 
 // All mods of one head of one sequence.
 struct ScoreMods {
@@ -107,46 +155,70 @@ struct ScoreMods {
   Softcap softcap;
   Bias bias;
   Alibi alibi;
-  Band band;
+  PositionMasks masks;
 
-  ATTENTION_INLINE bool bends() const { return static_cast<bool>(softcap); }
-  ATTENTION_INLINE bool adds() const { return bias || alibi; }
-  // Whether scores are dot products times a scale that can wait for the exponential.
-  ATTENTION_INLINE bool is_linear() const { return !bends() && !adds() && scale >= kLeastLateScale; }
-  ATTENTION_INLINE ScoreMods only_bending() const {
-    return {.scale = scale, .softcap = softcap, .bias = {}, .alibi = {}, .band = {}};
+  // Whether the derivative of a score by its dot product is not just the scale.
+  ATTENTION_INLINE bool is_nonlinear() const { return static_cast<bool>(softcap); }
+  ATTENTION_INLINE bool reads_bias() const { return static_cast<bool>(bias); }
+  ATTENTION_INLINE bool has_slope() const { return static_cast<bool>(alibi); }
+
+  // The instance of a kernel that serves these mods.
+  ATTENTION_INLINE ScoreMode mode() const {
+    if (folds_scale_into_exp()) return masks ? ScoreMode::kMask : ScoreMode::kNone;
+    return masks || bias || alibi ? ScoreMode::kAll : ScoreMode::kSoftcap;
+  }
+  // Whether scores are dot products times a scale that the exponential can apply.
+  ATTENTION_INLINE bool folds_scale_into_exp() const {
+    return !softcap && !bias && !alibi && scale >= kLeastFoldedScale;
+  }
+  // Switches off the mods that change nothing in a block; bias_block is the block of attn_mask, full where it is 0.
+  ATTENTION_INLINE BlockMask restrict_to(Range q, Range k, int64_t diagonal, BlockMask bias_block) {
+    if (bias_block == BlockMask::kEmpty) return BlockMask::kEmpty;
+    if (bias_block == BlockMask::kFull) bias = {};
+    return masks.restrict_to(q, k, diagonal);
+  }
+  // The mods that an instance has to look at; the others are known to be absent.
+  template <ScoreMode kMode>
+  ATTENTION_INLINE ScoreMods compiled_for() const {
+    ScoreMods some = *this;
+    if constexpr (kMode != ScoreMode::kAll) {
+      some.bias = {};
+      some.alibi = {};
+      some.masks = {};
+    }
+    return some;
   }
 
-  // dot: query . key, not scaled. Hidden keys come out as -inf.
+  // dot: query . key, not scaled.
   template <class Ops>
-  ATTENTION_INLINE Modified<Ops> operator()(typename Ops::V dot, const Position<Ops>& at) const {
-    Modified<Ops> out{dot * Ops::splat(scale), Ops::splat(1.0), Ops::splat(0.0)};
+  ATTENTION_INLINE ModifiedScore<Ops> score_mod(typename Ops::V dot, const Position<Ops>& at) const {
+    ModifiedScore<Ops> out{dot * Ops::splat(scale), Ops::splat(1.0), Ops::splat(0.0)};
     if (softcap) {
-      out.score = softcap.modify<Ops>(out.score);
-      out.slope = softcap.slope<Ops>(out.score);
-      out.curve = softcap.curve<Ops>(out.score);
+      out.score = softcap.score_mod<Ops>(out.score);
+      out.softcap_grad = softcap.softcap_grad<Ops>(out.score);
+      out.softcap_grad2 = softcap.softcap_grad2<Ops>(out.score);
     }
-    if (bias) out.score = bias.modify<Ops>(out.score, at);
-    if (alibi) out.score = alibi.modify<Ops>(out.score, at);
+    if (bias) out.score = bias.score_mod<Ops>(out.score, at);
+    if (alibi) out.score = alibi.score_mod<Ops>(out.score, at);
     return out;
   }
+  // The score, -inf where the key is hidden.
   template <class Ops>
-  ATTENTION_INLINE typename Ops::V hide(typename Ops::V score, const Position<Ops>& at) const {
-    const auto hidden = Ops::splat(-__builtin_inf());
-    if (band) score = Ops::select(band.keep<Ops>(at), score, hidden);
-    if (bias) score = Ops::select(bias.keep<Ops>(at), score, hidden);
+  ATTENTION_INLINE typename Ops::V masked(typename Ops::V score, const Position<Ops>& at) const {
+    if (masks) score = masks.masked<Ops>(score, at);
+    if (bias) score = Ops::select(bias.mask_mod<Ops>(at), score, Ops::splat(-__builtin_inf()));
     return score;
   }
 };
 
-// Of any head: all but what differs between heads, which a GPU's host cannot read.
+// Of any head: all but the slope, which differs between heads and which a GPU's host cannot read.
 ATTENTION_INLINE ScoreMods score_mods_of(const AttentionProblem& p) {
   ScoreMods mods;
   mods.scale = p.scale;
   mods.softcap.cap = p.softcap;
   mods.bias.present = static_cast<bool>(p.attn_mask);
   mods.alibi.present = p.alibi_slopes != nullptr;
-  mods.band = {p.window_left, p.window_right};
+  mods.masks = PositionMasks::of(p);
   return mods;
 }
 

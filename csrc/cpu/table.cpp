@@ -69,7 +69,7 @@ const char* not_decoding(const AttentionProblem& problem) {
   if (problem.max_seqlen_q > kMostQueries) return "serves at most 8 queries a sequence";
   if (problem.dropout_p > 0) return "has no dropout";
   // For passes that read it, which all add up dot products as the ordinary forward kernel does.
-  if (problem.logsumexp_rest) return "does not say what rounding takes from logsumexp";
+  if (problem.logsumexp_low) return "does not compute the low-order part of logsumexp";
   return unavailable<kSet>(problem);
 }
 

@@ -22,7 +22,7 @@ inline const char* not_tf32(const AttentionProblem& p) {
   return p.allow_tf32 ? nullptr : "torch.backends.cuda.matmul.allow_tf32 is off";
 }
 
-// Keys of a part, where they are split: fixed, or the last bits would depend on what else is in the batch.
+// Keys of a split: fixed, or the last bits would depend on the rest of the batch.
 constexpr int64_t kKeysPerPart = 512;
 
 // Few queries leave most of a GPU without work unless the keys are split.

@@ -1,5 +1,5 @@
-// What the files of csrc/gpu/units compile: one pass for one dtype each, and simt.cu all of them, planned for a stream
-// (by nvcc) or for the emulator (by any other compiler).
+// The planners that the files of csrc/gpu/units compile: one pass for one dtype each, and simt.cu all of them, planned
+// for a stream (by nvcc) or for the emulator (by any other compiler).
 #pragma once
 
 #include "gpu/plan.h"
@@ -12,7 +12,7 @@ Plan plan_forward(const AttentionProblem& problem);
 template <class Plan, class Element>
 Plan plan_decode(const AttentionProblem& problem);
 template <class Plan, class Element>
-Plan plan_delta(const AttentionProblem& problem);  // what backward and double backward begin with
+Plan plan_delta(const AttentionProblem& problem);  // the first launches of backward and double backward
 template <class Plan, class Element>
 Plan plan_backward(const AttentionProblem& problem);
 template <class Plan, class Element>

@@ -1,4 +1,4 @@
-// attention_ext._C: what the operator library knows of itself. No operators here, so no Python there.
+// attention_ext._C: introspection of the operator library. No operators here, so no Python there.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>

@@ -117,7 +117,7 @@ ops::Forward attention_autograd(const Tensor& query, const Tensor& key, const Te
   if (any_requires_grad(inputs)) {
     record<AttentionRule>({out, logsumexp}, edges_of(inputs), query, key, value, out, logsumexp, rng_state, options);
   }
-  if (const auto tangents = tangents_of(query, key, value, options); moves(tangents)) {
+  if (const auto tangents = tangents_of(query, key, value, options); any_tangent(tangents)) {
     const auto [out_tangent, logsumexp_tangent] = ops::attention_jvp(primal(query), primal(key), primal(value), out,
                                                                      logsumexp, rng_state, tangents, primal(options));
     set_tangent(out, out_tangent);
@@ -137,14 +137,14 @@ struct BackwardRule {
     const auto& g = request.grads;
     const ops::InputTangents tangents{if_defined(g[0]), if_defined(g[1]), if_defined(g[2]),
                                       if_defined(g[3]), if_defined(g[4]), if_defined(g[5])};
-    if (!moves(tangents)) return variable_list(8);
+    if (!any_tangent(tangents)) return variable_list(8);
     const auto wanted = six(request.wanted, 2);
     variable_list gradients(6);
     Tensor out_tangent, logsumexp_tangent;
     if (wants_any(wanted)) {
       const auto all =
           ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
-                                         rng_state, options, wanted, /*with_out_tangent=*/request.wanted[0]);
+                                         rng_state, options, wanted, /*compute_out_tangent=*/request.wanted[0]);
       std::tie(out_tangent, logsumexp_tangent) = std::tie(std::get<0>(all), std::get<1>(all));
       gradients = gradients_of(all, wanted);
     } else {
@@ -175,7 +175,7 @@ ops::Gradients attention_backward_autograd(const Tensor& grad_out, const std::op
   const auto tangents = tangents_of(query, key, value, options);
   const Tensor grad_out_tangent = tangent_of(grad_out), grad_logsumexp_tangent = tangent_of(grad_logsumexp);
   const bool grads_move = grad_out_tangent.defined() || grad_logsumexp_tangent.defined();
-  if (!grads_move && !moves(tangents)) return outputs;
+  if (!grads_move && !any_tangent(tangents)) return outputs;
   const auto p_query = primal(query), p_key = primal(key), p_value = primal(value), p_out = primal(out),
              p_logsumexp = primal(logsumexp), p_grad_out = primal(grad_out);
   const auto p_options = primal(options);
@@ -186,10 +186,10 @@ ops::Gradients attention_backward_autograd(const Tensor& grad_out, const std::op
                                 p_key, p_value, p_out, p_logsumexp, rng_state, p_options, output_mask),
         exists);
   }
-  if (moves(tangents)) {
+  if (any_tangent(tangents)) {
     curved = gradients_of(
         ops::attention_double_backward(tangents, p_grad_out, primal(grad_logsumexp), p_query, p_key, p_value, p_out,
-                                       p_logsumexp, rng_state, p_options, output_mask, /*with_out_tangent=*/false),
+                                       p_logsumexp, rng_state, p_options, output_mask, /*compute_out_tangent=*/false),
         exists);
   }
   const variable_list made = gradients_of(outputs, exists);
@@ -214,7 +214,7 @@ struct JvpRule {
     if (wants_any(inputs_wanted)) {
       gradients = gradients_of(
           ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
-                                         rng_state, options, inputs_wanted, /*with_out_tangent=*/false),
+                                         rng_state, options, inputs_wanted, /*compute_out_tangent=*/false),
           inputs_wanted);
     }
     if (wants_any(tangents_wanted)) {
@@ -231,7 +231,7 @@ ops::OutputTangents attention_jvp_autograd(const Tensor& query, const Tensor& ke
                                            const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
                                            const ops::InputTangents& tangents, const AttentionOptions& options) {
   const auto inputs = differentiable(query, key, value, options);
-  if (moves(tangents_of(query, key, value, options))) {
+  if (any_tangent(tangents_of(query, key, value, options))) {
     return composed_jvp(query, key, value, out, logsumexp, rng_state, tangents, options);
   }
   auto outputs = [&] {
@@ -244,7 +244,7 @@ ops::OutputTangents attention_jvp_autograd(const Tensor& query, const Tensor& ke
     record<JvpRule>({out_tangent, logsumexp_tangent}, edges_of(all), query, key, value, out, logsumexp, rng_state,
                     tangents, options);
   }
-  if (const auto moving = tangents_of(tangents); moves(moving)) {  // linear in them
+  if (const auto moving = tangents_of(tangents); any_tangent(moving)) {  // linear in them
     const auto [out_moves, logsumexp_moves] =
         ops::attention_jvp(query, key, value, out, logsumexp, rng_state, moving, options);
     set_tangent(out_tangent, out_moves);
@@ -282,10 +282,10 @@ struct DoubleBackwardRule {
     }
     const ops::InputTangents along{if_defined(g[2]), if_defined(g[3]), if_defined(g[4]),
                                    if_defined(g[5]), if_defined(g[6]), if_defined(g[7])};
-    if (moves(along)) {  // the Hessian is symmetric
+    if (any_tangent(along)) {  // the Hessian is symmetric
       add(gradients_of(
           ops::attention_double_backward(along, grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state,
-                                         options, wanted, /*with_out_tangent=*/false),
+                                         options, wanted, /*compute_out_tangent=*/false),
           wanted));
     }
     return gradients;
@@ -297,7 +297,7 @@ ops::SecondOrder attention_double_backward_autograd(const ops::InputTangents& ta
                                                     const Tensor& key, const Tensor& value, const Tensor& out,
                                                     const Tensor& logsumexp, const Tensor& rng_state,
                                                     const AttentionOptions& options, ops::OutputMask output_mask,
-                                                    bool with_out_tangent) {
+                                                    bool compute_out_tangent) {
   const auto fixed = std::tuple_cat(std::tie(grad_out, grad_logsumexp), differentiable(query, key, value, options));
   std::apply(
       [](const auto&... input) { TORCH_CHECK_NOT_IMPLEMENTED((!tangent_of(input).defined() && ...), kThirdOrder); },
@@ -305,12 +305,12 @@ ops::SecondOrder attention_double_backward_autograd(const ops::InputTangents& ta
   auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
-                                          rng_state, options, output_mask, with_out_tangent);
+                                          rng_state, options, output_mask, compute_out_tangent);
   }();
   const auto exists = existing_gradients(options, output_mask);
   const auto made = [&](const ops::SecondOrder& all) {
     variable_list tensors = gradients_of(all, exists);
-    tensors.insert(tensors.begin(), {with_out_tangent ? std::get<0>(all) : Tensor(), std::get<1>(all)});
+    tensors.insert(tensors.begin(), {compute_out_tangent ? std::get<0>(all) : Tensor(), std::get<1>(all)});
     return tensors;
   };
   const variable_list differentiable_outputs = made(outputs);
@@ -319,10 +319,10 @@ ops::SecondOrder attention_double_backward_autograd(const ops::InputTangents& ta
     record<DoubleBackwardRule>(differentiable_outputs, edges_of(inputs), grad_out, grad_logsumexp, query, key, value,
                                out, logsumexp, rng_state, options);
   }
-  if (const auto moving = tangents_of(tangents); moves(moving)) {
+  if (const auto moving = tangents_of(tangents); any_tangent(moving)) {
     const variable_list output_moves =
         made(ops::attention_double_backward(moving, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
-                                            rng_state, options, output_mask, with_out_tangent));
+                                            rng_state, options, output_mask, compute_out_tangent));
     for (size_t i = 0; i < output_moves.size(); ++i) {
       if (differentiable_outputs[i].defined()) set_tangent(differentiable_outputs[i], output_moves[i]);
     }
@@ -359,7 +359,7 @@ Tensor attention_weights_autograd(const Tensor& query, const Tensor& key, const 
   auto tangents = tangents_of(query, key, Tensor(), options);
   tangents.sinks = std::nullopt;
   const Tensor logsumexp_tangent = tangent_of(logsumexp);
-  if (moves(tangents) || logsumexp_tangent.defined()) {
+  if (any_tangent(tangents) || logsumexp_tangent.defined()) {
     const WeightsCall call(primal(query), primal(key), primal(logsumexp), rng_state, primal(options), average_heads,
                            row_begin, row_end);
     set_tangent(weights, weights_tangent(call, tangents, logsumexp_tangent));

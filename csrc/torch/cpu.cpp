@@ -8,7 +8,7 @@
 #include <functional>
 #include <mutex>
 
-#include "cpu/tiny_results.h"
+#include "cpu/flush_denormals.h"
 #include "torch/device.h"
 #include "torch/operators.h"
 
@@ -17,7 +17,7 @@ namespace attention_ext {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr double kWorthThreads = 1 << 17;  // multiply-adds; waking threads costs microseconds
+constexpr double kLeastParallelWork = 1 << 17;  // multiply-adds; waking threads costs microseconds
 constexpr int64_t kStackBytes = 64 << 10;  // memory for small calls; an allocation would cost them more than the work
 
 void draw_rng_state(const at::Tensor& rng_state) {
@@ -29,10 +29,10 @@ void draw_rng_state(const at::Tensor& rng_state) {
   words[1] = 0;
 }
 
-bool is_worth_threads(const AttentionProblem& problem) {
+bool runs_in_parallel(const AttentionProblem& problem) {
   const double scores = static_cast<double>(problem.heads) * static_cast<double>(problem.batch) *
                         static_cast<double>(problem.max_seqlen_q) * static_cast<double>(problem.max_seqlen_k);
-  return scores * static_cast<double>(problem.head_dim + problem.head_dim_v) >= kWorthThreads;
+  return scores * static_cast<double>(problem.head_dim + problem.head_dim_v) >= kLeastParallelWork;
 }
 
 // Workers draw jobs from one counter; which worker runs a job has no influence on its result.
@@ -40,7 +40,7 @@ void run_phase(const Phase& phase, const AttentionProblem& problem, char* shared
                int64_t workers) {
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t worker) {
-    const TinyResultsAreZero mode;
+    const FlushDenormals mode;
     char* own = scratch + worker * scratch_bytes;
     for (int64_t job = next++; job < phase.jobs; job = next++) phase.run(problem, shared, own, job);
   };
@@ -57,7 +57,7 @@ void run(Pass pass, const AttentionProblem& problem) {
   const Plan plan = kernel->plan(problem);
   int64_t most_jobs = 1;
   for (int i = 0; i < plan.phase_count; ++i) most_jobs = std::max(most_jobs, plan.phases[i].jobs);
-  const bool serial = at::in_parallel_region() || !is_worth_threads(problem);
+  const bool serial = at::in_parallel_region() || !runs_in_parallel(problem);
   const int64_t threads = serial ? 1 : std::min<int64_t>(at::get_num_threads(), most_jobs);
 
   const int64_t shared_bytes = round_up(static_cast<int64_t>(plan.shared_bytes), kAlignment);

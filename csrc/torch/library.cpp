@@ -5,7 +5,7 @@
 //   with cu_seqlens B is 1 and lengths are totals over sequences packed end to end;
 //   tangents and gradients, in order: query, key, value, attn_mask, alibi_slopes, sinks;
 //   a gradient that output_mask does not ask for, or of an input that has none, is an empty (0,) tensor; likewise
-//   out_tangent without with_out_tangent.
+//   out_tangent without compute_out_tangent.
 // The options are positional because torch's register_vmap refuses operators with keyword-only tensors.
 #include <torch/library.h>
 
@@ -56,7 +56,7 @@ TORCH_LIBRARY(attention_ext, m) {
          ", Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, "
          "Tensor logsumexp, Tensor rng_state, " +
          kOptions + ", " + kOutputMask +
-         ", bool with_out_tangent=True) -> (Tensor out_tangent, Tensor logsumexp_tangent, " + kGradients + ")");
+         ", bool compute_out_tangent=True) -> (Tensor out_tangent, Tensor logsumexp_tangent, " + kGradients + ")");
 
   // (B, Hq, rows, Lk), or (B, rows, Lk) with average_heads, in the dtype of query
   define("attention_weights(Tensor query, Tensor key, Tensor logsumexp, Tensor rng_state, " + kOptions +

@@ -59,13 +59,13 @@ ops::SecondOrder attention_double_backward_meta(const ops::InputTangents& tangen
                                                 const Tensor& key, const Tensor& value, const Tensor& out,
                                                 const Tensor& logsumexp, const Tensor& rng_state,
                                                 const AttentionOptions& options, ops::OutputMask output_mask,
-                                                bool with_out_tangent) {
+                                                bool compute_out_tangent) {
   const char* op = "attention_double_backward";
   const Sizes sizes = check_attention(op, query, key, &value, options);
   check_saved(op, sizes, query, out, logsumexp, rng_state, options);
   check_backward(op, sizes, grad_out, grad_logsumexp, query);
   check_tangents(op, sizes, tangents, query, key, value, options);
-  return std::tuple_cat(empty_tangents(query, sizes, with_out_tangent),
+  return std::tuple_cat(empty_tangents(query, sizes, compute_out_tangent),
                         empty_gradients(query, key, value, options, output_mask));
 }
 

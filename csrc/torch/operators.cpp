@@ -4,7 +4,7 @@
 
 #include "torch/device.h"
 #include "torch/gradients.h"
-#include "torch/logsumexp_rest.h"
+#include "torch/logsumexp_low.h"
 
 namespace attention_ext {
 
@@ -24,7 +24,7 @@ void run(const Tensor& query, Pass pass, const AttentionProblem& problem) {
 template <class Problem>
 void fill_logsumexp(Problem& problem, Converted& converted, const Tensor& logsumexp) {
   problem.logsumexp = contiguous_data(logsumexp, converted);
-  problem.logsumexp_rest = logsumexp_rest(problem, logsumexp, converted);
+  problem.logsumexp_low = logsumexp_low(problem, logsumexp, converted);
 }
 
 void fill_backward(BackwardProblem& problem, Converted& converted, const Tensor& grad_out,
@@ -103,7 +103,7 @@ ops::SecondOrder attention_double_backward(const ops::InputTangents& tangents, c
                                            const Tensor& key, const Tensor& value, const Tensor& out,
                                            const Tensor& logsumexp, const Tensor& rng_state,
                                            const AttentionOptions& options, ops::OutputMask output_mask,
-                                           bool with_out_tangent) {
+                                           bool compute_out_tangent) {
   const char* op = "attention_double_backward";
   count_call(Pass::kDoubleBackward);
   const Sizes sizes = check_attention(op, query, key, &value, options);
@@ -115,14 +115,14 @@ ops::SecondOrder attention_double_backward(const ops::InputTangents& tangents, c
   fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
   fill_tangents(problem.tangent, converted, op, problem, tangents);
   const GradientBuffers gradients(problem, query, key, value, options, output_mask);
-  ops::OutputTangents outputs = empty_tangents(query, sizes, with_out_tangent);
+  ops::OutputTangents outputs = empty_tangents(query, sizes, compute_out_tangent);
   auto& [out_tangent, logsumexp_tangent] = outputs;
   if (!has_rows(problem)) {
     gradients.zero();
     return std::tuple_cat(outputs, gradients.results());
   }
   fill_backward(problem, converted, grad_out, grad_logsumexp, out, logsumexp);
-  if (with_out_tangent) problem.out_tangent = view_of(out_tangent);
+  if (compute_out_tangent) problem.out_tangent = view_of(out_tangent);
   problem.logsumexp_tangent = logsumexp_tangent.mutable_data_ptr();
   run(query, Pass::kDoubleBackward, problem);
   return std::tuple_cat(outputs, gradients.results());

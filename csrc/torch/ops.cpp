@@ -32,10 +32,10 @@ SecondOrder attention_double_backward(const InputTangents& tangents, const Tenso
                                       const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
                                       const Tensor& key, const Tensor& value, const Tensor& out,
                                       const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,
-                                      OutputMask output_mask, bool with_out_tangent) {
+                                      OutputMask output_mask, bool compute_out_tangent) {
   static const Operator<decltype(attention_double_backward)> op("attention_ext::attention_double_backward");
   return op(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, options, output_mask,
-            with_out_tangent);
+            compute_out_tangent);
 }
 
 }  // namespace attention_ext::ops

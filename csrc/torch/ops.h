@@ -42,12 +42,12 @@ OutputTangents attention_jvp(const Tensor& query, const Tensor& key, const Tenso
 using SecondOrder = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // How everything moves along the tangents: out and logsumexp, which are the gradients of grad_out and grad_logsumexp
-// where the tangents are gradients of attention_backward's results, then the six gradients. Without with_out_tangent
+// where the tangents are gradients of attention_backward's results, then the six gradients. Without compute_out_tangent
 // out's is empty, and two of twelve products are saved.
 SecondOrder attention_double_backward(const InputTangents& tangents, const Tensor& grad_out,
                                       const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
                                       const Tensor& key, const Tensor& value, const Tensor& out,
                                       const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,
-                                      OutputMask output_mask, bool with_out_tangent);
+                                      OutputMask output_mask, bool compute_out_tangent);
 
 }  // namespace attention_ext::ops

@@ -29,9 +29,9 @@ ops::Forward empty_forward(const Tensor& query, const Sizes& sizes, const Attent
           at::empty({options.dropout_p > 0 ? 2 : 0}, query.options().dtype(at::kLong))};
 }
 
-ops::OutputTangents empty_tangents(const Tensor& query, const Sizes& sizes, bool with_out_tangent) {
-  return {with_out_tangent ? empty_heads(query, sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v)
-                           : not_made(query),
+ops::OutputTangents empty_tangents(const Tensor& query, const Sizes& sizes, bool compute_out_tangent) {
+  return {compute_out_tangent ? empty_heads(query, sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v)
+                              : not_made(query),
           empty_logsumexp(query, sizes)};
 }
 

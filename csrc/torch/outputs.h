@@ -11,7 +11,7 @@ at::Tensor empty_heads(const at::Tensor& query, const c10::SymInt& batch, const 
 
 ops::Forward empty_forward(const at::Tensor& query, const Sizes& sizes, const AttentionOptions& options);
 
-ops::OutputTangents empty_tangents(const at::Tensor& query, const Sizes& sizes, bool with_out_tangent = true);
+ops::OutputTangents empty_tangents(const at::Tensor& query, const Sizes& sizes, bool compute_out_tangent = true);
 
 // Which of the gradients asked for exist: a bool mask has none, nor has an absent input.
 ops::OutputMask existing_gradients(const AttentionOptions& options, ops::OutputMask output_mask);

@@ -32,7 +32,7 @@ ops::InputTangents tangents_of(const ops::InputTangents& tangents) {
   return std::apply([](const auto&... tangent) { return all_tangents_of(tangent...); }, tangents.fields());
 }
 
-bool moves(const ops::InputTangents& tangents) {
+bool any_tangent(const ops::InputTangents& tangents) {
   return std::apply([](const auto&... tangent) { return (tangent.has_value() || ...); }, tangents.fields());
 }
 

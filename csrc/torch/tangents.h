@@ -12,7 +12,7 @@ ops::InputTangents tangents_of(const at::Tensor& query, const at::Tensor& key, c
                                const AttentionOptions& options);
 ops::InputTangents tangents_of(const ops::InputTangents& tangents);
 
-bool moves(const ops::InputTangents& tangents);
+bool any_tangent(const ops::InputTangents& tangents);
 
 at::Tensor primal(const at::Tensor& tensor);
 std::optional<at::Tensor> primal(const std::optional<at::Tensor>& tensor);

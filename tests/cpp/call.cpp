@@ -44,7 +44,7 @@ Call::Call(const Case& c, DType type)
       grad_key(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim, true),
       grad_value(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim_v, true),
       logsumexp(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
-      logsumexp_rest(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
+      logsumexp_low(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
       grad_logsumexp(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
       weights(type, c.batch, c.heads, c.seqlen_q, c.seqlen_k),
       query_tangent(type, c.batch, c.heads, c.seqlen_q, c.head_dim),
@@ -160,7 +160,7 @@ void Call::fill(BackwardProblem& p) {
   p.out = out.view;
   p.grad_out = grad_out.view;
   p.logsumexp = logsumexp.view.data;
-  p.logsumexp_rest = logsumexp_rest.view.data;
+  p.logsumexp_low = logsumexp_low.view.data;
   p.grad_logsumexp = grad_logsumexp.view.data;
   p.grad_query = grad_query.view;
   p.grad_key = grad_key.view;
@@ -191,7 +191,7 @@ ForwardProblem Call::forward() const {
   fill(p);
   p.out = out.view;
   p.logsumexp = logsumexp.view.data;
-  p.logsumexp_rest = logsumexp_rest.view.data;
+  p.logsumexp_low = logsumexp_low.view.data;
   return p;
 }
 
@@ -205,7 +205,7 @@ WeightsProblem Call::weights_problem() const {
   WeightsProblem p;
   fill(p);
   p.logsumexp = logsumexp.view.data;
-  p.logsumexp_rest = logsumexp_rest.view.data;
+  p.logsumexp_low = logsumexp_low.view.data;
   p.weights = weights.view;
   p.row_end = spec.seqlen_q;
   return p;
@@ -216,18 +216,18 @@ JvpProblem Call::jvp() const {
   fill(p);
   p.out = out.view;
   p.logsumexp = logsumexp.view.data;
-  p.logsumexp_rest = logsumexp_rest.view.data;
+  p.logsumexp_low = logsumexp_low.view.data;
   p.tangent = tangents();
   p.out_tangent = out_tangent.view;
   p.logsumexp_tangent = logsumexp_tangent.view.data;
   return p;
 }
 
-DoubleBackwardProblem Call::double_backward(bool with_out_tangent) {
+DoubleBackwardProblem Call::double_backward(bool compute_out_tangent) {
   DoubleBackwardProblem p;
   fill(p);
   p.tangent = tangents();
-  if (with_out_tangent) p.out_tangent = out_tangent.view;
+  if (compute_out_tangent) p.out_tangent = out_tangent.view;
   p.logsumexp_tangent = logsumexp_tangent.view.data;
   return p;
 }

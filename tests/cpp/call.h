@@ -24,7 +24,7 @@ struct Call {
   Case spec;
   DType dtype;
   Array query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  Array logsumexp, logsumexp_rest, grad_logsumexp, weights;
+  Array logsumexp, logsumexp_low, grad_logsumexp, weights;
   Array query_tangent, key_tangent, value_tangent, out_tangent, logsumexp_tangent;
   std::optional<Array> mask, grad_mask, mask_tangent;
   Guarded slopes, sinks, lengths, starts_q, starts_k, rng_state, grad_slopes, grad_sinks, slopes_tangent, sinks_tangent;
@@ -35,7 +35,7 @@ struct Call {
   BackwardProblem backward();
   WeightsProblem weights_problem() const;
   JvpProblem jvp() const;
-  DoubleBackwardProblem double_backward(bool with_out_tangent = true);
+  DoubleBackwardProblem double_backward(bool compute_out_tangent = true);
 
   // The call in double with every input moved by `step` tangents.
   Call moved(double step) const;

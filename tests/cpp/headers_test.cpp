@@ -70,9 +70,9 @@ void check_blocks(const AttentionProblem& p) {
           for (int64_t q = q0; q < q1; ++q) {
             for (int64_t k = k0; k < k1; ++k) seen += sees(p, q, k, p.seqlen_q, s.length_k) ? 1 : 0;
           }
-          const Cover cover = band.cover({q0, q1}, {k0, k1}, s.diagonal);
-          check(cover != Cover::kSkip || seen == 0, "a skipped block holds nothing");
-          check((cover == Cover::kFull) == (seen == (q1 - q0) * (k1 - k0)), "a full block hides nothing");
+          const BlockMask cover = band.block_mask({q0, q1}, {k0, k1}, s.diagonal);
+          check(cover != BlockMask::kEmpty || seen == 0, "a skipped block holds nothing");
+          check((cover == BlockMask::kFull) == (seen == (q1 - q0) * (k1 - k0)), "a full block hides nothing");
         }
       }
     }

@@ -145,14 +145,14 @@ void test_jvp(const std::string& what, const CpuKernel& kernel, Call& call, Expe
 }
 
 void test_double_backward(const std::string& what, const CpuKernel& kernel, Call& call, Expected& moves,
-                          bool with_out_tangent) {
+                          bool compute_out_tangent) {
   std::vector<Guarded*> outputs{&call.logsumexp_tangent.memory, &call.grad_query.memory, &call.grad_key.memory,
                                 &call.grad_value.memory};
-  if (with_out_tangent) outputs.push_back(&call.out_tangent.memory);
+  if (compute_out_tangent) outputs.push_back(&call.out_tangent.memory);
   if (call.spec.alibi) outputs.push_back(&call.grad_slopes);
   if (call.spec.sinks) outputs.push_back(&call.grad_sinks);
-  run_in_every_order(what, kernel, outputs, [&] { return call.double_backward(with_out_tangent); });
-  if (with_out_tangent) compare_moves(what + " out", call.out_tangent, moves.out, call.dtype);
+  run_in_every_order(what, kernel, outputs, [&] { return call.double_backward(compute_out_tangent); });
+  if (compute_out_tangent) compare_moves(what + " out", call.out_tangent, moves.out, call.dtype);
   compare_moves(what + " logsumexp", call.logsumexp_tangent, moves.logsumexp, call.dtype);
   compare_moves(what + " grad_query", call.grad_query, moves.grad_query, call.dtype);
   compare_moves(what + " grad_key", call.grad_key, moves.grad_key, call.dtype);

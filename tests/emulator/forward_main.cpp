@@ -57,7 +57,7 @@ int run() {
   Tensor query(kQueries, 1), key(kKeys, 2), value(kKeys, 3), out(kQueries, 4);
   std::vector<float> logsumexp(kQueries);
   const ForwardProblem p = problem_of(query, key, value, out, logsumexp);
-  using Kernel = Forward<Compute16<Half>, kDim, Rules::kBand>;
+  using Kernel = Forward<Compute16<Half>, kDim, ScoreMode::kMask>;
   for (int64_t block = 0; block < Kernel::blocks(p); ++block) run_block<Kernel>(p, nullptr, nullptr, block);
   for (int64_t q = 0; q < kQueries; ++q) {
     if (!is_close(query, key, value, out, q)) {

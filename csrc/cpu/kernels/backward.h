@@ -1,9 +1,8 @@
 // Gradients of every input from grad_out and grad_logsumexp, in three or four phases:
-//   rows     delta = rowsum(grad_out * out) - grad_logsumexp; what is summed apart becomes 0
+//   rows     delta = rowsum(grad_out * out) - grad_logsumexp; sums that several jobs share become 0
 //   delta    only where a 16-bit out is too coarse: the same from sums that were never rounded (delta.h)
 //   blocks   weights again from logsumexp, block by block, then the five products
-//   queries  what was summed apart becomes grad_query (unless one block held all keys) and the gradients of slopes and
-//            sinks
+//   queries  the jobs' sums become grad_query (unless one block held all keys) and the gradients of slopes and sinks
 // A job of the blocks finishes keys: key blocks outside, the queries that see them inside. Nothing depends on which
 // thread runs what: sums that jobs share are kept apart until the last phase.
 #pragma once
@@ -62,7 +61,7 @@ class BackwardBlocks {
     Arena shared_arena(shared_memory), scratch_arena(scratch_memory);
     const BackwardShared<C> shared(shared_arena, p, shape, jobs.groups);
     const BackwardScratch<C> scratch(scratch_arena, p, shape);
-    BackwardBlocks(p, shape, shared, scratch).walk(jobs, job);
+    BackwardBlocks(p, shape, shared, scratch).mainloop(jobs, job);
   }
 
  private:
@@ -70,7 +69,7 @@ class BackwardBlocks {
                  const BackwardScratch<C>& scratch)
       : p_(p), shape_(shape), shared_(shared), scratch_(scratch), dropout_(dropout_of(p)) {}
 
-  void walk(const GradientJobs& jobs, int64_t job) {
+  void mainloop(const GradientJobs& jobs, int64_t job) {
     group_ = jobs.group_of(job);
     const Range b = jobs.batches_of(job), h = jobs.kv_heads_of(job);
     for (int64_t batch = b.begin; batch < b.end; ++batch) {
@@ -93,14 +92,14 @@ class BackwardBlocks {
     const Range seen = visible_keys(p_, sequence_, {0, sequence_.length_q});
     Range k{maximum(rows.begin, seen.begin), minimum(rows.end, seen.end)};
     if (!k.empty()) {
-      unseen_ = k.begin % C::kPair;
-      k.begin -= unseen_;
-      opened_ = k;
-      open_keys(k);
+      pair_padding_ = k.begin % C::kPair;
+      k.begin -= pair_padding_;
+      packed_kv_ = k;
+      pack_keys(k);
     }
     for (int64_t g = 0; g < p_.group_size(); ++g) {
       for (int64_t t = 0; t < ceil_div(sequence_.length_q, kQueries<T>); ++t) {
-        walk_tile(tile_of<T>(sequence_, kv_head_ * p_.group_size() + g, t), k);
+        process_tile(tile_of<T>(sequence_, kv_head_ * p_.group_size() + g, t), k);
       }
     }
     const int64_t row = sequence_.begin_k + rows.begin;
@@ -110,7 +109,7 @@ class BackwardBlocks {
     }
   }
 
-  void walk_tile(const Tile& tile, Range k) {
+  void process_tile(const Tile& tile, Range k) {
     const bool finishes = p_.grad_query && !shape_.adds_queries;
     const Matrix<T> sums{scratch_.grad_query, shape_.columns};
     if (finishes) clear_block(sums, kQueries<T>, shape_.columns / kLanes<T>);
@@ -128,20 +127,21 @@ class BackwardBlocks {
     write_rows(head_rows(to, head, row), rows.size(), columns, as_operand(from), &one_factor, 0);
   }
 
-  void open_keys(Range k) {
+  void pack_keys(Range k) {
     const int64_t row = sequence_.begin_k + k.begin, padded = round_up(k.size(), 2);
-    key_ = rows_of<C>(head_rows(p_.key, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows, unseen_);
-    value_ =
-        rows_of<C>(head_rows(p_.value, kv_head_, row), k.size(), padded, p_.head_dim_v, scratch_.value_rows, unseen_);
+    key_ =
+        rows_of<C>(head_rows(p_.key, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows, pair_padding_);
+    value_ = rows_of<C>(head_rows(p_.value, kv_head_, row), k.size(), padded, p_.head_dim_v, scratch_.value_rows,
+                        pair_padding_);
     key_lanes_ = lanes_of<C>(key_, padded, shape_.columns, scratch_.key_lanes);
   }
 
   // While a product runs, the rows that come next are on their way: the next tile's, and those to be written.
   void tile_block(const Tile& tile, Range keys, Matrix<T> grad_query) {
     Block<T> block;
-    if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (!make_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
     const Range k = block.k;
-    const int64_t skip = k.begin - opened_.begin;
+    const int64_t skip = k.begin - packed_kv_.begin;
     const int64_t row = sequence_.begin_q + tile.q.begin, rows = round_up(k.size(), 2);
     const BothWays<C> query = both_ways<C>(head_rows(p_.query, tile.head, row), tile, p_.head_dim, scratch_.query);
     const BothWays<C> grad_out =
@@ -178,7 +178,7 @@ class BackwardBlocks {
     }
   }
 
-  // Those of grad_key that a block's last tile finishes; else what this tile adds to next.
+  // Rows of grad_key that a block's last tile finishes; otherwise the rows that this tile adds to next.
   RowsAhead rows_after_grad_key(const Tile& tile, Range k, Matrix<T> grad_query, bool last) const {
     if (last) {
       return {head_rows(p_.grad_key, kv_head_, sequence_.begin_k + rows_.begin), rows_.size(), p_.head_dim};
@@ -192,15 +192,15 @@ class BackwardBlocks {
     const Range k = block.k;
     GradientOperands<C> operands;
     if (!dropout_.present && !p_.grad_attn_mask && !p_.grad_alibi_slopes) {
-      with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-        operands = plain_gradient_operands<C, vectors, rules>(block, scratch_.logsumexp, scratch_.delta, weight,
-                                                              grad_score, scratch_.pairs);
+      with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
+        operands = plain_gradient_operands<C, vectors, mode>(block, scratch_.logsumexp, scratch_.delta, weight,
+                                                             grad_score, scratch_.pairs);
       });
       return operands;
     }
-    const Matrix<T> slope{block.mods.bends() ? scratch_.slope : nullptr, kQueries<T>};
-    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, slope);
+    const Matrix<T> softcap_grad{block.mods.is_nonlinear() ? scratch_.softcap_grad : nullptr, kQueries<T>};
+    with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
+      probability_block<C, vectors, mode>(block, weight, scratch_.logsumexp, softcap_grad);
     });
     score_gradient(p_, dropout_, tile, k, weight, grad_score, scratch_.delta);
     if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_score));
@@ -208,7 +208,7 @@ class BackwardBlocks {
       shared_.slope_sums.of(group_, sequence_, tile.head) +=
           slope_gradient(block, tile.vectors, as_operand(grad_score));
     }
-    if (slope.data) multiply_elements(slope, grad_score, k.size(), tile.vectors);
+    if (softcap_grad.data) multiply_elements(softcap_grad, grad_score, k.size(), tile.vectors);
     return gradient_operands<C>(weight, grad_score, k.size(), tile.vectors, scratch_.pairs);
   }
 
@@ -233,9 +233,9 @@ class BackwardBlocks {
   Dropout dropout_;
   Sequence sequence_{};
   int64_t group_ = 0, kv_head_ = 0;
-  Range rows_{};        // the block's keys
-  Range opened_{};      // of them, those that any query sees, packed
-  int64_t unseen_ = 0;  // of those, the first ones that none sees
+  Range rows_{};              // the block's keys
+  Range packed_kv_{};         // of them, those that any query sees, packed
+  int64_t pair_padding_ = 0;  // rows before them that only complete a pair
   Matrix<const Element> key_, key_lanes_, value_;
 };
 

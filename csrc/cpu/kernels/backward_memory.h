@@ -6,9 +6,9 @@
 namespace attention_ext {
 namespace {
 
-// The key blocks of a sequence (in double backward its query tiles) are dealt to a few groups, each with sums of its
-// own for what all of them add to, so that few heads make enough jobs. How many depends on the length alone, or the
-// last bits would depend on what else is in the batch.
+// The key blocks of a sequence (in double backward its query tiles) are dealt to a few groups, each with its own copy
+// of the sums that all of them add to, so that few heads make enough jobs. Their number depends on the length alone, or
+// the last bits would depend on the rest of the batch.
 constexpr int64_t kBlocksPerGroup = 5;
 constexpr int64_t kMostGroups = 4;
 
@@ -22,7 +22,7 @@ struct GradientJobs {
   int64_t batch_step, kv_head_step;
   int64_t batches, kv_heads, count;
 
-  // stride: the mask gradient's along what is dealt
+  // stride: of the mask's gradient along the dimension that is dealt
   GradientJobs(const BackwardProblem& p, int64_t longest, int64_t stride) {
     const View& mask = p.grad_attn_mask;
     batch_step = mask && mask.stride_b == 0 ? p.batch : 1;
@@ -179,7 +179,7 @@ struct BackwardScratch {
   using T = typename C::Scalar;
   using Element = typename C::Element;
   Element *key_rows, *key_lanes, *value_rows;
-  T *weight, *grad_score, *slope, *bias, *grad_query, *grad_key, *grad_value, *logsumexp, *delta;
+  T *weight, *grad_score, *softcap_grad, *bias, *grad_query, *grad_key, *grad_value, *logsumexp, *delta;
   BothWaysMemory<C> query, grad_out;
   GradientPairs<C> pairs;
 
@@ -192,7 +192,7 @@ struct BackwardScratch {
     value_rows = arena.take<Element>(padded_keys * round_up(shape.value_depth, kLanes<Element>));
     weight = arena.take<T>(block);
     grad_score = arena.take<T>(block);
-    slope = arena.take<T>(score_mods_of(p).bends() ? block : 0);
+    softcap_grad = arena.take<T>(score_mods_of(p).is_nonlinear() ? block : 0);
     bias = arena.take<T>(p.attn_mask ? block : 0);
     grad_query = arena.take<T>(shape.adds_queries ? 0 : kQueries<T> * shape.columns);
     grad_key = arena.take<T>((shape.keys + 1) * shape.columns);

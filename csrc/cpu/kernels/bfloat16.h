@@ -33,17 +33,17 @@ struct BFloat16Compute {
   }
 
   static Matrix<const uint32_t> paired_rows(Source from, int64_t rows, int64_t padded_rows, int64_t columns,
-                                            uint32_t* buffer, int64_t unseen) {
+                                            uint32_t* buffer, int64_t pair_padding) {
     const auto* data = reinterpret_cast<const uint16_t*>(from.data);
     const bool even =
         columns % (2 * kLanes<uint32_t>) == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0;
-    if (is_dense(from, columns) && rows == padded_rows && even && unseen == 0) {
+    if (is_dense(from, columns) && rows == padded_rows && even && pair_padding == 0) {
       return {reinterpret_cast<const uint32_t*>(data), from.stride_row / 2};
     }
     const int64_t stride = round_up(ceil_div(columns, 2), kLanes<uint32_t>);
     for (int64_t r = 0; r < padded_rows; ++r) {
       auto* to = reinterpret_cast<uint16_t*>(buffer + r * stride);
-      const bool seen = r >= unseen && r < rows;
+      const bool seen = r >= pair_padding && r < rows;
       for (int64_t c = seen ? columns : 0; c < 2 * stride; ++c) to[c] = 0;
       if (!seen) continue;
       const uint16_t* row = data + r * from.stride_row;

@@ -10,7 +10,7 @@ namespace attention_ext {
 namespace {
 
 constexpr int64_t kValueRows = 48;            // a divisor of kKeys: that many rows stay in L1
-constexpr int64_t kKeysPerSplit = 8 * kKeys;  // fixed, or the last bits would depend on what else is in the batch
+constexpr int64_t kKeysPerSplit = 8 * kKeys;  // fixed, or the last bits would depend on the rest of the batch
 
 template <class C>
 struct DecodeShape {
@@ -32,7 +32,7 @@ struct DecodeShape {
   }
 };
 
-// What a split knows of one query: out * sum and the softmax state.
+// Per split and query: the softmax state and the unnormalised out.
 template <class C>
 struct DecodeShared {
   using T = typename C::Scalar;
@@ -58,17 +58,17 @@ struct DecodeScratch {
   }
 };
 
-// One query in a state of its own: rescaling it for one more maximum tells what the added is worth beside it.
+// The softmax state of one query. Rescaling it for one more maximum gives the factor of that maximum's own sums.
 template <class T>
-struct Merged {
-  T maximum, sum, kept = 1;  // kept: what the last rescaling left of the sums
+struct MergedState {
+  T maximum, sum, rescaled = 1;  // rescaled: the factor that the last rescaling applied to earlier sums
 
   T rescale(T added) {
-    const T now = attention_ext::maximum(maximum, added);
-    const Vec<T> base = finite_or_zero<T>(splat<T>(now)), log2e = splat<T>(static_cast<T>(kLog2E));
-    kept = exp2<T>((splat<T>(maximum) - base) * log2e)[0];
-    maximum = now;
-    sum *= kept;
+    const T new_max = attention_ext::maximum(maximum, added);
+    const Vec<T> base = finite_or_zero<T>(splat<T>(new_max)), log2e = splat<T>(static_cast<T>(kLog2E));
+    rescaled = exp2<T>((splat<T>(maximum) - base) * log2e)[0];
+    maximum = new_max;
+    sum *= rescaled;
     return exp2<T>((splat<T>(added) - base) * log2e)[0];
   }
 };
@@ -82,7 +82,7 @@ class DecodeJob {
   static void run(const AttentionProblem& problem, void* shared, void* scratch, int64_t job) {
     const auto& p = static_cast<const ForwardProblem&>(problem);
     Arena shared_arena(shared), scratch_arena(scratch);
-    DecodeJob(p, shared_arena, scratch_arena, job).walk();
+    DecodeJob(p, shared_arena, scratch_arena, job).mainloop();
   }
 
  private:
@@ -97,7 +97,7 @@ class DecodeJob {
     sums_ = {shared_.sums + job * shape_.rows * shape_.columns, shape_.columns};
   }
 
-  void walk() {
+  void mainloop() {
     open();
     const Range all = visible_keys(p_, sequence_, {0, sequence_.length_q});
     const int64_t begin = all.begin + split_ * kKeysPerSplit;
@@ -186,20 +186,20 @@ class DecodeJob {
     T* scores = score(r).data;
     const ScoreMods mods = score_mods_of(p_, sequence_, head);
     const Vec<T> hidden = splat<T>(static_cast<T>(-__builtin_inf()));
-    Vec<T> top = hidden;
-    decltype(top != hidden) seen{};
+    Vec<T> block_max = hidden;
+    decltype(block_max != hidden) seen{};
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
       const int64_t count = k.size() - i;
       const auto distance = static_cast<T>(k.begin + i - q - sequence_.diagonal);
       const Position<Ops> at{splat<T>(distance) + iota<T>(), mask_row(head, q, k.begin + i, count)};
-      Vec<T> s = mods.hide<Ops>(mods.operator()<Ops>(load(scores + i), at).score, at);
+      Vec<T> s = mods.masked<Ops>(mods.score_mod<Ops>(load(scores + i), at).score, at);
       s = iota<T>() < splat<T>(static_cast<T>(count)) ? s : hidden;
       store(scores + i, s);
       seen |= s != hidden;
-      top = max(s, top);
+      block_max = max(s, block_max);
     }
-    Merged<T> state{maximum_[r], sum_[r]};
-    state.rescale(max_lanes<T>(top));
+    MergedState<T> state{maximum_[r], sum_[r]};
+    state.rescale(max_lanes<T>(block_max));
     const Vec<T> base = finite_or_zero<T>(splat<T>(state.maximum)), log2e = splat<T>(static_cast<T>(kLog2E));
     Vec<T> sum{};
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
@@ -211,7 +211,7 @@ class DecodeJob {
     sum_[r] = state.sum + sum_lanes<T>(sum);
     for (int64_t c = 0; c < shape_.columns; c += kLanes<T>) {
       T* sums = sums_.row(r) + c;
-      store(sums, load(sums) * splat<T>(state.kept));
+      store(sums, load(sums) * splat<T>(state.rescaled));
     }
     return any_lane(seen);
   }
@@ -251,23 +251,23 @@ void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, i
   for (int64_t g = 0; g < shape.group; ++g) {
     const int64_t head = job % p.kv_heads * shape.group + g;
     for (int64_t q = 0; q < s.length_q; ++q, ++row) {
-      Merged<T> state{shared.maximum[row], shared.sum[row]};
+      MergedState<T> state{shared.maximum[row], shared.sum[row]};
       const Matrix<T> total{shared.sums + row * shape.columns, shape.columns};
       for (int64_t split = 1; split < shape.splits; ++split) {
         const int64_t at = row + split * shape.rows;
-        const Vec<T> added = splat<T>(state.rescale(shared.maximum[at])), kept = splat<T>(state.kept);
+        const Vec<T> added = splat<T>(state.rescale(shared.maximum[at])), rescaled = splat<T>(state.rescaled);
         const T* more = shared.sums + at * shape.columns;
         for (int64_t d = 0; d < shape.columns; d += kLanes<T>) {
-          store(total.data + d, fma(load(more + d), added, load(total.data + d) * kept));
+          store(total.data + d, fma(load(more + d), added, load(total.data + d) * rescaled));
         }
         state.sum += shared.sum[at] * added[0];
       }
-      state.kept = 1;
+      state.rescaled = 1;
       if (p.sinks) state.sum += state.rescale(static_cast<T>(p.sinks[s.batch * p.sinks_stride_b + head]));
       const Vec<T> maximum = splat<T>(state.maximum), sum = splat<T>(state.sum);
       const int64_t at = row_of(p, s, head) + q;
       static_cast<T*>(p.logsumexp)[at] = logsumexp_of<T>(maximum, sum)[0];
-      const T factor[] = {one_over<T>(splat<T>(state.sum))[0] * state.kept};
+      const T factor[] = {one_over<T>(splat<T>(state.sum))[0] * state.rescaled};
       write_rows(source_of(p.out, s.tensor_batch, head, s.begin_q + q), 1, p.head_dim_v, as_operand(total), factor);
     }
   }

@@ -1,5 +1,5 @@
-// What decoding does with a few queries and many keys: rows as they lie in memory, read once for four queries, while
-// later ones are on their way.
+// The products of decoding, a few queries against many keys: rows as they lie in memory, read once for four queries,
+// while later ones are prefetched.
 #pragma once
 
 #include <type_traits>

@@ -41,7 +41,7 @@ class DeltaJob : SoftmaxRun<FloatCompute, DeltaJob> {
     const auto shape = forward_shape<FloatCompute>(p);
     Arena scratch_arena(scratch_memory), shared_arena(shared_memory);
     const ForwardScratch<FloatCompute> scratch(scratch_arena, p, shape);
-    DeltaJob(p, shape, scratch, take_rows<float>(shared_arena, p)).walk(job);
+    DeltaJob(p, shape, scratch, take_rows<float>(shared_arena, p)).mainloop(job);
   }
 
  private:
@@ -52,13 +52,13 @@ class DeltaJob : SoftmaxRun<FloatCompute, DeltaJob> {
   Source grad_out_rows(const Tile& tile) const {
     return source_of(p_.grad_out, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
   }
-  RowsAhead rows_to_close(const Tile& tile) const { return {grad_out_rows(tile), tile.q.size(), p_.head_dim_v}; }
+  RowsAhead epilogue_rows(const Tile& tile) const { return {grad_out_rows(tile), tile.q.size(), p_.head_dim_v}; }
 
-  void close_tile(int64_t i) {
+  void epilogue(int64_t i) {
     const Tile& tile = tiles_[i];
     const int64_t row = row_of(p_, sequence_, tile.head) + tile.q.begin;
     const auto* grad_logsumexp = static_cast<const float*>(p_.grad_logsumexp);
-    close_sums(i);
+    finish_sums(i);
     dot_rows(source_of(sums(i)), grad_out_rows(tile), tile.q.size(), p_.head_dim_v, delta_ + row);
     for (int64_t r = 0; r < tile.q.size(); ++r) {
       delta_[row + r] = delta_[row + r] * scratch_.factor[r] - (grad_logsumexp ? grad_logsumexp[row + r] : 0.0f);

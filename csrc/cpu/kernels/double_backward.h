@@ -1,5 +1,5 @@
 // The gradients of attention_backward's results, in phases. With prob P, dP = dropout(grad_out value^T),
-// D = delta, and ' for what moves along the tangents (jvp.h has S', m and out'):
+// D = delta, and ' for a tangent (jvp.h has S', m and out'):
 //   rows     delta (and its finer form), as in the backward pass
 //   tiles    first P and P S', with them m = logsumexp', and either out' and D' = rowsum(grad_out out'), or dP, dP' and
 //            D' = rowsum(P' dP + P dP') where out' is not wanted, which saves two of twelve products; then
@@ -7,10 +7,9 @@
 //            through the softcap f: dU = dS f',  dU' = dS' f' + dS f'' U';  then
 //            grad_query = scale (dU' key + dU key'),  grad_key = scale (dU'^T query + dU^T query'),
 //            grad_value = dropout(P')^T grad_out,  grad_attn_mask = dS'
-//   keys     what was summed apart becomes grad_key, grad_value and the gradients of slopes and sinks
-// A job of the tiles finishes queries, one tile after another. The second part needs m and D' of whole rows, and what
-// the first made of blocks: a tile holds that for as many keys as its caches are worth, and makes twice what lies
-// beyond.
+//   keys     the groups' sums become grad_key, grad_value and the gradients of slopes and sinks
+// A job of the tiles finishes queries, one tile after another. The second part needs m and D' of whole rows, and the
+// blocks of the first: a tile holds them for as many keys as fit its caches, and computes those beyond a second time.
 #pragma once
 
 #include "cpu/kernels/backward.h"
@@ -39,18 +38,18 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     Arena shared_arena(shared_memory), scratch_arena(scratch_memory);
     const DoubleBackwardShared<C> shared(shared_arena, p, shape, jobs.groups);
     const DoubleBackwardScratch<C> scratch(scratch_arena, p, run, shape);
-    DoubleBackwardTiles(p, run, shape, shared, scratch).walk_group(jobs, job);
+    DoubleBackwardTiles(p, run, shape, shared, scratch).run_group(jobs, job);
   }
 
  private:
-  using Jvp::dropout_, Jvp::key_, Jvp::key_tangent_, Jvp::kv_head_, Jvp::opened_, Jvp::p_, Jvp::seen_, Jvp::sequence_,
-      Jvp::tiles_, Jvp::unseen_, Jvp::value_rows_, Jvp::value_tangent_rows_;
+  using Jvp::dropout_, Jvp::key_, Jvp::key_tangent_, Jvp::kv_head_, Jvp::packed_kv_, Jvp::p_, Jvp::visible_,
+      Jvp::sequence_, Jvp::tiles_, Jvp::pair_padding_, Jvp::value_rows_, Jvp::value_tangent_rows_;
 
   DoubleBackwardTiles(const DoubleBackwardProblem& p, const RunShape<C>& run, const BackwardShape<C>& shape,
                       const DoubleBackwardShared<C>& shared, const DoubleBackwardScratch<C>& scratch)
       : Jvp(p, run, scratch), gradient_shape_(shape), shared_(shared), memory_(scratch) {}
 
-  void walk_group(const GradientJobs& jobs, int64_t job) {
+  void run_group(const GradientJobs& jobs, int64_t job) {
     group_ = jobs.group_of(job);
     const int64_t tiles = this->shape_.jobs_per_group;
     const Range b = jobs.batches_of(job), h = jobs.kv_heads_of(job);
@@ -60,43 +59,45 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
       for (int64_t head = h.begin; head < h.end; ++head) {
         shared_.clear(p_, group_, s, head);
         for (int64_t tile = group_; tile < tiles && group_ < groups; tile += groups) {
-          this->walk((batch * p_.kv_heads + head) * tiles + tile);
+          this->mainloop((batch * p_.kv_heads + head) * tiles + tile);
         }
       }
     }
   }
 
-  // The derivatives of what bends scores would have to be held with them.
-  bool scores_held() const { return opened_.end - first_key() <= memory_.held_keys && !score_mods_of(p_).bends(); }
-  int64_t first_key() const { return seen_.begin / kKeys * kKeys; }
+  // With a softcap its derivatives would have to be held too.
+  bool scores_held() const {
+    return packed_kv_.end - first_key() <= memory_.held_keys && !score_mods_of(p_).is_nonlinear();
+  }
+  int64_t first_key() const { return visible_.begin / kKeys * kKeys; }
 
   // Where the matrices of some keys lie between the two parts.
   Scores<T> scores(Range k, int64_t lane) const {
     if (!scores_held()) return this->passing_scores();
-    return {held(memory_.held_scores.weight, k, lane), held(memory_.held_scores.moved, k, lane)};
+    return {held(memory_.held_scores.weight, k, lane), held(memory_.held_scores.tangent, k, lane)};
   }
   Gradients<T> gradients(Range k, int64_t lane) const {
     if (memory_.makes_out) return memory_.grad_score;
-    return {held(memory_.held_gradients.whole, k, lane), held(memory_.held_gradients.moved, k, lane)};
+    return {held(memory_.held_gradients.grad, k, lane), held(memory_.held_gradients.tangent, k, lane)};
   }
   Matrix<T> held(Matrix<T> m, Range k, int64_t lane) const {
     return columns_from(rows_from(m, k.begin - first_key()), lane);
   }
 
-  void open_tile(int64_t i) {
-    Jvp::open_tile(i);
-    open_rows_of(tiles_[i]);
+  void prologue(int64_t i) {
+    Jvp::prologue(i);
+    pack_rows_of(tiles_[i]);
   }
 
-  void open_keys(Range k) {
-    this->open_score_keys(k);
-    memory_.makes_out ? this->open_values(k) : this->open_value_rows(k);
+  void pack_keys(Range k) {
+    this->pack_score_keys(k);
+    memory_.makes_out ? this->pack_values(k) : this->pack_value_rows(k);
   }
 
   // The first part.
   void tile_block(int64_t i, const Tile& tile, int64_t lane, Range keys) {
     Block<T> block;
-    if (!open_block(p_, tile, keys, Matrix<T>{memory_.bias, kQueries<T>}, block)) return;
+    if (!make_block(p_, tile, keys, Matrix<T>{memory_.bias, kQueries<T>}, block)) return;
     const Scores<T> scores = this->scores(block.k, lane);
     this->make_scores(i, tile, lane, block, scores, {}, this->mean(i) + lane);
     if (memory_.makes_out) {
@@ -108,15 +109,15 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     }
   }
 
-  void close_tile(int64_t i) {
+  void epilogue(int64_t i) {
     const Tile& tile = tiles_[i];
     T* delta_tangent = shared_.delta_tangent + row_of(p_, sequence_, tile.head) + tile.q.begin;
-    this->close_mean(i);
+    this->finish_mean(i);
     if (memory_.makes_out) {
-      this->close_out(i);
+      this->finish_out(i);
       dot_rows(source_of(this->sums(i)), query_rows(p_.grad_out, tile), tile.q.size(), p_.head_dim_v, delta_tangent);
     } else {
-      close_delta_tangent(p_, tile, this->mean(i), memory_.rows, delta_tangent);
+      finish_delta_tangent(p_, tile, this->mean(i), memory_.rows, delta_tangent);
     }
     load_rows(this->mean(i), tile, memory_.rows.mean);
     load_rows(delta_tangent, tile, memory_.rows.delta_tangent);
@@ -127,7 +128,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
   void finish_tile(const Tile& tile) {
     clear_lanes(memory_.grad_query.data, kQueries<T> * gradient_shape_.columns);
     this->for_each_block(
-        [this](Range k) { open_gradient_keys(k); },
+        [this](Range k) { pack_gradient_keys(k); },
         [this](int64_t, const Tile& part, int64_t lane, Range keys) { gradient_block(part, lane, keys); });
     if (!p_.grad_query) return;
     const auto scale = static_cast<T>(p_.scale);
@@ -139,7 +140,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
   }
 
   // The tile's queries as the gradients' products read them, and its numbers per row.
-  void open_rows_of(const Tile& tile) {
+  void pack_rows_of(const Tile& tile) {
     const int64_t queries = tile.vectors * kLanes<T>, row = row_of(p_, sequence_, tile.head) + tile.q.begin;
     const auto lanes = [&](const View& view, Element* rows, Element* pairs) {
       return lanes_of<C>(tile_rows<C>(query_rows(view, tile), tile, p_.head_dim, rows), queries,
@@ -155,37 +156,37 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     clear_lanes(memory_.rows.centred, kQueries<T>);
   }
 
-  void open_gradient_keys(Range k) {
+  void pack_gradient_keys(Range k) {
     const int64_t padded = round_up(k.size(), 2);
-    this->open_score_keys(k);
+    this->pack_score_keys(k);
     key_lanes_ = lanes_of<C>(key_, padded, gradient_shape_.columns, memory_.key_lanes);
     if (p_.tangent.key) {
       key_tangent_lanes_ = lanes_of<C>(key_tangent_, padded, gradient_shape_.columns, memory_.key_tangent_lanes);
     }
-    if (memory_.makes_out) this->open_value_rows(k);
+    if (memory_.makes_out) this->pack_value_rows(k);
   }
 
   void gradient_block(const Tile& tile, int64_t lane, Range keys) {
     Block<T> block;
-    if (!open_block(p_, tile, keys, Matrix<T>{memory_.bias, kQueries<T>}, block)) return;
+    if (!make_block(p_, tile, keys, Matrix<T>{memory_.bias, kQueries<T>}, block)) return;
     const Range k = block.k;
-    const int64_t skip = k.begin - opened_.begin;
+    const int64_t skip = k.begin - packed_kv_.begin;
     const Scores<T> scores = this->scores(k, lane);
     const Gradients<T> gradients = this->gradients(k, lane), &grad_score = memory_.grad_score;
     if (!scores_held()) {
-      alignas(64) T known[kQueries<T>] = {};
-      this->make_scores(0, tile, lane, block, scores, memory_.bend, known);
+      alignas(64) T mean[kQueries<T>] = {};
+      this->make_scores(0, tile, lane, block, scores, memory_.softcap_grads, mean);
     }
     if (memory_.makes_out) multiply_values(tile, lane, k, gradients);
-    move_score_gradients(p_, dropout_, tile, k, scores, gradients, memory_.rows.from(lane), memory_.weight_tangent,
-                         grad_score);
-    if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_score.moved));
+    score_gradient_tangents(p_, dropout_, tile, k, scores, gradients, memory_.rows.from(lane), memory_.weight_tangent,
+                            grad_score);
+    if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_score.tangent));
     if (p_.grad_alibi_slopes) {
       shared_.slope_sums.of(group_, sequence_, tile.head) +=
-          slope_gradient(block, tile.vectors, as_operand(grad_score.moved));
+          slope_gradient(block, tile.vectors, as_operand(grad_score.tangent));
     }
-    if (block.mods.bends()) unbend(memory_.bend, k.size(), tile.vectors, grad_score);
-    for (const Matrix<T>& m : {memory_.weight_tangent, grad_score.whole, grad_score.moved}) {
+    if (block.mods.is_nonlinear()) apply_softcap_grad(memory_.softcap_grads, k.size(), tile.vectors, grad_score);
+    for (const Matrix<T>& m : {memory_.weight_tangent, grad_score.grad, grad_score.tangent}) {
       clear_spare_row(m, k.size(), tile.vectors);
     }
     multiply_gradients(tile, lane, k, skip);
@@ -194,14 +195,14 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
   // grad_out value^T and grad_out value'^T
   void multiply_values(const Tile& tile, int64_t lane, Range k, const Gradients<T>& to) const {
     const auto times = [&](Matrix<const Element> value, Matrix<T> product) {
-      multiply<C>(by_rows(rows_from(value, k.begin - opened_.begin)), columns_from(grad_out_.columns, lane),
+      multiply<C>(by_rows(rows_from(value, k.begin - packed_kv_.begin)), columns_from(grad_out_.columns, lane),
                   gradient_shape_.value_depth, product, round_up(k.size(), 2), tile.vectors, Start::kZero);
     };
-    times(value_rows_, to.whole);
+    times(value_rows_, to.grad);
     if (p_.tangent.value) {
-      times(value_tangent_rows_, to.moved);
+      times(value_tangent_rows_, to.tangent);
     } else {
-      clear_block(to.moved, k.size(), tile.vectors);
+      clear_block(to.tangent, k.size(), tile.vectors);
     }
   }
 
@@ -221,12 +222,12 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     };
     if (p_.grad_value) to_keys(memory_.weight_tangent, grad_out_.lanes, shared_.value_sums);
     if (p_.grad_key) {
-      to_keys(memory_.grad_score.moved, query_lanes_, shared_.key_sums);
-      if (p_.tangent.query) to_keys(memory_.grad_score.whole, query_tangent_lanes_, shared_.key_sums);
+      to_keys(memory_.grad_score.tangent, query_lanes_, shared_.key_sums);
+      if (p_.tangent.query) to_keys(memory_.grad_score.grad, query_tangent_lanes_, shared_.key_sums);
     }
     if (p_.grad_query) {
-      to_queries(memory_.grad_score.moved, key_lanes_);
-      if (p_.tangent.key) to_queries(memory_.grad_score.whole, key_tangent_lanes_);
+      to_queries(memory_.grad_score.tangent, key_lanes_);
+      if (p_.tangent.key) to_queries(memory_.grad_score.grad, key_tangent_lanes_);
     }
   }
 
@@ -265,9 +266,9 @@ void run_double_backward_keys(const AttentionProblem& problem, void* shared_memo
     if (p.grad_alibi_slopes) p.grad_alibi_slopes[at] = shared.slope_sums.total(s, head);
     if (!p.grad_sinks) continue;
     const auto* mean = static_cast<const T*>(p.logsumexp_tangent) + row;
-    const double moved = p.tangent.sinks ? p.tangent.sinks[at] : 0.0;
+    const double sink_tangent = p.tangent.sinks ? p.tangent.sinks[at] : 0.0;
     p.grad_sinks[at] = sum_over_sink<T>(p, s, head, [&](int64_t q) {
-      return (static_cast<double>(mean[q]) - moved) * static_cast<double>(shared.delta[row + q]) -
+      return (static_cast<double>(mean[q]) - sink_tangent) * static_cast<double>(shared.delta[row + q]) -
              static_cast<double>(shared.delta_tangent[row + q]);
     });
   }

@@ -8,8 +8,8 @@
 namespace attention_ext {
 namespace {
 
-// What a job may take, so that a thread's memory does not grow with the length. A tile holds matrices of its blocks in
-// what is left of it: beyond L2, but reading them is still cheaper than the products that make them.
+// Bound on a job's scratch, so that a thread's memory does not grow with the length. A tile holds matrices of its
+// blocks in the rest of it: beyond L2, but reading them is still cheaper than the products that make them.
 constexpr int64_t kMostScratchBytes = 4 << 20;
 
 ATTENTION_INLINE GradientJobs double_backward_jobs(const BackwardProblem& p) {
@@ -30,7 +30,7 @@ struct DoubleBackwardShared {
         key_sums(arena, p, p.grad_key ? groups : 0, p.kv_heads, p.seqlen_k, shape.columns),
         value_sums(arena, p, p.grad_value ? groups : 0, p.kv_heads, p.seqlen_k, shape.value_columns) {}
 
-  // What a group adds to for one key head.
+  // The sums of a group for one key head.
   void clear(const BackwardProblem& p, int64_t group, const Sequence& s, int64_t kv_head) const {
     const int64_t length = p.cu_seqlens_k ? s.length_k : p.seqlen_k;
     if (p.grad_key) key_sums.clear(group, s, kv_head, s.begin_k, length);
@@ -47,7 +47,7 @@ struct DoubleBackwardScratch : JvpScratch<C> {
   Element *key_lanes, *key_tangent_lanes, *query_lanes, *query_tangent_rows, *query_tangent_lanes;
   Matrix<T> weight_tangent, grad_query;  // dropout(P') of a block, and of the tile
   Gradients<T> grad_score;
-  Bend<T> bend;
+  SoftcapGrads<T> softcap_grads;
   GradientRows<T> rows;
   BothWaysMemory<C> grad_out;
 
@@ -72,7 +72,7 @@ struct DoubleBackwardScratch : JvpScratch<C> {
     const auto block_of = [&](int64_t keys) { return Matrix<T>{arena.take<T>(keys * kQueries<T>), kQueries<T>}; };
     weight_tangent = block_of(padded_keys);
     grad_score = {block_of(padded_keys), block_of(padded_keys)};
-    if (score_mods_of(p).bends()) bend = {block_of(padded_keys), block_of(padded_keys)};
+    if (score_mods_of(p).is_nonlinear()) softcap_grads = {block_of(padded_keys), block_of(padded_keys)};
     grad_query = {arena.take<T>(kQueries<T> * shape.columns), shape.columns};
     rows.mean = arena.take<T>(kQueries<T>);
     rows.delta = arena.take<T>(kQueries<T>);

@@ -47,7 +47,7 @@ ATTENTION_INLINE void for_each_vector(const AttentionProblem& p, const Dropout& 
   }
 }
 
-// Sets dropped weights to 0; scaling what is kept is left to the caller.
+// Sets dropped weights to 0; the caller scales the kept ones.
 template <class T>
 void drop(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight) {
   for_each_vector<T>(p, dropout, tile, k, [&](int64_t row, int64_t lane, auto kept) __attribute__((always_inline)) {

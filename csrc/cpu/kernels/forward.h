@@ -41,8 +41,8 @@ struct ForwardScratch {
   }
 };
 
-// Job provides close_tile(i), with sums(i) and row_state(i) complete, and rows_to_close(tile), the rows of a tensor
-// that it reads or writes then.
+// Job provides epilogue(i), with sums(i) and row_state(i) complete, and epilogue_rows(tile), the rows of a tensor
+// that the epilogue reads or writes.
 template <class C, class Job>
 class SoftmaxRun : protected QueryRun<C, Job> {
   using Run = QueryRun<C, Job>;
@@ -51,7 +51,7 @@ class SoftmaxRun : protected QueryRun<C, Job> {
   friend Run;
 
  protected:
-  using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_, Run::unseen_;
+  using Run::kv_head_, Run::packed_kv_, Run::sequence_, Run::shape_, Run::tiles_, Run::pair_padding_;
 
   SoftmaxRun(const AttentionProblem& p, const RunShape<C>& shape, const ForwardScratch<C>& scratch)
       : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
@@ -61,8 +61,8 @@ class SoftmaxRun : protected QueryRun<C, Job> {
   }
   Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
 
-  // factor[q] = what turns a query's sums into its output
-  void close_sums(int64_t i) {
+  // factor[q] turns the sums of query q into its output.
+  void finish_sums(int64_t i) {
     for (int64_t lane = 0; lane < tiles_[i].q.size(); lane += kLanes<T>) {
       const Vec<T> sum = load(row_state(i).sum + lane);
       store(scratch_.factor + lane, one_over<T>(sum) * splat<T>(static_cast<T>(dropout_.kept_scale)));
@@ -74,7 +74,7 @@ class SoftmaxRun : protected QueryRun<C, Job> {
   Dropout dropout_;
 
  private:
-  void open_tile(int64_t i) {
+  void prologue(int64_t i) {
     const Tile& tile = tiles_[i];
     const int64_t queries = tile.vectors * kLanes<T>;
     const Source source = source_of(p_.query, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
@@ -88,35 +88,36 @@ class SoftmaxRun : protected QueryRun<C, Job> {
     clear_lanes(sums(i).data, queries * shape_.columns);
   }
 
-  void open_keys(Range k) {
+  void pack_keys(Range k) {
     const int64_t row = sequence_.begin_k + k.begin, b = sequence_.tensor_batch, padded = round_up(k.size(), 2);
-    key_ = rows_of<C>(source_of(p_.key, b, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows, unseen_);
+    key_ = rows_of<C>(source_of(p_.key, b, kv_head_, row), k.size(), padded, p_.head_dim, scratch_.key_rows,
+                      pair_padding_);
     const auto rows = rows_of<C>(source_of(p_.value, b, kv_head_, row), k.size(), padded, p_.head_dim_v,
-                                 scratch_.value_rows, unseen_);
+                                 scratch_.value_rows, pair_padding_);
     value_ = lanes_of<C>(rows, padded, shape_.columns, scratch_.value_lanes);
   }
 
   void tile_block(int64_t i, const Tile& tile, int64_t lane, Range keys) {
     Block<T> block;
-    if (!open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (!make_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
     const Range k = block.k;
-    const int64_t skip = k.begin - opened_.begin;
+    const int64_t skip = k.begin - packed_kv_.begin;
     const Matrix<T> score{scratch_.score, kQueries<T>};
     multiply<C>(by_rows(rows_from(key_, skip)), as_operand(columns_from(query_columns(i), lane)), shape_.depth, score,
                 round_up(k.size(), 2), tile.vectors, Start::kZero, next_mask_rows(p_.attn_mask, tile, k));
     // Weights go straight into pairs, unless some must be dropped first.
     Matrix<Element> pairs{dropout_.present ? nullptr : scratch_.weight, kQueries<T>};
-    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      softmax_block<C, vectors, rules>(block, score, row_state(i, lane), scratch_.factor, pairs);
+    with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
+      softmax_block<C, vectors, mode>(block, score, row_state(i, lane), scratch_.factor, pairs);
     });
     if (shape_.columns == 0) return;
-    const bool closes = visible_keys(p_, sequence_, tile.q).end <= opened_.end;
+    const bool is_last = visible_keys(p_, sequence_, tile.q).end <= packed_kv_.end;
     if (dropout_.present) drop(p_, dropout_, tile, k, score);
     const bool paired = C::kPair == 2 && pairs.data;
     const auto weight = paired ? as_operand(pairs) : weights_by_keys<C>(score, k.size(), tile.vectors, scratch_.weight);
     multiply<C>(by_columns(weight), rows_from(value_, skip / C::kPair), ceil_div(k.size(), C::kPair),
                 rows_from(sums(i), lane), tile.vectors * kLanes<T>, shape_.columns / kLanes<T>, Start::kScaleAndAdd,
-                closes ? this->self().rows_to_close(tile) : RowsAhead(), scratch_.factor);
+                is_last ? this->self().epilogue_rows(tile) : RowsAhead(), scratch_.factor);
   }
 
   Matrix<Element> query_columns(int64_t i) const {
@@ -138,7 +139,7 @@ class ForwardJob : SoftmaxRun<C, ForwardJob<C>> {
     const RunShape<C> shape = forward_shape<C>(problem);
     Arena arena(scratch);
     const ForwardScratch<C> memory(arena, problem, shape);
-    ForwardJob(static_cast<const ForwardProblem&>(problem), shape, memory).walk(job);
+    ForwardJob(static_cast<const ForwardProblem&>(problem), shape, memory).mainloop(job);
   }
 
  private:
@@ -149,21 +150,21 @@ class ForwardJob : SoftmaxRun<C, ForwardJob<C>> {
     const Sequence& s = this->sequence_;
     return source_of(p_.out, s.tensor_batch, tile.head, s.begin_q + tile.q.begin);
   }
-  RowsAhead rows_to_close(const Tile& tile) const { return {out_rows(tile), tile.q.size(), p_.head_dim_v}; }
+  RowsAhead epilogue_rows(const Tile& tile) const { return {out_rows(tile), tile.q.size(), p_.head_dim_v}; }
 
-  void close_tile(int64_t i) {
+  void epilogue(int64_t i) {
     const Tile& tile = this->tiles_[i];
     const Sequence& s = this->sequence_;
     const int64_t row = row_of(p_, s, tile.head) + tile.q.begin;
-    T *logsumexp = static_cast<T*>(p_.logsumexp) + row, *rest = static_cast<T*>(p_.logsumexp_rest);
+    T *logsumexp = static_cast<T*>(p_.logsumexp) + row, *low = static_cast<T*>(p_.logsumexp_low);
     const RowState<T> state = this->row_state(i);
     for (int64_t lane = 0; lane < tile.q.size(); lane += kLanes<T>) {
       const Vec<T> maximum = load(state.maximum + lane), sum = load(state.sum + lane);
       const int64_t count = tile.q.size() - lane;
       store_first<T>(logsumexp + lane, logsumexp_of<T>(maximum, sum), count);
-      if (rest) store_first<T>(rest + row + lane, rest_of_logsumexp<T>(maximum, sum), count);
+      if (low) store_first<T>(low + row + lane, logsumexp_low_of<T>(maximum, sum), count);
     }
-    this->close_sums(i);
+    this->finish_sums(i);
     write_rows(out_rows(tile), tile.q.size(), p_.head_dim_v, as_operand(this->sums(i)), this->scratch_.factor);
   }
 

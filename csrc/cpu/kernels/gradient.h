@@ -1,5 +1,5 @@
-// A block of weights and score gradients: how they are made, how the products read them, and what they give to the
-// inputs that are not matrices, attn_mask and ALiBi slopes.
+// A block of weights and score gradients: how they are made, how the products read them, and the gradients of attn_mask
+// and ALiBi slopes.
 #pragma once
 
 #include "cpu/kernels/backward_memory.h"
@@ -9,8 +9,8 @@
 namespace attention_ext {
 namespace {
 
-// weight, grad_weight (key, query) become what multiplies grad_out for grad_value (dropped weights, not rescaled) and
-// the score gradient weight * (grad_weight - delta). Where a weight is 0 so is the gradient, whatever hidden values
+// weight, grad_weight (key, query) become the factor of grad_out in grad_value (weights after dropout, not rescaled)
+// and the score gradient weight * (grad_weight - delta). Where a weight is 0 so is the gradient, whatever hidden values
 // hold.
 template <class T>
 void score_gradient(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight,
@@ -43,20 +43,20 @@ GradientOperands<C> gradient_operands(Matrix<typename C::Scalar> weight, Matrix<
 }
 
 // All of it at once, from dot products in `weight` and grad_out . value in `grad`, where nothing is dropped and nothing
-// else wants the gradients: what C pairs is never stored unpaired.
-template <class C, int kVectors, Rules kRules>
+// else wants the gradients: operands that C pairs are never stored unpaired.
+template <class C, int kVectors, ScoreMode kMode>
 GradientOperands<C> plain_gradient_operands(const Block<typename C::Scalar>& block, const typename C::Scalar* logsumexp,
                                             const typename C::Scalar* delta, Matrix<typename C::Scalar> weight,
                                             Matrix<typename C::Scalar> grad, const GradientPairs<C>& pairs) {
   using T = typename C::Scalar;
   constexpr int64_t kStep = kLanes<T>;
-  const Probability<C, kVectors, kRules> probability(block, logsumexp);
+  const Probability<C, kVectors, kMode> probability(block, logsumexp);
   const int64_t rows = block.k.size();
   const auto make = [&](int64_t r, auto n, Vec<T>& w, Vec<T>& g) __attribute__((always_inline)) {
     const Weights<T> made = probability(r, n, load(weight.row(r) + n * kStep));
     w = made.weight;
     g = load(grad.row(r) + n * kStep) - load(delta + n * kStep);
-    g = w == Vec<T>{} ? Vec<T>{} : w * g * made.slope;
+    g = w == Vec<T>{} ? Vec<T>{} : w * g * made.softcap_grad;
   };
   if constexpr (C::kPair == 1) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -136,8 +136,8 @@ double slope_gradient(const Block<T>& block, int64_t vectors, Matrix<const T> gr
   for (int64_t r = 0; r < block.k.size(); ++r) {
     Vec<T> row{};
     for (int v = 0; v < vectors; ++v) {
-      const Vec<T> by_slope = block.mods.alibi.template by_slope<VectorOps<T>>(block.at(r, v));
-      row = fma(load(grad_score.row(r) + v * kLanes<T>), by_slope, row);
+      const Vec<T> slope_grad = block.mods.alibi.template slope_grad<VectorOps<T>>(block.at(r, v));
+      row = fma(load(grad_score.row(r) + v * kLanes<T>), slope_grad, row);
     }
     sum += static_cast<double>(sum_lanes<T>(row));
   }

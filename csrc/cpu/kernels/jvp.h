@@ -1,4 +1,4 @@
-// How out and logsumexp move along tangents of the inputs. With prob P, score tangent S' and m = rowsum(P S'):
+// Tangents of out and logsumexp (forward mode). With prob P, score tangent S' and m = rowsum(P S'):
 //   logsumexp' = m (a sink's own tangent included),   out' = (P S') value + P value' - m out
 // P is after dropout in out', before it in m. Double backward begins with the same pass.
 #pragma once
@@ -20,7 +20,7 @@ struct JvpScratch {
   using Element = typename C::Element;
   Element *query_rows, *query_columns, *query_tangent_columns, *key_rows, *key_tangent_rows;
   Element *value_rows, *value_lanes, *value_tangent_rows, *value_tangent_lanes, *weight_rows;
-  T *sums, *kept_weight, *kept_moved, *bias, *bias_tangent, *mean, *logsumexp;
+  T *sums, *kept_weight, *kept_tangent, *bias, *bias_tangent, *mean, *logsumexp;
   Tile* tiles;
 
   JvpScratch(Arena& arena, const JvpProblem& p, const RunShape<C>& shape) {
@@ -40,7 +40,7 @@ struct JvpScratch {
     weight_rows = arena.take<Element>(paired ? block : 0);
     sums = arena.take<T>(shape.tiles_per_job * kQueries<T> * shape.columns);
     kept_weight = arena.take<T>(block);
-    kept_moved = arena.take<T>(block);
+    kept_tangent = arena.take<T>(block);
     bias = arena.take<T>(p.attn_mask ? block : 0);
     bias_tangent = arena.take<T>(tangent.attn_mask ? block : 0);
     mean = arena.take<T>(shape.tiles_per_job * kQueries<T>);
@@ -49,7 +49,7 @@ struct JvpScratch {
   }
 };
 
-// Job opens the keys, and makes of each block and each tile what it needs of them.
+// Job packs keys and values, and computes the blocks and tiles it needs from them.
 template <class C, class Job>
 class JvpRun : protected QueryRun<C, Job> {
   using Run = QueryRun<C, Job>;
@@ -58,55 +58,56 @@ class JvpRun : protected QueryRun<C, Job> {
   friend Run;
 
  protected:
-  using Run::kv_head_, Run::opened_, Run::sequence_, Run::shape_, Run::tiles_, Run::unseen_;
+  using Run::kv_head_, Run::packed_kv_, Run::sequence_, Run::shape_, Run::tiles_, Run::pair_padding_;
 
   JvpRun(const JvpProblem& p, const RunShape<C>& shape, const JvpScratch<C>& scratch)
       : Run(p, shape, scratch.tiles), p_(p), scratch_(scratch), dropout_(dropout_of(p)) {}
 
-  void open_tile(int64_t i) {
+  void prologue(int64_t i) {
     const Tile& tile = tiles_[i];
-    open_columns(p_.query, tile, columns(scratch_.query_columns, i));
-    if (p_.tangent.query) open_columns(p_.tangent.query, tile, columns(scratch_.query_tangent_columns, i));
+    pack_columns(p_.query, tile, columns(scratch_.query_columns, i));
+    if (p_.tangent.query) pack_columns(p_.tangent.query, tile, columns(scratch_.query_tangent_columns, i));
     clear_lanes(mean(i), kQueries<T>);
     clear_lanes(sums(i).data, kQueries<T> * shape_.columns);
   }
 
-  // What scores are made of.
-  void open_score_keys(Range k) {
-    key_ = open_rows(p_.key, k, p_.head_dim, scratch_.key_rows);
-    if (p_.tangent.key) key_tangent_ = open_rows(p_.tangent.key, k, p_.head_dim, scratch_.key_tangent_rows);
+  // Operands of the scores.
+  void pack_score_keys(Range k) {
+    key_ = pack_rows(p_.key, k, p_.head_dim, scratch_.key_rows);
+    if (p_.tangent.key) key_tangent_ = pack_rows(p_.tangent.key, k, p_.head_dim, scratch_.key_tangent_rows);
   }
 
-  // Also adds the sums of P S' to `mean` (per lane), and fills `bend` if it has room.
+  // Also adds the sums of P S' to `mean` (per lane), and fills `softcap_grads` if it has room.
   void make_scores(int64_t i, const Tile& tile, int64_t first_lane, const Block<T>& block, const Scores<T>& scores,
-                   const Bend<T>& bend, T* mean) {
+                   const SoftcapGrads<T>& softcap_grads, T* mean) {
     const Range k = block.k;
-    const int64_t skip = k.begin - opened_.begin;
+    const int64_t skip = k.begin - packed_kv_.begin;
     const auto query = as_operand(columns_from(columns(scratch_.query_columns, i), first_lane));
     const auto query_tangent = as_operand(columns_from(columns(scratch_.query_tangent_columns, i), first_lane));
     dots(rows_from(key_, skip), query, k, tile, scores.weight, Start::kZero);
-    if (p_.tangent.query) dots(rows_from(key_, skip), query_tangent, k, tile, scores.moved, Start::kZero);
+    if (p_.tangent.query) dots(rows_from(key_, skip), query_tangent, k, tile, scores.tangent, Start::kZero);
     if (p_.tangent.key) {
-      dots(rows_from(key_tangent_, skip), query, k, tile, scores.moved, p_.tangent.query ? Start::kAdd : Start::kZero);
+      dots(rows_from(key_tangent_, skip), query, k, tile, scores.tangent,
+           p_.tangent.query ? Start::kAdd : Start::kZero);
     }
-    if (!p_.tangent.query && !p_.tangent.key) clear_block(scores.moved, k.size(), tile.vectors);
+    if (!p_.tangent.query && !p_.tangent.key) clear_block(scores.tangent, k.size(), tile.vectors);
     load_logsumexp(p_, tile, scratch_.logsumexp);
     const auto score_tangent = score_tangent_of(p_, tile, k, Matrix<T>{scratch_.bias_tangent, kQueries<T>});
-    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      scores_block<C, vectors, rules>(block, scratch_.logsumexp, score_tangent, scores, bend, mean);
+    with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
+      scores_block<C, vectors, mode>(block, scratch_.logsumexp, score_tangent, scores, softcap_grads, mean);
     });
   }
 
-  void open_value_rows(Range k) {
-    value_rows_ = open_rows(p_.value, k, p_.head_dim_v, scratch_.value_rows);
+  void pack_value_rows(Range k) {
+    value_rows_ = pack_rows(p_.value, k, p_.head_dim_v, scratch_.value_rows);
     if (p_.tangent.value) {
-      value_tangent_rows_ = open_rows(p_.tangent.value, k, p_.head_dim_v, scratch_.value_tangent_rows);
+      value_tangent_rows_ = pack_rows(p_.tangent.value, k, p_.head_dim_v, scratch_.value_tangent_rows);
     }
   }
 
-  // What out' is made of.
-  void open_values(Range k) {
-    open_value_rows(k);
+  // Operands of out'.
+  void pack_values(Range k) {
+    pack_value_rows(k);
     value_ = lanes_of<C>(value_rows_, round_up(k.size(), 2), shape_.columns, scratch_.value_lanes);
     if (p_.tangent.value) {
       value_tangent_ =
@@ -115,15 +116,15 @@ class JvpRun : protected QueryRun<C, Job> {
   }
 
   void add_to_out(int64_t i, const Tile& tile, int64_t first_lane, Range k, Scores<T> scores) {
-    const int64_t skip = k.begin - opened_.begin;
+    const int64_t skip = k.begin - packed_kv_.begin;
     if (dropout_.present) scores = drop(scores, tile, k);
     const Matrix<T> sum = rows_from(sums(i), first_lane);
-    add_product(scores.moved, rows_from(value_, skip / C::kPair), k, tile, sum);
+    add_product(scores.tangent, rows_from(value_, skip / C::kPair), k, tile, sum);
     if (p_.tangent.value) add_product(scores.weight, rows_from(value_tangent_, skip / C::kPair), k, tile, sum);
   }
 
-  // What the sink adds to m, which is then complete: logsumexp'.
-  void close_mean(int64_t i) {
+  // Adds the sink to m, which is then complete: logsumexp'.
+  void finish_mean(int64_t i) {
     const Tile& tile = tiles_[i];
     const int64_t row = row_of(p_, sequence_, tile.head) + tile.q.begin;
     T* logsumexp_tangent = static_cast<T*>(p_.logsumexp_tangent) + row;
@@ -138,7 +139,7 @@ class JvpRun : protected QueryRun<C, Job> {
   }
 
   // The sums become out'.
-  void close_out(int64_t i) {
+  void finish_out(int64_t i) {
     const Tile& tile = tiles_[i];
     const int64_t b = sequence_.tensor_batch, first = sequence_.begin_q + tile.q.begin;
     for (int64_t r = 0; r < tile.q.size(); ++r) {
@@ -150,13 +151,15 @@ class JvpRun : protected QueryRun<C, Job> {
                0);
   }
 
-  Matrix<const Element> open_rows(const View& view, Range k, int64_t width, Element* buffer) const {
+  Matrix<const Element> pack_rows(const View& view, Range k, int64_t width, Element* buffer) const {
     const Source source = source_of(view, sequence_.tensor_batch, kv_head_, sequence_.begin_k + k.begin);
-    return rows_of<C>(source, k.size(), round_up(k.size(), 2), width, buffer, unseen_);
+    return rows_of<C>(source, k.size(), round_up(k.size(), 2), width, buffer, pair_padding_);
   }
 
   // The scores of a block that need not outlive it.
-  Scores<T> passing_scores() const { return {{scratch_.kept_weight, kQueries<T>}, {scratch_.kept_moved, kQueries<T>}}; }
+  Scores<T> passing_scores() const {
+    return {{scratch_.kept_weight, kQueries<T>}, {scratch_.kept_tangent, kQueries<T>}};
+  }
   Matrix<T> sums(int64_t i) const { return {scratch_.sums + i * kQueries<T> * shape_.columns, shape_.columns}; }
   T* mean(int64_t i) const { return scratch_.mean + i * kQueries<T>; }
 
@@ -166,7 +169,7 @@ class JvpRun : protected QueryRun<C, Job> {
   Matrix<const Element> key_, key_tangent_, value_rows_, value_tangent_rows_;
 
  private:
-  void open_columns(const View& view, const Tile& tile, Matrix<Element> to) {
+  void pack_columns(const View& view, const Tile& tile, Matrix<Element> to) {
     const Source source = source_of(view, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
     const auto rows = tile_rows<C>(source, tile, p_.head_dim, scratch_.query_rows);
     transpose_rows<C>(rows, tile.q.size(), tile.vectors, shape_.depth, to);
@@ -176,7 +179,7 @@ class JvpRun : protected QueryRun<C, Job> {
     const Scores<T> kept_scores = passing_scores();
     for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
       store(kept_scores.weight.row(r) + lane, kept ? load(whole.weight.row(r) + lane) : Vec<T>{});
-      store(kept_scores.moved.row(r) + lane, kept ? load(whole.moved.row(r) + lane) : Vec<T>{});
+      store(kept_scores.tangent.row(r) + lane, kept ? load(whole.tangent.row(r) + lane) : Vec<T>{});
     });
     return kept_scores;
   }
@@ -225,29 +228,29 @@ class JvpJob : JvpRun<C, JvpJob<C>> {
     const RunShape<C> shape = jvp_shape<C>(p);
     Arena arena(memory);
     const JvpScratch<C> scratch(arena, p, shape);
-    JvpJob(p, shape, scratch).walk(job);
+    JvpJob(p, shape, scratch).mainloop(job);
   }
 
  private:
   using Jvp::Jvp;
 
-  void open_keys(Range k) {
-    this->open_score_keys(k);
-    this->open_values(k);
+  void pack_keys(Range k) {
+    this->pack_score_keys(k);
+    this->pack_values(k);
   }
 
   void tile_block(int64_t i, const Tile& tile, int64_t lane, Range keys) {
     const auto& memory = this->scratch_;
     Block<T> block;
-    if (!open_block(this->p_, tile, keys, Matrix<T>{memory.bias, kQueries<T>}, block)) return;
+    if (!make_block(this->p_, tile, keys, Matrix<T>{memory.bias, kQueries<T>}, block)) return;
     const Scores<T> scores = this->passing_scores();
     this->make_scores(i, tile, lane, block, scores, {}, this->mean(i) + lane);
     this->add_to_out(i, tile, lane, block.k, scores);
   }
 
-  void close_tile(int64_t i) {
-    this->close_mean(i);
-    this->close_out(i);
+  void epilogue(int64_t i) {
+    this->finish_mean(i);
+    this->finish_out(i);
   }
 };
 

@@ -7,7 +7,7 @@
 namespace attention_ext {
 namespace {
 
-// How a dtype is computed with. Element is what a product reads at once: one number, or a pair of 16-bit numbers that
+// The arithmetic of a dtype. Element is the unit that a product reads: one number, or a pair of 16-bit numbers that
 // neighbour each other in depth.
 struct FloatCompute {
   using Scalar = float;
@@ -84,7 +84,7 @@ enum class Start : uint8_t {
   kZero,
   kAdd,
   kScaleAndAdd
-};  // what becomes of C: dropped, kept, row m multiplied by factor[m]
+};  // C is overwritten, added to, or added to after row m is multiplied by factor[m]
 
 // 6 x 4 sums take 24 of 32 registers (6 x 2, 12 of 16). Narrower tiles are taller, as some cores load but one whole
 // vector a cycle and multiply two; 8 rows leave no rest of 64 queries or 192 keys.
@@ -106,8 +106,8 @@ ATTENTION_INLINE void multiply_tile(A a, Matrix<const typename C::Element> b, in
     unroll<kRows>(UNROLLED(m) { unroll<kVectors>(UNROLLED(n) { sum[m][n] = load(c.row(m) + n * kLanes<T>); }); });
   } else {
     unroll<kRows>(UNROLLED(m) {
-      const Vec<T> worth = broadcast(factor + m);
-      unroll<kVectors>(UNROLLED(n) { sum[m][n] = load(c.row(m) + n * kLanes<T>) * worth; });
+      const Vec<T> scale = broadcast(factor + m);
+      unroll<kVectors>(UNROLLED(n) { sum[m][n] = load(c.row(m) + n * kLanes<T>) * scale; });
     });
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -121,7 +121,7 @@ ATTENTION_INLINE void multiply_tile(A a, Matrix<const typename C::Element> b, in
   unroll<kRows>(UNROLLED(m) { unroll<kVectors>(UNROLLED(n) { store(c.row(m) + n * kLanes<T>, sum[m][n]); }); });
 }
 
-// rows: even. Tiles of 4 and 2 make up what whole ones leave.
+// rows: even. Tiles of 4 and 2 rows cover the remainder.
 template <class C, int kVectors, class A>
 void multiply_strip(A a, Matrix<const typename C::Element> b, int64_t depth, Matrix<typename C::Scalar> c, int64_t rows,
                     Start start, RowsAhead& ahead, const typename C::Scalar* factor) {

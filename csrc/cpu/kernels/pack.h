@@ -1,5 +1,5 @@
-// Operands of the products, from tensors of any dtype and strides. What already lies as a product reads it stays in
-// place.
+// Operands of the products, from tensors of any dtype and strides. Rows that already lie as a product reads them are
+// not copied.
 #pragma once
 
 #include <cstddef>
@@ -47,11 +47,11 @@ ATTENTION_INLINE bool is_dense(const Source& from, int64_t columns) {
   return from.stride_col == 1 && from.stride_row == columns;
 }
 
-// Rows ready to be broadcast from, or to be read by vectors where C does not pair. The first `unseen` rows (0 or 1,
-// where C pairs) are only there to complete a pair: they are 0, whatever the tensor holds.
+// Rows ready to be broadcast from, or to be read by vectors where C does not pair. The first `pair_padding` rows (0 or
+// 1, where C pairs) only complete a pair: they are 0, whatever the tensor holds.
 template <class C>
 Matrix<const typename C::Element> rows_of(const Source& from, int64_t rows, int64_t padded_rows, int64_t columns,
-                                          typename C::Element* buffer, int64_t unseen = 0) {
+                                          typename C::Element* buffer, int64_t pair_padding = 0) {
   using T = typename C::Scalar;
   if constexpr (C::kPair == 1) {
     if (stored_as<T>(from.dtype) && is_dense(from, columns) && rows == padded_rows && columns % kLanes<T> == 0) {
@@ -61,7 +61,7 @@ Matrix<const typename C::Element> rows_of(const Source& from, int64_t rows, int6
     copy_rows(from, rows, padded_rows, columns, to);
     return {to.data, to.stride};
   } else {
-    return C::paired_rows(from, rows, padded_rows, columns, buffer, unseen);
+    return C::paired_rows(from, rows, padded_rows, columns, buffer, pair_padding);
   }
 }
 
@@ -149,10 +149,10 @@ void write_rows(const Source& to, int64_t rows, int64_t columns, Matrix<const T>
     auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(to.data));
     for (int64_t r = 0; r < rows; ++r) {
       auto* row = data + r * to.stride_row;
-      const Vec<T> worth = broadcast(factor + r * factor_step);
+      const Vec<T> scale = broadcast(factor + r * factor_step);
       for_each_vector_of_row<T>(columns, [&](int64_t c, auto count) __attribute__((always_inline)) {
         __builtin_prefetch(row + kRowsAhead * to.stride_row + c * to.stride_col, 1);
-        store_strided<T>(row + c * to.stride_col, to.stride_col, load(from.row(r) + c) * worth, count);
+        store_strided<T>(row + c * to.stride_col, to.stride_col, load(from.row(r) + c) * scale, count);
       });
     }
   });

@@ -1,5 +1,5 @@
-// The walk of every pass that finishes queries: a job is a run of query tiles that share a key head; it walks the keys
-// in blocks, packs each block once for all its tiles, and keeps their sums in its scratch.
+// The main loop of every pass that finishes queries: a job is a run of query tiles that share a key head; it loops over
+// blocks of keys, packs each block once for all its tiles, and keeps their sums in its scratch.
 #pragma once
 
 #include "cpu/kernels/tile.h"
@@ -19,7 +19,7 @@ struct RunShape {
   int64_t keys;            // rows of a block
   int64_t tiles_per_job, jobs_per_group, jobs;
 
-  // numbers_per_query: what a job holds of each of its queries
+  // numbers_per_query: the numbers that a job holds per query
   RunShape(const AttentionProblem& p, int64_t numbers_per_query, int64_t most_tiles = kTilesPerJob) {
     depth = ceil_div(p.head_dim, C::kPair);
     columns = round_up(p.head_dim_v, kLanes<T>);
@@ -33,8 +33,8 @@ struct RunShape {
   }
 };
 
-// Job provides open_tile(i), open_keys(k), tile_block(i, tile, lane, k) for the part of tile i that begins at `lane`
-// and some of the opened keys, and close_tile(i).
+// Job provides prologue(i), pack_keys(k), tile_block(i, tile, lane, k) for the part of tile i that begins at `lane`
+// and some of the packed keys, and epilogue(i).
 template <class C, class Job>
 class QueryRun {
   using T = typename C::Scalar;
@@ -43,29 +43,29 @@ class QueryRun {
   QueryRun(const AttentionProblem& problem, const RunShape<C>& shape, Tile* tiles)
       : shape_(shape), tiles_(tiles), problem_(problem) {}
 
-  void walk(int64_t job) {
+  void mainloop(int64_t job) {
     const int64_t group = job / shape_.jobs_per_group;
     const int64_t run = shape_.jobs_per_group - 1 - job % shape_.jobs_per_group;  // the longest of a causal call first
     kv_head_ = group % problem_.kv_heads;
     sequence_ = sequence_of(problem_, group / problem_.kv_heads);
-    open_tiles(run);
+    make_tiles(run);
     for_each_block(
-        [this](Range k) { self().open_keys(k); },
+        [this](Range k) { self().pack_keys(k); },
         [this](int64_t i, const Tile& tile, int64_t lane, Range keys) { self().tile_block(i, tile, lane, keys); });
-    for (int64_t i = 0; i < count_; ++i) self().close_tile(i);
+    for (int64_t i = 0; i < count_; ++i) self().epilogue(i);
   }
 
-  // open(k) for every block of keys that a tile sees, and part(i, tile, lane, keys) for what each tile sees of it.
-  template <class Open, class Part>
-  void for_each_block(Open&& open, Part&& part) {
-    unseen_ = seen_.begin % C::kPair;
-    const int64_t first = seen_.begin - unseen_;  // pairs of packed rows stay pairs
-    for (int64_t k = first / kKeys * kKeys; k < seen_.end; k += kKeys) {
-      opened_ = {maximum(k, first), minimum(k + kKeys, seen_.end)};
-      open(opened_);
-      unseen_ = 0;
+  // pack(k) for every block of keys that a tile sees, and part(i, tile, lane, keys) for the keys that each tile sees.
+  template <class Pack, class Part>
+  void for_each_block(Pack&& pack, Part&& part) {
+    pair_padding_ = visible_.begin % C::kPair;
+    const int64_t first = visible_.begin - pair_padding_;  // pairs of packed rows stay pairs
+    for (int64_t k = first / kKeys * kKeys; k < visible_.end; k += kKeys) {
+      packed_kv_ = {maximum(k, first), minimum(k + kKeys, visible_.end)};
+      pack(packed_kv_);
+      pair_padding_ = 0;
       for (int64_t i = 0; i < count_; ++i) {
-        for_each_part<C>(problem_, tiles_[i], opened_,
+        for_each_part<C>(problem_, tiles_[i], packed_kv_,
                          [&](const Tile& tile, int64_t lane, Range keys) { part(i, tile, lane, keys); });
       }
     }
@@ -77,23 +77,23 @@ class QueryRun {
   Sequence sequence_{};
   int64_t kv_head_ = 0;
   Tile* tiles_;
-  Range seen_{};        // the keys that any tile sees
-  Range opened_{};      // of them, those packed now
-  int64_t unseen_ = 0;  // of those, the first ones that no tile sees
+  Range visible_{};           // keys that any tile sees
+  Range packed_kv_{};         // of them, the packed block
+  int64_t pair_padding_ = 0;  // rows before the first visible key that only complete a pair
 
  private:
   // Heads of a group run innermost, so that the tiles of a job see nearly the same keys.
-  void open_tiles(int64_t run) {
+  void make_tiles(int64_t run) {
     const int64_t tiles = ceil_div(sequence_.length_q, kQueries<T>) * problem_.group_size();
     const int64_t first = run * shape_.tiles_per_job;
     count_ = clamp(tiles - first, 0, shape_.tiles_per_job);
-    seen_ = {INT64_MAX, 0};
+    visible_ = {INT64_MAX, 0};
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t head = kv_head_ * problem_.group_size() + (first + i) % problem_.group_size();
       tiles_[i] = tile_of<T>(sequence_, head, (first + i) / problem_.group_size());
-      const Range seen = visible_keys(problem_, sequence_, tiles_[i].q);
-      if (!seen.empty()) seen_ = {minimum(seen_.begin, seen.begin), maximum(seen_.end, seen.end)};
-      self().open_tile(i);
+      const Range keys = visible_keys(problem_, sequence_, tiles_[i].q);
+      if (!keys.empty()) visible_ = {minimum(visible_.begin, keys.begin), maximum(visible_.end, keys.end)};
+      self().prologue(i);
     }
   }
 

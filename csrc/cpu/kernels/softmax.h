@@ -22,12 +22,12 @@ ATTENTION_INLINE Vec<T> logsumexp_of(Vec<T> maximum, Vec<T> sum) {
   return fma(log2<T>(sum), splat<T>(static_cast<T>(kLn2)), maximum);
 }
 
-// What rounding took from logsumexp, 0 where it is infinite.
+// The low-order part of logsumexp, 0 where it is infinite.
 template <class T>
-ATTENTION_INLINE Vec<T> rest_of_logsumexp(Vec<T> maximum, Vec<T> sum) {
+ATTENTION_INLINE Vec<T> logsumexp_low_of(Vec<T> maximum, Vec<T> sum) {
   const Vec<T> logsumexp = logsumexp_of<T>(maximum, sum);
-  const Vec<T> rest = fma(log2<T>(sum), splat<T>(static_cast<T>(kLn2)), maximum - logsumexp);
-  return abs<T>(logsumexp) < static_cast<T>(__builtin_inf()) ? rest : Vec<T>{};
+  const Vec<T> low = fma(log2<T>(sum), splat<T>(static_cast<T>(kLn2)), maximum - logsumexp);
+  return abs<T>(logsumexp) < static_cast<T>(__builtin_inf()) ? low : Vec<T>{};
 }
 
 // 0 for a row without a visible key
@@ -49,53 +49,52 @@ ATTENTION_INLINE bool any_far_from_zero(const Vec<T> (&base)[kVectors]) {
 }
 
 // Dot products become unnormalised weights: in place, or in `pairs` of keys where C pairs and there is room. `factor`
-// receives what earlier sums of the row are worth now.
-template <class C, int kVectors, Rules kRules>
+// receives the factor that rescales earlier sums of the row.
+template <class C, int kVectors, ScoreMode kMode>
 void softmax_block(const Block<typename C::Scalar>& block, Matrix<typename C::Scalar> score,
                    RowState<typename C::Scalar> state, typename C::Scalar* factor, Matrix<typename C::Element> pairs) {
   using T = typename C::Scalar;
   const int64_t rows = block.k.size();
-  const ScoreMods mods = mods_of<kRules>(block.mods);
-  T linear = static_cast<T>(kModifies<kRules> ? 1.0 : block.mods.scale);
-  Vec<T> top[kVectors];
-  unroll<kVectors>(UNROLLED(n) { top[n] = splat<T>(static_cast<T>(-__builtin_inf())); });
+  const ScoreMods mods = block.mods.template compiled_for<kMode>();
+  T exp_scale = static_cast<T>(kHasScoreMod<kMode> ? 1.0 : block.mods.scale);
+  Vec<T> block_max[kVectors];
+  unroll<kVectors>(UNROLLED(n) { block_max[n] = splat<T>(static_cast<T>(-__builtin_inf())); });
   for (int64_t r = 0; r < rows; ++r) {
     unroll<kVectors>(UNROLLED(n) {
       T* lanes = score.row(r) + n * kLanes<T>;
       Vec<T> s = load(lanes);
-      if constexpr (kModifies<kRules>) {
+      if constexpr (kHasScoreMod<kMode>) {
         const auto at = block.at(r, n);
-        s = mods.template hide<VectorOps<T>>(mods.template operator()<VectorOps<T>>(s, at).score, at);
+        s = mods.template masked<VectorOps<T>>(mods.template score_mod<VectorOps<T>>(s, at).score, at);
         store(lanes, s);
-      } else if constexpr (kRules == Rules::kBand) {
-        const auto at = block.at(r, n);
-        s = block.mods.band.template keep<VectorOps<T>>(at) ? s : splat<T>(static_cast<T>(-__builtin_inf()));
+      } else if constexpr (kMode == ScoreMode::kMask) {
+        s = block.mods.masks.template masked<VectorOps<T>>(s, block.at(r, n));
         store(lanes, s);
       }
-      top[n] = max(s, top[n]);  // a NaN score is left to the exponential
+      block_max[n] = max(s, block_max[n]);  // a NaN score is left to the exponential
     });
   }
   Vec<T> base[kVectors], sum[kVectors] = {};  // of this block alone: long rows lose less that way
   unroll<kVectors>(UNROLLED(n) {
-    const Vec<T> before = load(state.maximum + n * kLanes<T>);
-    const Vec<T> now = max(top[n] * splat<T>(linear), before);
-    base[n] = finite_or_zero<T>(now);
-    const Vec<T> worth = exp2<T>((before - base[n]) * splat<T>(static_cast<T>(kLog2E)));
-    store(state.maximum + n * kLanes<T>, now);
-    store(state.sum + n * kLanes<T>, load(state.sum + n * kLanes<T>) * worth);
-    store(factor + n * kLanes<T>, worth);
+    const Vec<T> old_max = load(state.maximum + n * kLanes<T>);
+    const Vec<T> new_max = max(block_max[n] * splat<T>(exp_scale), old_max);
+    base[n] = finite_or_zero<T>(new_max);
+    const Vec<T> rescale = exp2<T>((old_max - base[n]) * splat<T>(static_cast<T>(kLog2E)));
+    store(state.maximum + n * kLanes<T>, new_max);
+    store(state.sum + n * kLanes<T>, load(state.sum + n * kLanes<T>) * rescale);
+    store(factor + n * kLanes<T>, rescale);
   });
   if (any_far_from_zero<T>(base)) {
     for (int64_t r = 0; r < rows; ++r) {
       unroll<kVectors>(UNROLLED(n) {
         T* lanes = score.row(r) + n * kLanes<T>;
-        store(lanes, load(lanes) * splat<T>(linear) - base[n]);
+        store(lanes, load(lanes) * splat<T>(exp_scale) - base[n]);
       });
     }
-    linear = 1;
+    exp_scale = 1;
     unroll<kVectors>(UNROLLED(n) { base[n] = Vec<T>{}; });
   }
-  const Vec<T> unit = splat<T>(linear * static_cast<T>(kLog2E));
+  const Vec<T> unit = splat<T>(exp_scale * static_cast<T>(kLog2E));
   unroll<kVectors>(UNROLLED(n) { base[n] *= splat<T>(static_cast<T>(kLog2E)); });
   const auto weight = [&](int64_t r, auto n) __attribute__((always_inline)) {
     const Vec<T> w = C::exponential(fma(load(score.row(r) + n * kLanes<T>), unit, -base[n]));

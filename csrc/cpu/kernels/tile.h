@@ -52,25 +52,18 @@ void load_rows(const T* per_query, const Tile& tile, T* to) {
     to[lane] = lane < tile.q.size() ? per_query[lane] : T(0);
 }
 
-// Which mods a block of scores needs: each is an instance of its own, the fewer the faster.
-enum class Rules : uint8_t { kNone, kBand, kBends, kAll };
-
-// Whether scores are modified; else they stay dot products, and the scale becomes part of the exponent.
-template <Rules kRules>
-constexpr bool kModifies = kRules == Rules::kBends || kRules == Rules::kAll;
-
 struct Staged {
-  Cover cover;    // of the keys below
-  Range visible;  // keys between the first and the last that any query sees, in whole groups of lanes
+  BlockMask mask;  // of the keys below
+  Range visible;   // keys between the first and the last that any query sees, in whole groups of lanes
 };
 
-// The attn_mask of a block as (key, query) numbers, 0 and -inf for a bool one; and what it does to the block.
+// The attn_mask of a block as (key, query) numbers, 0 and -inf for a bool one; and whether the block is full with it.
 template <class T, class Storage>
 Staged stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range q, Range k, Matrix<T> to) {
   using Mask = decltype(Vec<T>{} < Vec<T>{});
   const Vec<T> hidden = splat<T>(static_cast<T>(-__builtin_inf()));
   const int64_t vectors = ceil_div(q.size(), kLanes<T>);
-  Staged staged{Cover::kFull, {k.begin, k.begin}};
+  Staged staged{BlockMask::kFull, {k.begin, k.begin}};
   for (int64_t k0 = k.begin; k0 < k.end; k0 += kLanes<T>) {
     const int64_t count = minimum<int64_t>(kLanes<T>, k.end - k0);
     Mask visible{}, changed{};
@@ -107,10 +100,10 @@ Staged stage_mask(const Storage* mask, int64_t stride_q, int64_t stride_k, Range
     if (!any_lane(visible)) continue;
     if (staged.visible.empty()) staged.visible.begin = k0;
     const bool gap = !staged.visible.empty() && staged.visible.end != k0;
-    if (gap || any_lane(changed)) staged.cover = Cover::kPartial;
+    if (gap || any_lane(changed)) staged.mask = BlockMask::kPartial;
     staged.visible.end = k0 + count;
   }
-  if (staged.visible.empty()) staged.cover = Cover::kSkip;
+  if (staged.visible.empty()) staged.mask = BlockMask::kEmpty;
   return staged;
 }
 
@@ -132,47 +125,38 @@ ATTENTION_INLINE RowsAhead next_mask_rows(const View& mask, const Tile& tile, Ra
   return {columns_from(rows, k.begin), minimum(tile.q.size(), tile.sequence.length_q - tile.q.end), k.size()};
 }
 
-// The mods that these rules leave; the others are known to be absent.
-template <Rules kRules>
-ATTENTION_INLINE ScoreMods mods_of(const ScoreMods& all) {
-  if constexpr (kRules == Rules::kAll) return all;
-  return all.only_bending();
-}
-
-// One block of scores of a tile, and what is to be done to it.
+// One block of scores of a tile, and the mods that change it.
 template <class T>
 struct Block {
   Range k;  // within the sequence
   ScoreMods mods;
-  Rules rules;
+  ScoreMode mode;
   Matrix<const T> bias;                  // staged mask
   Vec<T> first_distance[kQueryVectors];  // k.begin - diagonal(q)
 
   ATTENTION_INLINE Position<VectorOps<T>> at(int64_t row, int vector) const {
     return {first_distance[vector] + splat<T>(static_cast<T>(row)),
-            mods.bias ? load(bias.row(row) + vector * kLanes<T>) : Vec<T>{}};
+            mods.reads_bias() ? load(bias.row(row) + vector * kLanes<T>) : Vec<T>{}};
   }
 };
 
-// False where the block holds no visible key; else block.k is what of k is left once hidden ends are cut off. `bias` is
-// room for (kKeys, kQueries) numbers.
+// False where the block holds no visible key; otherwise block.k is k without the keys at both ends that attn_mask
+// hides. `bias` is room for (kKeys, kQueries) numbers.
 template <class T>
-bool open_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> bias, Block<T>& block) {
+bool make_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> bias, Block<T>& block) {
   block.mods = score_mods_of(p, tile.sequence, tile.head);
   block.k = k;
-  if (block.mods.bias) {
+  BlockMask bias_block = BlockMask::kFull;
+  if (block.mods.reads_bias()) {
     const Staged staged = stage_mask(p.attn_mask, tile, k, bias);
     block.k = staged.visible;
-    block.mods.bias.present = staged.cover == Cover::kPartial;
+    bias_block = staged.mask;
     block.bias = as_operand(rows_from(bias, block.k.begin - k.begin));
   }
-  const Cover band = block.k.empty() ? Cover::kSkip : block.mods.band.cover(tile.q, block.k, tile.sequence.diagonal);
-  if (band == Cover::kSkip) return false;
-  if (band == Cover::kFull) block.mods.band = Band{};
-  const bool full = band == Cover::kFull, bends_only = full && !block.mods.adds();
-  block.rules = block.mods.is_linear() ? (full ? Rules::kNone : Rules::kBand)
-                : bends_only           ? Rules::kBends
-                                       : Rules::kAll;
+  if (block.k.empty()) return false;
+  const BlockMask mask = block.mods.restrict_to(tile.q, block.k, tile.sequence.diagonal, bias_block);
+  if (mask == BlockMask::kEmpty) return false;
+  block.mode = block.mods.mode();
   const auto distance = static_cast<T>(block.k.begin - tile.q.begin - tile.sequence.diagonal);
   for (int v = 0; v < kQueryVectors; ++v) {
     block.first_distance[v] = splat<T>(distance - static_cast<T>(v * kLanes<T>)) - iota<T>();
@@ -180,51 +164,50 @@ bool open_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> 
   return true;
 }
 
-// Calls f(tile, lane, keys) for what a tile sees of the keys k. Where causal or window cuts through, the halves of the
-// tile see different keys and come one by one, each with its own; lane is where a half begins. Keys begin at whole
-// pairs.
+// Calls f(tile, lane, keys) for the keys of k that a tile sees. Where a mask is partial, the halves of the tile see
+// different keys and come one by one, each with its own; lane is where a half begins. Keys begin at whole pairs.
 template <class C, class F>
 ATTENTION_INLINE void for_each_part(const AttentionProblem& p, const Tile& tile, Range k, F&& f) {
   constexpr int64_t kHalf = kQueryVectors / 2;
   using T = typename C::Scalar;
-  const auto keys_of = [&](Range q) {
+  const auto visible_in = [&](Range q) {
     const Range seen = visible_keys(p, tile.sequence, q);
     const int64_t begin = maximum(k.begin, seen.begin);
     return Range{begin - (begin - k.begin) % C::kPair, minimum(k.end, seen.end)};
   };
-  const Range all = keys_of(tile.q);
+  const Range all = visible_in(tile.q);
   if (all.empty()) return;
-  const Band band{p.window_left, p.window_right};
-  if (tile.vectors <= kHalf || band.cover(tile.q, all, tile.sequence.diagonal) == Cover::kFull) {
+  const BlockMask mask = PositionMasks::of(p).block_mask(tile.q, all, tile.sequence.diagonal);
+  if (tile.vectors <= kHalf || mask == BlockMask::kFull) {
     f(tile, int64_t{0}, all);
     return;
   }
   for (int64_t vector = 0; vector < tile.vectors; vector += kHalf) {
     const int64_t lane = vector * kLanes<T>;
     const Range q{tile.q.begin + lane, minimum(tile.q.begin + lane + kHalf * kLanes<T>, tile.q.end)};
-    const Range keys = keys_of(q);
+    const Range keys = visible_in(q);
     if (!keys.empty()) f(Tile{tile.sequence, tile.head, q, ceil_div(q.size(), kLanes<T>)}, lane, keys);
   }
 }
 
-// Calls f with the vector count and the rules as constants.
+// Calls f with the vector count and the mode as constants.
 template <class F>
-ATTENTION_INLINE void with_constants(int64_t vectors, Rules rules, F&& f) {
+ATTENTION_INLINE void with_constants(int64_t vectors, ScoreMode mode, F&& f) {
   unroll<kQueryVectors>(UNROLLED(n) {
     if (vectors != n + 1) return;
     constexpr auto kCount = std::integral_constant<int, n + 1>{};
-    switch (rules) {
-      case Rules::kNone:
-        f(kCount, std::integral_constant<Rules, Rules::kNone>{});
+    switch (mode) {
+      case ScoreMode::kNone:
+        f(kCount, std::integral_constant<ScoreMode, ScoreMode::kNone>{});
         break;
-      case Rules::kBand:
-        f(kCount, std::integral_constant<Rules, Rules::kBand>{});
+      case ScoreMode::kMask:
+        f(kCount, std::integral_constant<ScoreMode, ScoreMode::kMask>{});
         break;
-      case Rules::kBends:
-        f(kCount, std::integral_constant<Rules, Rules::kBends>{});
+      case ScoreMode::kSoftcap:
+        f(kCount, std::integral_constant<ScoreMode, ScoreMode::kSoftcap>{});
         break;
-      case Rules::kAll:
-        f(kCount, std::integral_constant<Rules, Rules::kAll>{});
+      case ScoreMode::kAll:
+        f(kCount, std::integral_constant<ScoreMode, ScoreMode::kAll>{});
         break;
     }
   });

@@ -1,4 +1,4 @@
-// The attention weights themselves, for people who look: prob = exp(score - logsumexp), after dropout, in one pass over
+// The attention weights, for callers that ask for them: prob = exp(score - logsumexp), after dropout, in one pass over
 // the keys; per head, or averaged over heads without a buffer per head.
 #pragma once
 
@@ -39,13 +39,13 @@ class WeightsJob {
   static void run(const AttentionProblem& problem, void*, void* scratch, int64_t job) {
     const auto& p = static_cast<const WeightsProblem&>(problem);
     Arena arena(scratch);
-    WeightsJob(p, arena).walk(job);
+    WeightsJob(p, arena).mainloop(job);
   }
 
  private:
   WeightsJob(const WeightsProblem& p, Arena& arena) : p_(p), scratch_(arena, p), dropout_(dropout_of(p)) {}
 
-  void walk(int64_t job) {
+  void mainloop(int64_t job) {
     const int64_t group = job / tiles(p_), first = p_.row_begin + job % tiles(p_) * kQueries<T>;
     const int64_t head = group % head_runs(p_);
     const Sequence s = sequence_of(p_, group / head_runs(p_));
@@ -67,7 +67,7 @@ class WeightsJob {
     const Range seen = visible_keys(p_, tile.sequence, tile.q);
     const Range keys{maximum(block_keys.begin, seen.begin), minimum(block_keys.end, seen.end)};
     Block<T> block;
-    if (keys.empty() || !open_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (keys.empty() || !make_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
     const Range k = block.k;
     const int64_t b = tile.sequence.batch, rows = round_up(k.size(), 2);
     const auto query =
@@ -81,8 +81,8 @@ class WeightsJob {
     multiply<C>(by_rows(key), as_operand(columns), depth, weight, rows, tile.vectors, Start::kZero);
 
     load_logsumexp(p_, tile, scratch_.logsumexp);
-    with_constants(tile.vectors, block.rules, [&](auto vectors, auto rules) {
-      probability_block<C, vectors, rules>(block, weight, scratch_.logsumexp, {});
+    with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
+      probability_block<C, vectors, mode>(block, weight, scratch_.logsumexp, {});
     });
     if (dropout_.present) {
       drop(p_, dropout_, tile, k, weight);

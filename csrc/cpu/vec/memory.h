@@ -80,7 +80,7 @@ ATTENTION_INLINE void for_each_vector_of_row(int64_t columns, F&& f) {
   if (c < columns) f(c, columns - c);
 }
 
-// attn_mask as what is added to a score: the number itself, or 0 and -inf for true and false.
+// attn_mask as it is added to a score: the number itself, or 0 and -inf for true and false.
 template <class T, class Source>
 ATTENTION_INLINE Vec<T> load_mask(const Source* from, int64_t stride, int64_t count) {
   return load_strided<T>(from, stride, count);

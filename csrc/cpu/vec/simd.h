@@ -1,5 +1,5 @@
 // One vector register of T, on GCC's and clang's vector extensions. Included by a unit of csrc/cpu/isa after it has
-// opened its target and defined kVectorBytes; what the extensions cannot say (fma, max, conversions) is in this
+// opened its target and defined kVectorBytes; operations without such an extension (fma, max, conversions) are in this
 // folder's file of the instruction set. Everything here is local to the unit, so that no function of one instruction
 // set serves another.
 #pragma once

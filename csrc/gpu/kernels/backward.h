@@ -2,7 +2,7 @@
 //   delta    rowsum(grad_out * out) - grad_logsumexp
 //   queries  grad_query, walking keys      keys   grad_key and grad_value, walking queries
 //   mask     grad_attn_mask                heads  gradients of slopes and sinks
-// Of second order the same, after the jvp has moved the rows.
+// Of second order the same, after the jvp has dot_tangent the rows.
 #pragma once
 
 #include "core/delta.h"
@@ -19,28 +19,28 @@ void add_kernel(KernelPlan& plan, const typename Kernel::Problem& p) {
   add_launch<Kernel>(plan, Kernel::blocks(p));
 }
 
-template <class C, int kDim, Rules kRules>
+template <class C, int kDim, ScoreMode kMode>
 void add_delta(KernelPlan& plan, const BackwardProblem& p) {
   if constexpr (sizeof(typename C::Element) == 2) {  // of other dtypes delta is always exact
     if (needs_exact_delta(p)) {
-      return add_kernel<QueryGradient<C, kDim, kRules, Order::kFirst, QueryResult::kDelta>>(plan, p);
+      return add_kernel<QueryGradient<C, kDim, kMode, Order::kFirst, QueryResult::kDelta>>(plan, p);
     }
   }
   add_kernel<Delta<C>>(plan, p);
 }
 
-template <class C, int kDim, Rules kRules, Order kOrder>
+template <class C, int kDim, ScoreMode kMode, Order kOrder>
 void add_gradients(KernelPlan& plan, const ProblemOf<kOrder>& p) {
-  using Queries = QueryGradient<C, kDim, kRules, kOrder>;
+  using Queries = QueryGradient<C, kDim, kMode, kOrder>;
   set_workspace(plan, BackwardMemory<typename C::Scalar>::bytes(p, Queries::blocks(p)));
   if (p.grad_query || p.grad_alibi_slopes) add_kernel<Queries>(plan, p);
   if constexpr (GradientShape<C, kDim, kOrder>::kBothGradients) {
-    if (p.grad_key || p.grad_value) add_kernel<KeyGradient<C, kDim, kRules, kOrder, KeyResult::kBoth>>(plan, p);
+    if (p.grad_key || p.grad_value) add_kernel<KeyGradient<C, kDim, kMode, kOrder, KeyResult::kBoth>>(plan, p);
   } else {
-    if (p.grad_key) add_kernel<KeyGradient<C, kDim, kRules, kOrder, KeyResult::kKey>>(plan, p);
-    if (p.grad_value) add_kernel<KeyGradient<C, kDim, kRules, kOrder, KeyResult::kValue>>(plan, p);
+    if (p.grad_key) add_kernel<KeyGradient<C, kDim, kMode, kOrder, KeyResult::kKey>>(plan, p);
+    if (p.grad_value) add_kernel<KeyGradient<C, kDim, kMode, kOrder, KeyResult::kValue>>(plan, p);
   }
-  if constexpr (kRules == Rules::kAll) {
+  if constexpr (kMode == ScoreMode::kAll) {
     if (p.grad_attn_mask) add_kernel<MaskGradient<C, kDim, kOrder>>(plan, p);
   }
   if (p.grad_alibi_slopes || p.grad_sinks) add_kernel<HeadGradient<C, kOrder, Queries::kQueries>>(plan, p);
@@ -48,9 +48,9 @@ void add_gradients(KernelPlan& plan, const ProblemOf<kOrder>& p) {
 
 template <class C>
 KernelPlan plan_delta_by_shape(const AttentionProblem& problem) {
-  return with_shape(problem, [&](auto dim, auto rules) {
+  return with_shape(problem, [&](auto dim, auto mode) {
     KernelPlan plan;
-    add_delta<C, dim, rules>(plan, static_cast<const BackwardProblem&>(problem));
+    add_delta<C, dim, mode>(plan, static_cast<const BackwardProblem&>(problem));
     return plan;
   });
 }
@@ -58,10 +58,10 @@ KernelPlan plan_delta_by_shape(const AttentionProblem& problem) {
 template <class C>
 KernelPlan plan_backward_by_shape(const AttentionProblem& problem) {
   const auto& p = static_cast<const BackwardProblem&>(problem);
-  return with_shape(p, [&](auto dim, auto rules) {
+  return with_shape(p, [&](auto dim, auto mode) {
     KernelPlan plan;
-    add_delta<C, dim, rules>(plan, p);
-    add_gradients<C, dim, rules, Order::kFirst>(plan, p);
+    add_delta<C, dim, mode>(plan, p);
+    add_gradients<C, dim, mode, Order::kFirst>(plan, p);
     return plan;
   });
 }

@@ -1,4 +1,4 @@
-// What the kernels of a backward call leave for each other, and sums over the threads of a block.
+// The workspace that the kernels of a backward call share, and sums over the threads of a block.
 #pragma once
 
 #include "core/varlen.h"

@@ -125,8 +125,8 @@ struct ComputeWide {
   }
 };
 
-// A float as the sum of two tf32 numbers. An infinity or a NaN is the small one: so it meets the other side's big part
-// alone, which has its sign, and stays what it is.
+// A float as the sum of two tf32 numbers. An infinity or a NaN is the small one: so it meets only the other side's big
+// part, which has its sign, and stays infinite or NaN.
 struct SplitFloat {
   uint32_t big, small;
   SplitFloat() = default;
@@ -143,7 +143,7 @@ struct SplitFloat {
   ATTENTION_DEVICE static uint32_t nearest_tf32(float x) { return (bits_of(x) + 0x1000u) & ~0x1fffu; }
 };
 
-// What torch's own products are of where it allows TF32.
+// One TF32 product, as torch's own where it allows TF32.
 struct RoundedFloat {
   uint32_t bits;
   RoundedFloat() = default;

@@ -23,19 +23,19 @@ struct MergeParts {
     const Head head(p, at.batch, at.head);
     const int64_t q = at.tile * kQueries + thread_index() / kWarpSize;
     if (q >= head.length_q) return;
-    const PartMemory<T> memory(p, workspace);
+    const SplitKvWorkspace<T> memory(p, workspace);
     const int64_t first = (at.batch * p.heads + at.head) * p.max_seqlen_q + q, step = memory.rows_of_part(p);
     const int64_t end = memory.rows(p);
     T maximum = -infinity<T>(), sum = 0;
     for (int64_t row = first; row < end; row += step) maximum = larger(memory.maximum[row], maximum);
     const T base = finite_or_zero(maximum);
-    for (int64_t row = first; row < end; row += step) sum += memory.sum[row] * worth(memory, row, base);
+    for (int64_t row = first; row < end; row += step) sum += memory.sum[row] * rescale(memory, row, base);
     const T factor = sum == T(0) ? T(0) : static_cast<T>(dropout_of(p).kept_scale) / sum;
     const Rows<E> out = head_rows<E>(head, p.out, p.head_dim_v);
     for (int d = lane_index(); d < out.columns; d += kWarpSize) {
       T total = 0;
       for (int64_t row = first; row < end; row += step) {
-        total = multiply_add(memory.sums[row * p.head_dim_v + d], worth(memory, row, base), total);
+        total = multiply_add(memory.sums[row * p.head_dim_v + d], rescale(memory, row, base), total);
       }
       out.row(q)[d * out.stride_col] = rounded<E>(total * factor);
     }
@@ -46,17 +46,17 @@ struct MergeParts {
   }
 
  private:
-  ATTENTION_DEVICE static T worth(const PartMemory<T>& memory, int64_t row, T base) {
+  ATTENTION_DEVICE static T rescale(const SplitKvWorkspace<T>& memory, int64_t row, T base) {
     return exp2_of((memory.maximum[row] - base) * static_cast<T>(kLog2E));
   }
 };
 
 template <class C>
 KernelPlan plan_decode_by_shape(const AttentionProblem& p) {
-  return with_shape(p, [&](auto dim, auto rules) {
-    using Kernel = Forward<C, dim, rules, Part::kSplit>;
+  return with_shape(p, [&](auto dim, auto mode) {
+    using Kernel = Forward<C, dim, mode, Part::kSplit>;
     KernelPlan plan;
-    set_workspace(plan, PartMemory<typename C::Scalar>::bytes(p));
+    set_workspace(plan, SplitKvWorkspace<typename C::Scalar>::bytes(p));
     add_launch<Kernel>(plan, Kernel::blocks(p));
     add_launch<MergeParts<C>>(plan, MergeParts<C>::blocks(p));
     return plan;

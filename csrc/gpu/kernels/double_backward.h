@@ -8,14 +8,14 @@
 namespace attention_ext {
 namespace {
 
-// What delta and the jvp launch is compiled in their own units.
+// The launches of delta and of the jvp are compiled in their own units.
 template <class C>
 KernelPlan plan_double_backward_by_shape(const AttentionProblem& problem) {
   const auto& p = static_cast<const DoubleBackwardProblem&>(problem);
-  return with_shape<kMostMovingDim<C>>(p, [&](auto dim, auto rules) {
+  return with_shape<kMaxTangentDim<C>>(p, [&](auto dim, auto mode) {
     auto plan = plan_delta<KernelPlan, typename C::Element>(p);
     add_launches(plan, plan_jvp<KernelPlan, typename C::Element>(p));
-    add_gradients<C, dim, rules, Order::kSecond>(plan, p);
+    add_gradients<C, dim, mode, Order::kSecond>(plan, p);
     return plan;
   });
 }

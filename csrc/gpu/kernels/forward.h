@@ -1,5 +1,5 @@
-// softmax(scores) value by online softmax: a block of threads walks the keys for a tile of queries, a warp for some of
-// its rows. With few queries the keys are split over several blocks, whose sums decode.h merges.
+// softmax(scores) value by online softmax: a block of threads loops over the keys for a tile of queries, a warp for
+// some of its rows. With few queries the keys are split over several blocks, whose sums decode.h merges.
 #pragma once
 
 #include "gpu/kernels/dropout.h"
@@ -12,12 +12,12 @@ namespace {
 
 enum class Part : uint8_t { kWhole, kSplit };
 
-// What each part knows of each query, (part, batch, head, query): its softmax state and its sums of values.
+// Per split and query, (split, batch, head, query): the softmax state and the unnormalised out.
 template <class T>
-struct PartMemory {
+struct SplitKvWorkspace {
   T *maximum, *sum, *sums;
 
-  ATTENTION_DEVICE PartMemory(const AttentionProblem& p, void* workspace)
+  ATTENTION_DEVICE SplitKvWorkspace(const AttentionProblem& p, void* workspace)
       : maximum(static_cast<T*>(workspace)), sum(maximum + rows(p)), sums(sum + rows(p)) {}
 
   ATTENTION_INLINE static int64_t parts(const AttentionProblem& p) { return ceil_div(p.max_seqlen_k, kKeysPerPart); }
@@ -28,11 +28,11 @@ struct PartMemory {
   }
 };
 
-template <class C, int kDim, Rules kRules, Part kPart = Part::kWhole>
+template <class C, int kDim, ScoreMode kMode, Part kPart = Part::kWhole>
 class Forward {
   using T = typename C::Scalar;
   using E = typename C::Element;
-  using Shape = ForwardShape<C, kDim, kRules>;
+  using Shape = ForwardShape<C, kDim, kMode>;
   static constexpr int kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kColumns / kFragmentColumns;
   static constexpr int kQueries = Shape::kWarps * kRowTiles * kFragmentRows;
   using QueryTile = SharedTile<E, kQueries, kDim>;
@@ -48,7 +48,7 @@ class Forward {
   static_assert(kSharedBytes <= (Shape::kRowBytes <= 1024 ? kFewSharedBytes : kMostSharedBytes));
 
   static int64_t blocks(const AttentionProblem& p) {
-    return QueryTileIndex::count(p, kQueries) * (kPart == Part::kSplit ? PartMemory<T>::parts(p) : 1);
+    return QueryTileIndex::count(p, kQueries) * (kPart == Part::kSplit ? SplitKvWorkspace<T>::parts(p) : 1);
   }
 
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void* workspace) {
@@ -56,7 +56,7 @@ class Forward {
     const QueryTileIndex at(p, kQueries, block_index() % whole);
     const Head head = head_of(p, at);
     const Range q = at.queries(head.sequence, kQueries);
-    if (!q.empty()) Forward(p, head, q, block_index() / whole).walk(workspace);
+    if (!q.empty()) Forward(p, head, q, block_index() / whole).mainloop(workspace);
   }
 
  private:
@@ -68,33 +68,33 @@ class Forward {
         row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows),
         exponential_(exponential_of(p)) {}
 
-  // The scale waits for the exponential wherever it can, so that dropout, which alone calls for Rules::kAll too,
-  // changes no bit of logsumexp.
+  // The scale is folded into the exponential wherever it can be, so that dropout, which alone calls for ScoreMode::kAll
+  // too, changes no bit of logsumexp.
   ATTENTION_DEVICE static Head head_of(const ForwardProblem& p, const QueryTileIndex& at) {
     Head head(p, at.batch, at.head);
-    if (score_mods_of(p).is_linear()) head.mods.scale = 1.0;
+    if (score_mods_of(p).folds_scale_into_exp()) head.mods.scale = 1.0;
     return head;
   }
   ATTENTION_DEVICE static Exponential<T> exponential_of(const ForwardProblem& p) {
-    const bool linear = kRules == Rules::kBand || score_mods_of(p).is_linear();
-    return {linear ? static_cast<T>(p.scale) : T(1), !linear};
+    const bool folds_scale = kMode == ScoreMode::kMask || score_mods_of(p).folds_scale_into_exp();
+    return {folds_scale ? static_cast<T>(p.scale) : T(1), !folds_scale};
   }
 
-  ATTENTION_DEVICE void walk(void* workspace) {
+  ATTENTION_DEVICE void mainloop(void* workspace) {
     const TileSet<QueryTile, 1> query(shared_memory());
     copy_set<kThreads>(query, Sources<E, 1>{{head_rows<E>(head_, p_.query, p_.head_dim)}}, static_cast<int>(q_.begin),
                        Span(q_));
-    open_rows();
+    prologue();
     const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
     const auto add_tiles = [&](int k, const KeyTiles& tiles) {
       for (int row = 0; row < rows; row += Shape::kColumns) add_block(query.tile[0], k + row, tiles, row);
     };
-    walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
-                                                 add_tiles);
+    stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
+                                                   add_tiles);
     if constexpr (kPart == Part::kSplit) {
-      store_part(PartMemory<T>(p_, workspace));
+      store_part(SplitKvWorkspace<T>(p_, workspace));
     } else {
-      close_rows();
+      epilogue();
     }
   }
 
@@ -104,7 +104,7 @@ class Forward {
     return {maximum(seen.begin, part_ * kKeysPerPart), minimum(seen.end, (part_ + 1) * kKeysPerPart)};
   }
 
-  ATTENTION_DEVICE void open_rows() {
+  ATTENTION_DEVICE void prologue() {
     const bool has_sink = p_.sinks && part_ == 0;
     const double sink = has_sink ? p_.sinks[head_.sequence.batch * p_.sinks_stride_b + head_.head] : -__builtin_inf();
     const T sink_weight = has_sink && lane_member() == 0 ? T(1) : T(0);
@@ -116,7 +116,7 @@ class Forward {
   }
 
   ATTENTION_DEVICE void add_block(const QueryTile& query, int k, const KeyTiles& tiles, int row) {
-    const ScoreBlock<T, kRules> block{
+    const ScoreBlock<T, kMode> block{
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
     Scores score;
     score.clear();
@@ -128,17 +128,17 @@ class Forward {
         T& s = score.tile[m][n].number[i];
         s = block.score(s, block.query(m, n, i), block.key(m, n, i)).score;
       });
-      T worth[2];
-      any |= softmax_rows(score.tile[m], exponential_, rows_[m], worth);
-      for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[m][n].number[i] *= worth[i / 2]; });
+      T rescale[2];
+      any |= softmax_rows(score.tile[m], exponential_, rows_[m], rescale);
+      for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[m][n].number[i] *= rescale[i / 2]; });
     }
     // Keys that are hidden from all these rows may hold anything.
     if (!any_in_warp(any)) return;
-    if constexpr (kRules == Rules::kAll) drop(block, score);
+    if constexpr (kMode == ScoreMode::kAll) drop(block, score);
     multiply_weights<C>(sums_, score, tiles.tile[1], row);
   }
 
-  ATTENTION_DEVICE void drop(const ScoreBlock<T, kRules>& block, Scores& weight) {
+  ATTENTION_DEVICE void drop(const ScoreBlock<T, kMode>& block, Scores& weight) {
     const Dropout dropout = dropout_of(p_);
     if (!dropout.present) return;
     for_each_kept<kRowTiles, kKeyTiles>(block, dropout, [&](int m, int n, int i, bool kept) {
@@ -146,10 +146,10 @@ class Forward {
     });
   }
 
-  ATTENTION_DEVICE void close_rows() {
+  ATTENTION_DEVICE void epilogue() {
     const Rows<E> out = head_rows<E>(head_, p_.out, p_.head_dim_v);
     T* logsumexp = static_cast<T*>(p_.logsumexp) + row_of(p_, head_.sequence, head_.head);
-    const T kept_scale = kRules == Rules::kAll ? static_cast<T>(dropout_of(p_).kept_scale) : T(1);
+    const T kept_scale = kMode == ScoreMode::kAll ? static_cast<T>(dropout_of(p_).kept_scale) : T(1);
     ATTENTION_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
       T factor[2];
@@ -166,7 +166,7 @@ class Forward {
     }
   }
 
-  ATTENTION_DEVICE void store_part(const PartMemory<T>& memory) {
+  ATTENTION_DEVICE void store_part(const SplitKvWorkspace<T>& memory) {
     const int64_t head = (part_ * p_.batch + head_.sequence.batch) * p_.heads + head_.head,
                   first = head * p_.max_seqlen_q;
     const Rows<T> sums{memory.sums + first * p_.head_dim_v, p_.head_dim_v, 1, static_cast<int>(p_.head_dim_v)};
@@ -197,8 +197,8 @@ class Forward {
 
 template <class C>
 KernelPlan plan_forward_by_shape(const AttentionProblem& p) {
-  return with_shape(p, [&](auto dim, auto rules) {
-    using Kernel = Forward<C, dim, rules>;
+  return with_shape(p, [&](auto dim, auto mode) {
+    using Kernel = Forward<C, dim, mode>;
     KernelPlan plan;
     add_launch<Kernel>(plan, Kernel::blocks(p));
     return plan;

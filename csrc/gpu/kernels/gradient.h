@@ -1,5 +1,5 @@
-// A block of dot products and one of grad_out value^T become weights and score gradients; of second order, how these
-// move along tangents of the inputs.
+// A block of dot products and one of grad_out value^T become weights and score gradients; of second order, their
+// tangents.
 #pragma once
 
 #include "gpu/kernels/backward_memory.h"
@@ -11,7 +11,7 @@
 namespace attention_ext {
 namespace {
 
-// Of one query: logsumexp and delta, and how they move.
+// Of one query: logsumexp and delta, and their tangents.
 template <class T>
 struct RowNumbers {
   T logsumexp, delta, logsumexp_tangent, delta_tangent;
@@ -39,45 +39,48 @@ struct RowSource {
   }
 };
 
-// The tiles that own the rows and those that are walked, in the order of sources.h, queries against keys or the other
-// way round.
-template <class C, Rules kRules, Order kOrder, bool kTransposed, int kTiles>
+// The tiles that own the rows and those that are streamed, in the order of sources.h: queries against keys, or keys
+// against queries.
+template <class C, ScoreMode kMode, Order kOrder, bool kTransposed, int kTiles>
 class GradientBlock {
   using T = typename C::Scalar;
-  using Block = ScoreBlock<T, kRules, kTransposed>;
+  using Block = ScoreBlock<T, kMode, kTransposed>;
   using Scores = Fragments<T, 1, kTiles>;
   static constexpr bool kSecond = kOrder == Order::kSecond;
 
  public:
-  // What multiplies query or key for the gradient of the other; of second order `grad` multiplies the tangents.
-  ATTENTION_DEVICE const Scores& main() const { return kSecond ? moved_grad : grad; }
+  // The factor of query or key in the gradient of the other; of second order `grad` is that of their tangents.
+  ATTENTION_DEVICE const Scores& main() const { return kSecond ? grad_tangent : grad; }
 
-  Scores weight;      // query . key, then what multiplies grad_out for grad_value
-  Scores grad;        // grad_out . value, then the gradient of scale * query . key
-  Scores moved;       // of second order: query . key as it moves
-  Scores moved_grad;  // likewise, of grad_out . value, then of the gradient
+  Scores weight;        // query . key, then the factor of grad_out in grad_value
+  Scores grad;          // grad_out . value, then the gradient of scale * query . key
+  Scores dot_tangent;   // of second order: tangent of query . key
+  Scores grad_tangent;  // likewise, of grad_out . value, then of the gradient
 
-  template <class Own, class Walked>
-  ATTENTION_DEVICE void multiply(const ProblemOf<kOrder>& p, const Own& own, int row, const Walked& walked, int row_b) {
+  template <class Own, class Streamed>
+  ATTENTION_DEVICE void multiply(const ProblemOf<kOrder>& p, const Own& own, int row, const Streamed& streamed,
+                                 int row_b) {
     weight.clear();
     grad.clear();
-    multiply_rows<C>(weight, own.tile[0], row, walked.tile[0], row_b);
-    multiply_rows<C>(grad, own.tile[1], row, walked.tile[1], row_b);
+    multiply_rows<C>(weight, own.tile[0], row, streamed.tile[0], row_b);
+    multiply_rows<C>(grad, own.tile[1], row, streamed.tile[1], row_b);
     if constexpr (kSecond) {
-      moved.clear();
-      moved_grad.clear();
+      dot_tangent.clear();
+      grad_tangent.clear();
       constexpr int kQueryTangent = 2, kKeyTangent = 2, kValueTangent = 3;
       if (kTransposed ? p.tangent.key : p.tangent.query) {
-        multiply_rows<C>(moved, own.tile[kTransposed ? kKeyTangent : kQueryTangent], row, walked.tile[0], row_b);
+        multiply_rows<C>(dot_tangent, own.tile[kTransposed ? kKeyTangent : kQueryTangent], row, streamed.tile[0],
+                         row_b);
       }
       if (kTransposed ? p.tangent.query : p.tangent.key) {
-        multiply_rows<C>(moved, own.tile[0], row, walked.tile[kTransposed ? kQueryTangent : kKeyTangent], row_b);
+        multiply_rows<C>(dot_tangent, own.tile[0], row, streamed.tile[kTransposed ? kQueryTangent : kKeyTangent],
+                         row_b);
       }
       if (p.tangent.value) {
         if constexpr (kTransposed) {
-          multiply_rows<C>(moved_grad, own.tile[kValueTangent], row, walked.tile[1], row_b);
+          multiply_rows<C>(grad_tangent, own.tile[kValueTangent], row, streamed.tile[1], row_b);
         } else {
-          multiply_rows<C>(moved_grad, own.tile[1], row, walked.tile[kValueTangent], row_b);
+          multiply_rows<C>(grad_tangent, own.tile[1], row, streamed.tile[kValueTangent], row_b);
         }
       }
     }
@@ -94,43 +97,43 @@ class GradientBlock {
       T &w = weight.tile[0][n].number[i], &g = grad.tile[0][n].number[i];
       const RowNumbers<T> row = rows(n, i);
       const auto score = block.score(w, block.query(0, n, i), block.key(0, n, i));
-      const T prob = weight_of<kRules>(score.score, block.linear(), row.logsumexp);
+      const T prob = weight_of<kMode>(score.score, block.exp_scale(), row.logsumexp);
       const bool hidden = prob == T(0);
       const T centred = (kept ? g * kept_scale : T(0)) - row.delta;
       g = hidden ? T(0) : prob * centred;
       if constexpr (kSecond) {
-        T &m = moved.tile[0][n].number[i], &mg = moved_grad.tile[0][n].number[i];
-        const auto tangent = score_tangent(p, p.tangent, block, score, m, block.query(0, n, i), block.key(0, n, i));
-        const T moved_prob = prob * (tangent.score - row.logsumexp_tangent);
-        const T moved_centred = (kept ? mg * kept_scale : T(0)) - row.delta_tangent;
-        const T second = hidden ? T(0) : multiply_add(moved_prob, centred, prob * moved_centred);
+        T &dt = dot_tangent.tile[0][n].number[i], &gt = grad_tangent.tile[0][n].number[i];
+        const auto tangent = score_tangent(p, p.tangent, block, score, dt, block.query(0, n, i), block.key(0, n, i));
+        const T prob_tangent = prob * (tangent.score - row.logsumexp_tangent);
+        const T centred_tangent = (kept ? gt * kept_scale : T(0)) - row.delta_tangent;
+        const T second = hidden ? T(0) : multiply_add(prob_tangent, centred, prob * centred_tangent);
         each(n, i, second);
-        w = hidden || !kept ? T(0) : moved_prob;
-        mg = multiply_add(second, score.slope, g * score.curve * tangent.dot);
-        any |= mg != T(0);
+        w = hidden || !kept ? T(0) : prob_tangent;
+        gt = multiply_add(second, score.softcap_grad, g * score.softcap_grad2 * tangent.dot);
+        any |= gt != T(0);
       } else {
         each(n, i, g);
         w = kept ? prob : T(0);
       }
-      g *= score.slope;
+      g *= score.softcap_grad;
       any |= g != T(0);
     });
     return any;
   }
 
-  // sums += gradient . walked, for query or key
-  template <class Sums, class Walked>
-  ATTENTION_DEVICE void add_gradient(const ProblemOf<kOrder>& p, Sums& sums, const Walked& walked, int row) const {
-    multiply_weights<C>(sums, main(), walked.tile[0], row);
+  // sums += gradient . streamed, for query or key
+  template <class Sums, class Streamed>
+  ATTENTION_DEVICE void add_gradient(const ProblemOf<kOrder>& p, Sums& sums, const Streamed& streamed, int row) const {
+    multiply_weights<C>(sums, main(), streamed.tile[0], row);
     if constexpr (kSecond) {
-      if (kTransposed ? p.tangent.query : p.tangent.key) multiply_weights<C>(sums, grad, walked.tile[2], row);
+      if (kTransposed ? p.tangent.query : p.tangent.key) multiply_weights<C>(sums, grad, streamed.tile[2], row);
     }
   }
 };
 
-template <Rules kRules>
+template <ScoreMode kMode>
 ATTENTION_DEVICE Dropout dropout_by(const AttentionProblem& p) {
-  if constexpr (kRules == Rules::kAll) return dropout_of(p);
+  if constexpr (kMode == ScoreMode::kAll) return dropout_of(p);
   return {};
 }
 

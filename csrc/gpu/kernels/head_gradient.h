@@ -1,4 +1,4 @@
-// The small kernels around a backward call: delta before it, and after it what is summed for a whole head.
+// The small kernels around a backward call: delta before it, and after it the sums over a whole head.
 #pragma once
 
 #include "gpu/kernels/gradient.h"
@@ -59,18 +59,19 @@ struct HeadGradient {
   }
 
  private:
-  // Sum over queries of prob(sink) times how the row's delta moves with it.
+  // Sum over queries of prob(sink) times the derivative of the row's delta by the sink.
   ATTENTION_DEVICE static double sink_sum(const Problem& p, const Head& head, const BackwardMemory<T>& memory) {
     const RowSource<T, kOrder> rows(p, head, memory);
     const int64_t b = head.sequence.batch;
     const double sink = p.sinks[b * p.sinks_stride_b + head.head];
-    double moved = 0, sum = 0;
-    if constexpr (kOrder == Order::kSecond) moved = p.tangent.sinks ? p.tangent.sinks[b * p.heads + head.head] : 0.0;
+    double sink_tangent = 0, sum = 0;
+    if constexpr (kOrder == Order::kSecond)
+      sink_tangent = p.tangent.sinks ? p.tangent.sinks[b * p.heads + head.head] : 0.0;
     for (int q = thread_index(); q < rows.logsumexp.end; q += kThreads) {
       const RowNumbers<T> row = rows.row(q);
       const double prob = exp2_of((sink - static_cast<double>(row.logsumexp)) * kLog2E);
       if constexpr (kOrder == Order::kSecond) {
-        sum += prob * ((static_cast<double>(row.logsumexp_tangent) - moved) * static_cast<double>(row.delta) -
+        sum += prob * ((static_cast<double>(row.logsumexp_tangent) - sink_tangent) * static_cast<double>(row.delta) -
                        static_cast<double>(row.delta_tangent));
       } else {
         sum -= prob * static_cast<double>(row.delta);

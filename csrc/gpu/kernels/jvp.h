@@ -1,4 +1,4 @@
-// How out and logsumexp move along tangents of the inputs. With prob P, score tangent S' and m = rowsum(P S'):
+// Tangents of out and logsumexp (forward mode). With prob P, score tangent S' and m = rowsum(P S'):
 //   logsumexp' = m (a sink's own tangent included),   out' = (P S') value + P value' - m out
 // P is after dropout in out', before it in m.
 #pragma once
@@ -9,7 +9,7 @@
 namespace attention_ext {
 namespace {
 
-template <class C, int kDim, Rules kRules>
+template <class C, int kDim, ScoreMode kMode>
 class Jvp {
   using T = typename C::Scalar;
   using E = typename C::Element;
@@ -33,19 +33,19 @@ class Jvp {
     const QueryTileIndex at(p, kQueries);
     const Head head(p, at.batch, at.head);
     const Range q = at.queries(head.sequence, kQueries);
-    if (!q.empty()) Jvp(p, head, q).walk(workspace);
+    if (!q.empty()) Jvp(p, head, q).mainloop(workspace);
   }
 
  private:
   ATTENTION_DEVICE Jvp(const Problem& p, const Head& head, Range q)
-      : p_(p), head_(head), q_(q), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kRules>(p)) {
+      : p_(p), head_(head), q_(q), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kMode>(p)) {
     const LogsumexpRows<T> source(p, head, p.logsumexp);
     for (int r = 0; r < 2; ++r) logsumexp_[r] = source.row(static_cast<int>(query(r)));
   }
 
   ATTENTION_DEVICE int64_t query(int r) const { return q_.begin + row_ + r * 8 + lane_group(); }
 
-  ATTENTION_DEVICE void walk(void* workspace) {
+  ATTENTION_DEVICE void mainloop(void* workspace) {
     sums_.clear();
     const QueryTiles queries(shared_memory());
     const Sources<E, 2> sources{
@@ -55,46 +55,46 @@ class Jvp {
     const auto add_tiles = [&](int k, const KeyTiles& keys) {
       for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
     };
-    walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
-                                                 visible_keys(p_, head_.sequence, q_), add_tiles);
-    close_rows(workspace);
+    stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
+                                                   visible_keys(p_, head_.sequence, q_), add_tiles);
+    epilogue(workspace);
   }
 
   ATTENTION_DEVICE void add_block(const QueryTiles& queries, int k, const KeyTiles& keys, int row) {
-    const ScoreBlock<T, kRules> block{
+    const ScoreBlock<T, kMode> block{
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
-    Scores weight, moved;
+    Scores weight, dot_tangent;
     weight.clear();
-    moved.clear();
+    dot_tangent.clear();
     multiply_rows<C>(weight, queries.tile[0], row_, keys.tile[0], row);
-    if (p_.tangent.query) multiply_rows<C>(moved, queries.tile[1], row_, keys.tile[0], row);
-    if (p_.tangent.key) multiply_rows<C>(moved, queries.tile[0], row_, keys.tile[2], row);
+    if (p_.tangent.query) multiply_rows<C>(dot_tangent, queries.tile[1], row_, keys.tile[0], row);
+    if (p_.tangent.key) multiply_rows<C>(dot_tangent, queries.tile[0], row_, keys.tile[2], row);
     // Keys that are hidden from all these rows may hold anything.
-    if (!any_in_warp(differentiate(block, weight, moved))) return;
-    multiply_weights<C>(sums_, moved, keys.tile[1], row);
+    if (!any_in_warp(differentiate(block, weight, dot_tangent))) return;
+    multiply_weights<C>(sums_, dot_tangent, keys.tile[1], row);
     if (p_.tangent.value) multiply_weights<C>(sums_, weight, keys.tile[3], row);
   }
 
-  // weight, moved: query . key and its tangent, before the scale, become P and P S', 0 where dropped.
-  ATTENTION_DEVICE bool differentiate(const ScoreBlock<T, kRules>& block, Scores& weight, Scores& moved) {
+  // weight, dot_tangent: query . key and its tangent, before the scale, become P and P S', 0 where dropped.
+  ATTENTION_DEVICE bool differentiate(const ScoreBlock<T, kMode>& block, Scores& weight, Scores& dot_tangent) {
     bool any = false;
     T means[2] = {};
     for_each_kept<1, kTiles>(block, dropout_, [&](int, int n, int i, bool kept) {
-      T &w = weight.tile[0][n].number[i], &m = moved.tile[0][n].number[i];
+      T &w = weight.tile[0][n].number[i], &t = dot_tangent.tile[0][n].number[i];
       const int q = block.query(0, n, i), k = block.key(0, n, i);
       const auto score = block.score(w, q, k);
-      const T prob = weight_of<kRules>(score.score, block.linear(), logsumexp_[i / 2]);
-      const T product = prob == T(0) ? T(0) : prob * score_tangent(p_, p_.tangent, block, score, m, q, k).score;
+      const T prob = weight_of<kMode>(score.score, block.exp_scale(), logsumexp_[i / 2]);
+      const T product = prob == T(0) ? T(0) : prob * score_tangent(p_, p_.tangent, block, score, t, q, k).score;
       means[i / 2] += product;
       w = kept ? prob : T(0);
-      m = kept ? product : T(0);
+      t = kept ? product : T(0);
       any |= prob != T(0);
     });
     for (int r = 0; r < 2; ++r) means_[r] += means[r];
     return any;
   }
 
-  ATTENTION_DEVICE void close_rows(void* workspace) {
+  ATTENTION_DEVICE void epilogue(void* workspace) {
     T deltas[2] = {};
     ATTENTION_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -149,12 +149,12 @@ class Jvp {
 
 // Second order takes seven tiles at once: with 2 KB a row they fill more than there is.
 template <class C>
-constexpr int kMostMovingDim = sizeof(typename C::Element) == 8 ? 128 : 256;
+constexpr int kMaxTangentDim = sizeof(typename C::Element) == 8 ? 128 : 256;
 
 template <class C>
 KernelPlan plan_jvp_by_shape(const AttentionProblem& p) {
-  return with_shape<kMostMovingDim<C>>(p, [&](auto dim, auto rules) {
-    using Kernel = Jvp<C, dim, rules>;
+  return with_shape<kMaxTangentDim<C>>(p, [&](auto dim, auto mode) {
+    using Kernel = Jvp<C, dim, mode>;
     KernelPlan plan;
     add_launch<Kernel>(plan, Kernel::blocks(p));
     return plan;

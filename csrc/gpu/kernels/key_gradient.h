@@ -1,5 +1,5 @@
-// grad_key and grad_value: a block of threads walks the queries of all heads of a group for a tile of keys. Scores come
-// transposed, rows are keys: so they are operands of both products as they are.
+// grad_key and grad_value: a block of threads loops over the queries of all heads of a group for a tile of keys. Scores
+// come transposed, rows are keys: so they are operands of both products as they are.
 #pragma once
 
 #include "gpu/kernels/gradient.h"
@@ -10,7 +10,7 @@ namespace {
 // Where registers do not hold both gradients, each has a kernel of its own.
 enum class KeyResult : uint8_t { kBoth, kKey, kValue };
 
-template <class C, int kDim, Rules kRules, Order kOrder, KeyResult kResult>
+template <class C, int kDim, ScoreMode kMode, Order kOrder, KeyResult kResult>
 class KeyGradient {
   using T = typename C::Scalar;
   using E = typename C::Element;
@@ -34,7 +34,7 @@ class KeyGradient {
     const KeyTileIndex at(p, kKeys);
     const int64_t rows = p.cu_seqlens_k ? sequence_of(p, at.batch).length_k : p.seqlen_k;
     const Range k{at.tile * kKeys, minimum((at.tile + 1) * kKeys, rows)};
-    if (!k.empty()) KeyGradient(p, BackwardMemory<T>(p, workspace), k).walk(at.batch, at.kv_head);
+    if (!k.empty()) KeyGradient(p, BackwardMemory<T>(p, workspace), k).mainloop(at.batch, at.kv_head);
   }
 
  private:
@@ -43,9 +43,9 @@ class KeyGradient {
         memory_(memory),
         k_(k),
         row_(thread_index() / kWarpSize * kFragmentRows),
-        dropout_(dropout_by<kRules>(p)) {}
+        dropout_(dropout_by<kMode>(p)) {}
 
-  ATTENTION_DEVICE void walk(int64_t batch, int64_t kv_head) {
+  ATTENTION_DEVICE void mainloop(int64_t batch, int64_t kv_head) {
     key_sums_.clear();
     value_sums_.clear();
     const KeyTiles keys(shared_memory());
@@ -62,17 +62,17 @@ class KeyGradient {
           add_block(head, rows, keys, q + row, queries, row);
         }
       };
-      walk_rows<kThreads, Shape::kStages, QueryTile>(shared_memory() + KeyTiles::kBytes, query_sources<E>(p_, head),
-                                                     visible_queries(p_, head.sequence, k_), add_tiles);
+      stream_rows<kThreads, Shape::kStages, QueryTile>(shared_memory() + KeyTiles::kBytes, query_sources<E>(p_, head),
+                                                       visible_queries(p_, head.sequence, k_), add_tiles);
     }
-    close_rows(first);
+    epilogue(first);
   }
 
   ATTENTION_DEVICE void add_block(const Head& head, const RowSource<T, kOrder>& rows, const KeyTiles& keys, int q,
                                   const QueryTiles& queries, int row) {
     const bool partial = is_partial(head, {q, q + Shape::kColumns}, k_);
-    const ScoreBlock<T, kRules, true> block{p_, head, {q, static_cast<int>(k_.begin) + row_}, partial};
-    GradientBlock<C, kRules, kOrder, true, kTiles> products;
+    const ScoreBlock<T, kMode, true> block{p_, head, {q, static_cast<int>(k_.begin) + row_}, partial};
+    GradientBlock<C, kMode, kOrder, true, kTiles> products;
     products.multiply(p_, keys, row_, queries, row);
     products.differentiate(
         p_, block, dropout_, [&](int n, int i) { return rows.row(block.query(0, n, i)); }, [](int, int, T) {});
@@ -80,7 +80,7 @@ class KeyGradient {
     if constexpr (kOfKey) products.add_gradient(p_, key_sums_, queries, row);
   }
 
-  ATTENTION_DEVICE void close_rows(const Head& head) {
+  ATTENTION_DEVICE void epilogue(const Head& head) {
     if (kOfKey && p_.grad_key) store(head, p_.grad_key, p_.head_dim, key_sums_, p_.scale);
     if (kOfValue && p_.grad_value) store(head, p_.grad_value, p_.head_dim_v, value_sums_, dropout_.kept_scale);
   }

@@ -1,5 +1,5 @@
-// grad_attn_mask: a block of threads owns a tile of it and walks everything that was broadcast along the mask, so that
-// each number is summed in one place and stored once.
+// grad_attn_mask: a block of threads owns a tile of it and loops over everything that was broadcast along the mask, so
+// that each number is summed in one place and stored once.
 #pragma once
 
 #include "gpu/kernels/gradient.h"
@@ -13,7 +13,7 @@ class MaskGradient {
   using T = typename C::Scalar;
   using E = typename C::Element;
   using Shape = GradientShape<C, kDim, kOrder>;
-  static constexpr Rules kRules = Rules::kAll;
+  static constexpr ScoreMode kMode = ScoreMode::kAll;
   static constexpr int kQueries = Shape::kWarps * kFragmentRows, kKeys = Shape::kColumns;
   static constexpr int kTiles = kKeys / kFragmentColumns;
   using QueryTiles = TileSet<SharedTile<E, kQueries, kDim>, kQuerySources<kOrder>>;
@@ -29,14 +29,14 @@ class MaskGradient {
   static int64_t blocks(const BackwardProblem& p) { return MaskTiles(p, kQueries, kKeys).blocks(); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
-    MaskGradient(p, BackwardMemory<T>(p, workspace)).walk(MaskTiles(p, kQueries, kKeys).part(block_index()));
+    MaskGradient(p, BackwardMemory<T>(p, workspace)).mainloop(MaskTiles(p, kQueries, kKeys).part(block_index()));
   }
 
  private:
   ATTENTION_DEVICE MaskGradient(const Problem& p, const BackwardMemory<T>& memory)
-      : p_(p), memory_(memory), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kRules>(p)) {}
+      : p_(p), memory_(memory), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kMode>(p)) {}
 
-  ATTENTION_DEVICE void walk(const MaskPart& part) {
+  ATTENTION_DEVICE void mainloop(const MaskPart& part) {
     sums_.clear();
     for (int64_t b = part.batches.begin; b < part.batches.end; ++b) {
       for (int64_t h = part.heads.begin; h < part.heads.end; ++h) {
@@ -65,9 +65,9 @@ class MaskGradient {
     commit_copies();
     wait_copies<0>();
     synchronize_block();
-    const ScoreBlock<T, kRules> block{p_, head, {first_q + row_, first_k}, is_partial(head, q, k)};
+    const ScoreBlock<T, kMode> block{p_, head, {first_q + row_, first_k}, is_partial(head, q, k)};
     const RowSource<T, kOrder> rows(p_, head, memory_);
-    GradientBlock<C, kRules, kOrder, false, kTiles> products;
+    GradientBlock<C, kMode, kOrder, false, kTiles> products;
     products.multiply(p_, queries, row_, keys, 0);
     products.differentiate(
         p_, block, dropout_, [&](int n, int i) { return rows.row(block.query(0, n, i)); },

@@ -1,5 +1,5 @@
-// How the mask's gradient is cut into tiles: each block of threads owns one, and along what was broadcast the only one
-// owns everything.
+// How the mask's gradient is cut into tiles: each block of threads owns one, and along broadcast dimensions the only
+// one owns everything.
 #pragma once
 
 #include "core/problem.h"
@@ -24,7 +24,7 @@ class MaskTiles {
     return batches_.blocks() * heads_.blocks() * query_tiles_.blocks() * key_tiles_.blocks();
   }
 
-  // What a block of threads owns; neighbours own neighbouring keys.
+  // The part that a block of threads owns; neighbours own neighbouring keys.
   ATTENTION_INLINE MaskPart part(int64_t block) const {
     MaskPart part;
     part.key_tiles = key_tiles_.take(block);

@@ -1,4 +1,4 @@
-// Where the numbers of a lane's fragments lie among queries and keys, and what the mods do to them there.
+// The query and key of each number in a lane's fragments, and the mods applied there.
 #pragma once
 
 #include "core/philox.h"
@@ -25,12 +25,9 @@ ATTENTION_DEVICE constexpr T infinity() {
   return static_cast<T>(__builtin_inf());
 }
 
-// What is known when a kernel is compiled: whether scores can be bent, shifted or dropped, or at most hidden by causal,
-// window and lengths.
-enum class Rules : uint8_t { kBand, kAll };
-
-inline Rules rules_of(const AttentionProblem& p) {
-  return score_mods_of(p).is_linear() && p.dropout_p == 0 ? Rules::kBand : Rules::kAll;
+// Kernels are compiled for two modes: masks by position at most, or everything, dropout included.
+inline ScoreMode score_mode_of(const AttentionProblem& p) {
+  return score_mods_of(p).folds_scale_into_exp() && p.dropout_p == 0 ? ScoreMode::kMask : ScoreMode::kAll;
 }
 
 // One head of one sequence.
@@ -55,7 +52,7 @@ struct Corner {
   int q, k;
 };
 
-// A mask of the problem's own precision or narrower, as what is added to a score.
+// A number of attn_mask, of the problem's own precision or narrower, as it is added to a score.
 template <class T>
 ATTENTION_DEVICE T read_mask(const View& view, int64_t at) {
   if (view.dtype == DType::kBool) return static_cast<const bool*>(view.data)[at] ? T(0) : -infinity<T>();
@@ -69,12 +66,12 @@ ATTENTION_DEVICE T read_mask(const View& view, int64_t at) {
 }
 
 // A block of scores, 16 kRowTiles rows by 8 kTiles columns. Rows are queries, or keys where kTransposed.
-template <class T, Rules kRules, bool kTransposed = false>
+template <class T, ScoreMode kMode, bool kTransposed = false>
 struct ScoreBlock {
   const AttentionProblem& p;
   const Head& head;
   Corner corner;
-  bool partial;  // whether causal, window or the end of the keys cuts through
+  bool partial;  // whether a mask or the end of the keys hides some of the block
 
   ATTENTION_DEVICE int query(int m, int n, int i) const { return corner.q + (kTransposed ? column(n, i) : row(m, i)); }
   ATTENTION_DEVICE int key(int m, int n, int i) const { return corner.k + (kTransposed ? row(m, i) : column(n, i)); }
@@ -86,7 +83,7 @@ struct ScoreBlock {
 
   ATTENTION_DEVICE Position<NumberOps<T>> at(int q, int k) const {
     const auto distance = static_cast<T>(k - q - head.diagonal);
-    return {distance, kRules == Rules::kAll && head.mods.bias ? number_of(p.attn_mask, q, k) : T(0)};
+    return {distance, kMode == ScoreMode::kAll && head.mods.reads_bias() ? number_of(p.attn_mask, q, k) : T(0)};
   }
 
   ATTENTION_DEVICE bool outside(int k) const { return k >= head.length_k; }
@@ -98,31 +95,32 @@ struct ScoreBlock {
                                   column * view.stride_col);
   }
 
-  // dot becomes the score, -inf where the key is hidden. With Rules::kBand the scale is left to the exponential.
-  ATTENTION_DEVICE Modified<NumberOps<T>> score(T dot, int q, int k) const {
+  // dot becomes the score, -inf where the key is hidden. With ScoreMode::kMask the scale is folded into the
+  // exponential.
+  ATTENTION_DEVICE ModifiedScore<NumberOps<T>> score(T dot, int q, int k) const {
     using Ops = NumberOps<T>;
-    Modified<Ops> modified{dot, T(1), T(0)};
-    if constexpr (kRules == Rules::kAll) {
+    ModifiedScore<Ops> modified{dot, T(1), T(0)};
+    if constexpr (kMode == ScoreMode::kAll) {
       const auto position = at(q, k);
-      modified = head.mods.operator()<Ops>(dot, position);
-      modified.score = outside(k) ? -infinity<T>() : head.mods.hide<Ops>(modified.score, position);
-    } else if (partial && (outside(k) || !head.mods.band.keep<Ops>(at(q, k)))) {
-      modified.score = -infinity<T>();
+      modified = head.mods.score_mod<Ops>(dot, position);
+      modified.score = outside(k) ? -infinity<T>() : head.mods.masked<Ops>(modified.score, position);
+    } else if (partial) {
+      modified.score = outside(k) ? -infinity<T>() : head.mods.masks.masked<Ops>(dot, at(q, k));
     }
     return modified;
   }
 
-  // What scores are still to be multiplied by.
-  ATTENTION_DEVICE T linear() const { return kRules == Rules::kAll ? T(1) : static_cast<T>(head.mods.scale); }
+  // The factor that the exponential applies to scores.
+  ATTENTION_DEVICE T exp_scale() const { return kMode == ScoreMode::kAll ? T(1) : static_cast<T>(head.mods.scale); }
 
  private:
   ATTENTION_DEVICE static int row(int m, int i) { return m * kFragmentRows + i / 2 * 8 + lane_group(); }
   ATTENTION_DEVICE static int column(int n, int i) { return n * kFragmentColumns + i % 2 + 2 * lane_member(); }
 };
 
-// Whether a block of keys needs to be looked at number by number.
+// Whether a mask or the end of the keys hides some of a block of scores.
 ATTENTION_DEVICE bool is_partial(const Head& head, Range q, Range k) {
-  return k.end > head.length_k || head.mods.band.cover(q, k, head.diagonal) != Cover::kFull;
+  return k.end > head.length_k || head.mods.masks.block_mask(q, k, head.diagonal) != BlockMask::kFull;
 }
 
 }  // namespace

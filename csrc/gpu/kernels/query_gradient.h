@@ -1,4 +1,4 @@
-// grad_query and what a head's slopes receive: a block of threads walks the keys for a tile of queries.
+// grad_query and the gradient of a head's slope: a block of threads loops over the keys for a tile of queries.
 #pragma once
 
 #include "gpu/kernels/gradient.h"
@@ -6,10 +6,10 @@
 namespace attention_ext {
 namespace {
 
-// What becomes of the rows: their gradients, or only their delta, from weights that were never rounded.
+// The result of a row: its gradient, or only its delta, from weights that were never rounded.
 enum class QueryResult : uint8_t { kGradient, kDelta };
 
-template <class C, int kDim, Rules kRules, Order kOrder, QueryResult kResult = QueryResult::kGradient>
+template <class C, int kDim, ScoreMode kMode, Order kOrder, QueryResult kResult = QueryResult::kGradient>
 class QueryGradient {
   using T = typename C::Scalar;
   using E = typename C::Element;
@@ -36,7 +36,7 @@ class QueryGradient {
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     const QueryTileIndex at(p, kQueries);
     const Head head(p, at.batch, at.head);
-    QueryGradient(p, BackwardMemory<T>(p, workspace), head, at.queries(head.sequence, kQueries)).walk();
+    QueryGradient(p, BackwardMemory<T>(p, workspace), head, at.queries(head.sequence, kQueries)).mainloop();
   }
 
  private:
@@ -46,7 +46,7 @@ class QueryGradient {
         head_(head),
         q_(q),
         row_(thread_index() / kWarpSize * kFragmentRows),
-        dropout_(dropout_by<kRules>(p)) {
+        dropout_(dropout_by<kMode>(p)) {
     const RowSource<T, kOrder> source(p, head, memory);
     for (int r = 0; r < 2; ++r) {
       rows_[r] = source.row(static_cast<int>(q.begin) + row_ + r * 8 + lane_group());
@@ -54,7 +54,7 @@ class QueryGradient {
     }
   }
 
-  ATTENTION_DEVICE void walk() {
+  ATTENTION_DEVICE void mainloop() {
     sums_.clear();
     if (!q_.empty()) {
       const QueryTiles queries(shared_memory());
@@ -63,16 +63,16 @@ class QueryGradient {
       const auto add_tiles = [&](int k, const KeyTiles& keys) {
         for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
       };
-      walk_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
-                                                   visible_keys(p_, head_.sequence, q_), add_tiles);
+      stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
+                                                     visible_keys(p_, head_.sequence, q_), add_tiles);
     }
-    close_rows();
+    epilogue();
   }
 
   ATTENTION_DEVICE void add_block(const QueryTiles& queries, int k, const KeyTiles& keys, int row) {
-    const ScoreBlock<T, kRules> block{
+    const ScoreBlock<T, kMode> block{
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
-    GradientBlock<C, kRules, kOrder, false, kTiles> products;
+    GradientBlock<C, kMode, kOrder, false, kTiles> products;
     products.multiply(p_, queries, row_, keys, row);
     T slopes = 0, deltas[2] = {};
     const bool any = products.differentiate(
@@ -80,9 +80,9 @@ class QueryGradient {
         [&](int n, int i, T gradient) {
           if constexpr (kResult == QueryResult::kDelta) {
             deltas[i / 2] += gradient;
-          } else if (kRules == Rules::kAll && p_.grad_alibi_slopes) {
+          } else if (kMode == ScoreMode::kAll && p_.grad_alibi_slopes) {
             const auto at = block.at(block.query(0, n, i), block.key(0, n, i));
-            slopes += gradient * head_.mods.alibi.by_slope<NumberOps<T>>(at);
+            slopes += gradient * head_.mods.alibi.slope_grad<NumberOps<T>>(at);
           }
         });
     if constexpr (kResult == QueryResult::kDelta) {
@@ -94,7 +94,7 @@ class QueryGradient {
     }
   }
 
-  ATTENTION_DEVICE void close_rows() {
+  ATTENTION_DEVICE void epilogue() {
     if constexpr (kResult == QueryResult::kDelta) {
       for (int r = 0; r < 2; ++r) {
         const T delta = sum_of_group(delta_sums_[r]);

@@ -58,7 +58,7 @@ ATTENTION_DEVICE Rows<E> key_rows(const Head& head, const View& view, int64_t co
   return rows_of<E>(view, s.tensor_batch, head.kv_head, s.begin_k, columns);
 }
 
-// Calls f(n, i, element) for what a lane has of a row: number i % 2 of either half of fragment n is column
+// Calls f(n, i, element) for a lane's elements of a row: number i % 2 of either half of fragment n is column
 // 8 n + 2 member + i, if there is one.
 template <int kTiles, class E, class F>
 ATTENTION_DEVICE void for_each_column(const Rows<E>& rows, int64_t row, F&& f) {

@@ -17,22 +17,22 @@ struct Width {
   static constexpr int kRowRegisters = kDim * sizeof(typename C::Scalar) / 8;  // of a lane, for 16 rows of fragments
 };
 
-// A block of threads walks tiles of kRows keys; a warp makes scores of kColumns of them at a time. But for float64
+// A block of threads loops over tiles of kRows keys; a warp makes scores of kColumns of them at a time. But for float64
 // beyond head_dim 128 a block fits the 99 KB of the smallest GPUs, and two of them the 227 KB of Hopper.
-template <class C, int kDim, Rules kRules>
+template <class C, int kDim, ScoreMode kMode>
 struct ForwardShape : Width<C, kDim> {
   using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes;
   static constexpr int kWarps = kRowBytes <= 512 ? 4 : 2;
   static constexpr int kRowTiles = kNarrow && kDim <= 128 ? 2 : 1;  // of 16 queries, a warp
   static constexpr int kRows = kNarrow ? (kDim <= 128 ? 64 : 32) : kDim <= 64 ? 32 : 16;
-  static constexpr int kColumns = kWide || kRows < 32 || (kDim == 128 && kRules == Rules::kAll) ? 16 : 32;
+  static constexpr int kColumns = kWide || kRows < 32 || (kDim == 128 && kMode == ScoreMode::kAll) ? 16 : 32;
   static constexpr int kStages = kRowBytes <= 1024 ? 2 : 1;
 };
 
 // Of derivatives: gradients, or how gradients move along tangents of the inputs.
 enum class Order : uint8_t { kFirst, kSecond };
 
-// A warp owns 16 queries or keys and walks the others. With rows of up to 512 bytes (16-bit numbers, float32 to
+// A warp owns 16 queries or keys and loops over the others. With rows of up to 512 bytes (16-bit numbers, float32 to
 // head_dim 128, float64 to 64) a block fits the smallest GPUs here too.
 template <class C, int kDim, Order kOrder>
 struct GradientShape : Width<C, kDim> {
@@ -50,14 +50,14 @@ struct GradientShape : Width<C, kDim> {
 template <int kMostDim = 256, class F>
 KernelPlan with_shape(const AttentionProblem& p, F&& f) {
   const int64_t widest = maximum(p.head_dim, p.head_dim_v);
-  const auto with_rules = [&](auto dim) {
-    if (rules_of(p) == Rules::kBand) return f(dim, std::integral_constant<Rules, Rules::kBand>{});
-    return f(dim, std::integral_constant<Rules, Rules::kAll>{});
+  const auto with_mode = [&](auto dim) {
+    if (score_mode_of(p) == ScoreMode::kMask) return f(dim, std::integral_constant<ScoreMode, ScoreMode::kMask>{});
+    return f(dim, std::integral_constant<ScoreMode, ScoreMode::kAll>{});
   };
-  if (widest <= 32) return with_rules(std::integral_constant<int, 32>{});
-  if (widest <= 64) return with_rules(std::integral_constant<int, 64>{});
-  if (widest <= 128 || kMostDim == 128) return with_rules(std::integral_constant<int, 128>{});
-  return with_rules(std::integral_constant<int, kMostDim>{});
+  if (widest <= 32) return with_mode(std::integral_constant<int, 32>{});
+  if (widest <= 64) return with_mode(std::integral_constant<int, 64>{});
+  if (widest <= 128 || kMostDim == 128) return with_mode(std::integral_constant<int, 128>{});
+  return with_mode(std::integral_constant<int, kMostDim>{});
 }
 
 }  // namespace

@@ -59,7 +59,7 @@ struct Span {
 template <int kThreads, class Tile, class E>
 ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int first, Span valid) {
   // copy(chunk, source, count): of a chunk the first `count` elements are those at `source`. Not unrolled, as every
-  // walk contains this.
+  // main loop contains this.
   const auto for_each_chunk = [&](auto&& copy) {
     ATTENTION_UNROLL_BY_1
     for (int i = thread_index(); i < Tile::kRows * Tile::kChunks; i += kThreads) {

@@ -31,44 +31,46 @@ ATTENTION_DEVICE T finite_or_zero(T maximum) {
   return maximum == -infinity<T>() ? T(0) : maximum;
 }
 
-// exp(linear * score - base). Where mods add to scores, a bias of -1e10 or -1e30 as many models mask would leave no
+// exp(scale * score - base). Where mods add to scores, a bias of -1e10 or -1e30, as many models mask, would leave no
 // digit of log2(e) * base: there differences come first.
 template <class T>
 class Exponential {
   static constexpr T kUnit = static_cast<T>(kLog2E);
 
  public:
-  ATTENTION_DEVICE Exponential(T linear, bool mods_add)
-      : linear_(linear), early_(mods_add ? T(1) : kUnit), late_(mods_add ? kUnit : T(1)) {}
+  ATTENTION_DEVICE Exponential(T scale, bool mods_add)
+      : scale_(scale), early_(mods_add ? T(1) : kUnit), late_(mods_add ? kUnit : T(1)) {}
 
-  ATTENTION_DEVICE T linear() const { return linear_; }
+  ATTENTION_DEVICE T scale() const { return scale_; }
   ATTENTION_DEVICE T operator()(T score, T base) const {
-    return exp2_of(multiply_add(score, linear_ * early_, -base * early_) * late_);
+    return exp2_of(multiply_add(score, scale_ * early_, -base * early_) * late_);
   }
 
  private:
-  T linear_, early_, late_;
+  T scale_, early_, late_;
 };
 
-template <Rules kRules, class T>
-ATTENTION_DEVICE T weight_of(T score, T linear, T base) {
-  return Exponential<T>(linear, kRules == Rules::kAll)(score, base);
+template <ScoreMode kMode, class T>
+ATTENTION_DEVICE T weight_of(T score, T scale, T base) {
+  return Exponential<T>(scale, kMode == ScoreMode::kAll)(score, base);
 }
 
-// Scores of 16 rows become unnormalised weights; `worth` is what earlier sums of the rows are worth now. True where the
+// Scores of 16 rows become unnormalised weights; `rescale` is the factor for earlier sums of the rows. True where the
 // block holds any weight for this lane.
 template <class T, int kTiles>
 ATTENTION_DEVICE bool softmax_rows(Fragment<T> (&score)[kTiles], const Exponential<T>& exponential, RowState<T>& state,
-                                   T (&worth)[2]) {
+                                   T (&rescale)[2]) {
   bool any = false;
   ATTENTION_UNROLL
   for (int r = 0; r < 2; ++r) {
-    T top = -infinity<T>();
+    T block_max = -infinity<T>();
     ATTENTION_UNROLL
-    for (int n = 0; n < kTiles; ++n) top = larger(larger(score[n].number[2 * r], score[n].number[2 * r + 1]), top);
-    const T now = larger(largest_of_group(top) * exponential.linear(), state.maximum[r]), base = finite_or_zero(now);
-    worth[r] = exp2_of((state.maximum[r] - base) * static_cast<T>(kLog2E));
-    state.maximum[r] = now;
+    for (int n = 0; n < kTiles; ++n)
+      block_max = larger(larger(score[n].number[2 * r], score[n].number[2 * r + 1]), block_max);
+    const T new_max = larger(largest_of_group(block_max) * exponential.scale(), state.maximum[r]),
+            base = finite_or_zero(new_max);
+    rescale[r] = exp2_of((state.maximum[r] - base) * static_cast<T>(kLog2E));
+    state.maximum[r] = new_max;
     T sum = 0;
     ATTENTION_UNROLL
     for (int n = 0; n < kTiles; ++n) {
@@ -79,7 +81,7 @@ ATTENTION_DEVICE bool softmax_rows(Fragment<T> (&score)[kTiles], const Exponenti
       }
     }
     any |= sum != T(0);
-    state.sum[r] = multiply_add(state.sum[r], worth[r], sum);
+    state.sum[r] = multiply_add(state.sum[r], rescale[r], sum);
   }
   return any;
 }

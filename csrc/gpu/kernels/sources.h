@@ -1,6 +1,6 @@
 // The rows of one head that a pass reads, in the order in which its products take them:
 //   queries  query, grad_out, tangent of query          keys  key, value, tangents of key and value
-// What stands still has no rows; its tile is 0 and its product is left out.
+// A null source means a zero tangent; its tile is 0 and its product is left out.
 #pragma once
 
 #include "gpu/kernels/rows.h"
@@ -62,14 +62,15 @@ ATTENTION_DEVICE void copy_set(const TileSet<Tile, kCount>& to, const Sources<E,
   for (int i = 0; i < kCount; ++i) copy_rows<kThreads>(to.tile[i], from.rows[i], first, valid);
 }
 
-// The walk of a block of threads over rows, tile by tile through shared memory, the next tiles on their way while these
-// are worked on. Calls f(first row, tiles) for all tiles that hold some of `valid`; they begin at multiples of their
-// height, and rows outside `valid` are 0.
+// Streams rows through shared memory, tile by tile, copying the next tiles while f works on the current ones. Calls
+// f(first row, tiles) for all tiles that hold some of `valid`; they begin at multiples of their height, and rows
+// outside `valid` are 0.
 template <int kThreads, int kStages, class Tile, int kCount, class E, class F>
-ATTENTION_DEVICE void walk_rows(char* memory, const Sources<E, kCount>& sources, Range valid, F&& f) {
+ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& sources, Range valid, F&& f) {
   using Set = TileSet<Tile, kCount>;
   const Span span(valid);
-  commit_copies();  // of what stands still: the first wait is for it too, or the last where there is no row to walk
+  commit_copies();  // of the tile that the block owns: the first wait is for it too, or the last where the loop is
+                    // empty
   const auto copy = [&](int row, int stage) {
     if (row < span.end) copy_set<kThreads>(Set(memory + stage * Set::kBytes), sources, row, span);
     commit_copies();

@@ -1,4 +1,4 @@
-// What passes after forward know of a row, and how scores move along tangents of the inputs.
+// Logsumexp as the passes after forward read it, and tangents of scores.
 #pragma once
 
 #include "gpu/kernels/softmax.h"
@@ -24,16 +24,16 @@ struct ScoreTangent {
   T score, dot;  // of the score and of scale * query . key
 };
 
-// moved: query' . key + query . key'
+// dot_tangent: query' . key + query . key', not scaled
 template <class Block, class Score, class T>
 ATTENTION_DEVICE ScoreTangent<T> score_tangent(const AttentionProblem& p, const Tangents& tangent, const Block& block,
-                                               const Score& score, T moved, int q, int k) {
-  ScoreTangent<T> result{T(0), moved * static_cast<T>(p.scale)};
-  result.score = result.dot * score.slope;
+                                               const Score& score, T dot_tangent, int q, int k) {
+  ScoreTangent<T> result{T(0), dot_tangent * static_cast<T>(p.scale)};
+  result.score = result.dot * score.softcap_grad;
   if (tangent.attn_mask) result.score += block.number_of(tangent.attn_mask, q, k);
   if (tangent.alibi_slopes) {
     const double slope = tangent.alibi_slopes[block.head.sequence.batch * p.heads + block.head.head];
-    result.score += static_cast<T>(slope) * block.head.mods.alibi.template by_slope<NumberOps<T>>(block.at(q, k));
+    result.score += static_cast<T>(slope) * block.head.mods.alibi.template slope_grad<NumberOps<T>>(block.at(q, k));
   }
   return result;
 }

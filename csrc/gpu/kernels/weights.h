@@ -7,7 +7,7 @@
 namespace attention_ext {
 namespace {
 
-template <class C, int kDim, Rules kRules>
+template <class C, int kDim, ScoreMode kMode>
 class Weights {
   using T = typename C::Scalar;
   using E = typename C::Element;
@@ -30,7 +30,7 @@ class Weights {
     const int64_t query_tile = rest % query_tiles(p), run = rest / query_tiles(p);
     const int64_t q = p.row_begin + query_tile * kQueries, k = key_tile * kKeys;
     Weights(p, {q, minimum(q + kQueries, p.row_end)}, {k, minimum(k + kKeys, p.seqlen_k)})
-        .walk(run / head_runs(p), run % head_runs(p));
+        .mainloop(run / head_runs(p), run % head_runs(p));
   }
 
  private:
@@ -41,9 +41,9 @@ class Weights {
   ATTENTION_INLINE static int64_t key_tiles(const WeightsProblem& p) { return ceil_div(p.seqlen_k, kKeys); }
 
   ATTENTION_DEVICE Weights(const WeightsProblem& p, Range q, Range k)
-      : p_(p), q_(q), k_(k), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kRules>(p)) {}
+      : p_(p), q_(q), k_(k), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kMode>(p)) {}
 
-  ATTENTION_DEVICE void walk(int64_t batch, int64_t run) {
+  ATTENTION_DEVICE void mainloop(int64_t batch, int64_t run) {
     sums_.clear();
     for (int64_t h = 0; h < p_.heads / head_runs(p_); ++h) add_head(Head(p_, batch, run + h));
     const auto share = static_cast<T>(dropout_.kept_scale) / static_cast<T>(p_.heads / head_runs(p_));
@@ -69,12 +69,12 @@ class Weights {
     Scores score;
     score.clear();
     multiply_rows<C>(score, queries.tile[0], row_, keys.tile[0], 0);
-    const ScoreBlock<T, kRules> block{p_, head, corner, is_partial(head, q_, {k_.begin, k_.begin + kKeys})};
+    const ScoreBlock<T, kMode> block{p_, head, corner, is_partial(head, q_, {k_.begin, k_.begin + kKeys})};
     const LogsumexpRows<T> rows(p_, head, p_.logsumexp);
     for_each_kept<1, kTiles>(block, dropout_, [&](int, int n, int i, bool kept) {
       const int q = block.query(0, n, i);
       const T dot = block.score(score.tile[0][n].number[i], q, block.key(0, n, i)).score;
-      if (kept) sums_.tile[0][n].number[i] += weight_of<kRules>(dot, block.linear(), rows.row(q));
+      if (kept) sums_.tile[0][n].number[i] += weight_of<kMode>(dot, block.exp_scale(), rows.row(q));
     });
     synchronize_block();
   }
@@ -89,8 +89,8 @@ class Weights {
 template <class C>
 KernelPlan plan_weights_by_shape(const AttentionProblem& problem) {
   const auto& p = static_cast<const WeightsProblem&>(problem);
-  return with_shape(p, [&](auto dim, auto rules) {
-    using Kernel = Weights<C, dim, rules>;
+  return with_shape(p, [&](auto dim, auto mode) {
+    using Kernel = Weights<C, dim, mode>;
     KernelPlan plan;
     add_launch<Kernel>(plan, Kernel::blocks(p));
     return plan;

@@ -133,7 +133,7 @@ void run_block(const AttentionProblem& problem, void* shared, void*, int64_t job
   });
 }
 
-// A launch is a phase, a block one of its jobs, and the workspace what the jobs share.
+// A launch is a phase, a block one of its jobs, and the workspace the memory that jobs share.
 using KernelPlan = Plan;
 
 template <class Kernel>

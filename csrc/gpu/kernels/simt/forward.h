@@ -11,12 +11,12 @@ template <class T>
 struct Forward : QueryKernel<ForwardProblem> {
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void*) {
     Forward::with_query(p, [&](const Head& head, int q) {
-      for_each_part<T>(p.head_dim_v, [&](RowSum<T> sums) { walk(p, head, q, sums); });
+      for_each_part<T>(p.head_dim_v, [&](RowSum<T> sums) { mainloop(p, head, q, sums); });
     });
   }
 
  private:
-  ATTENTION_DEVICE static void walk(const ForwardProblem& p, const Head& head, int q, RowSum<T>& sums) {
+  ATTENTION_DEVICE static void mainloop(const ForwardProblem& p, const Head& head, int q, RowSum<T>& sums) {
     const Pairs<T> pairs(p, head);
     const HeadRows value = key_rows(head, p.value, p.head_dim_v);
     T maximum = p.sinks ? static_cast<T>(pairs.sink()) : -infinity<T>(), sum = p.sinks ? T(1) : T(0);
@@ -24,11 +24,11 @@ struct Forward : QueryKernel<ForwardProblem> {
     for (int k = keys.begin; k < keys.end; ++k) {
       const T score = pairs.score(q, k).score, before = maximum;
       maximum = larger(score, before);
-      const T base = finite_or_zero(maximum), weight = weight_of<Rules::kAll>(score, T(1), base);
+      const T base = finite_or_zero(maximum), weight = weight_of<ScoreMode::kAll>(score, T(1), base);
       if (maximum != before) {
-        const T worth = weight_of<Rules::kAll>(before, T(1), base);
-        sum *= worth;
-        sums.multiply(worth);
+        const T rescale = weight_of<ScoreMode::kAll>(before, T(1), base);
+        sum *= rescale;
+        sums.multiply(rescale);
       }
       sum += weight;
       const T kept = weight == T(0) ? T(0) : weight * pairs.kept(q, k);

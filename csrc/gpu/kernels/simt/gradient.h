@@ -1,4 +1,4 @@
-// Gradients of query, key, value, slopes and sinks: a warp for each query or key walks the others.
+// Gradients of query, key, value, slopes and sinks: a warp for each query or key loops over the others.
 #pragma once
 
 #include "core/delta.h"
@@ -29,7 +29,7 @@ struct Delta : QueryKernel<BackwardProblem> {
   }
 };
 
-// grad_query, and what the head's slope receives from each block of threads.
+// grad_query, and each block's part of the gradient of the head's slope.
 template <class T, Order kOrder>
 struct QueryGradient : QueryKernel<ProblemOf<kOrder>> {
   using Problem = ProblemOf<kOrder>;
@@ -40,7 +40,7 @@ struct QueryGradient : QueryKernel<ProblemOf<kOrder>> {
     double slope = 0;
     QueryGradient::with_query(p, [&](const Head& head, int q) {
       const PairGradients<T, kOrder> gradients(p, head, memory);
-      for_each_part<T>(p.grad_query ? p.head_dim : 0, [&](RowSum<T> sums) { slope = walk(p, gradients, q, sums); });
+      for_each_part<T>(p.grad_query ? p.head_dim : 0, [&](RowSum<T> sums) { slope = mainloop(p, gradients, q, sums); });
     });
     if (p.grad_alibi_slopes) {
       sum_block<kThreads>(lane_index() == 0 ? slope : 0.0, memory.slope_sums + block_index());
@@ -48,8 +48,8 @@ struct QueryGradient : QueryKernel<ProblemOf<kOrder>> {
   }
 
  private:
-  ATTENTION_DEVICE static double walk(const Problem& p, const PairGradients<T, kOrder>& gradients, int q,
-                                      RowSum<T>& sums) {
+  ATTENTION_DEVICE static double mainloop(const Problem& p, const PairGradients<T, kOrder>& gradients, int q,
+                                          RowSum<T>& sums) {
     const Head& head = gradients.pairs.head;
     const RowNumbers<T> row = gradients.rows.row(q);
     const HeadRows key_tangent = gradients.key_tangent();
@@ -58,12 +58,12 @@ struct QueryGradient : QueryKernel<ProblemOf<kOrder>> {
     for (int k = keys.begin; k < keys.end; ++k) {
       const PairGradient<T> gradient = gradients(q, k, row);
       if (p.grad_alibi_slopes) {
-        const auto by_slope = head.mods.alibi.by_slope<NumberOps<T>>(gradients.pairs.block().at(q, k));
-        slope += static_cast<double>(gradient.score * by_slope);
+        const auto slope_grad = head.mods.alibi.slope_grad<NumberOps<T>>(gradients.pairs.block().at(q, k));
+        slope += static_cast<double>(gradient.score * slope_grad);
       }
       if (!p.grad_query) continue;
       if (gradient.dot != T(0)) sums.add(gradient.dot, gradients.pairs.key, k);
-      if (key_tangent && gradient.of_dot_still != T(0)) sums.add(gradient.of_dot_still, key_tangent, k);
+      if (key_tangent && gradient.first_order_dot != T(0)) sums.add(gradient.first_order_dot, key_tangent, k);
     }
     if (p.grad_query) sums.store(static_cast<T>(p.scale), query_rows(head, p.grad_query, p.head_dim), q);
     return slope;
@@ -89,7 +89,7 @@ struct KeyGradient {
       RowSum<T> value_sums{key_sums.begin};
       for (int64_t h = 0; h < p.group_size(); ++h) {
         const Head head(p, first.sequence.batch, first.head + h);
-        walk(p, PairGradients<T, kOrder>(p, head, memory), k, key_sums, value_sums);
+        mainloop(p, PairGradients<T, kOrder>(p, head, memory), k, key_sums, value_sums);
       }
       if (p.grad_key) key_sums.store(static_cast<T>(p.scale), key_rows(first, p.grad_key, p.head_dim), k);
       if (p.grad_value) value_sums.store(T(1), key_rows(first, p.grad_value, p.head_dim_v), k);
@@ -97,8 +97,8 @@ struct KeyGradient {
   }
 
  private:
-  ATTENTION_DEVICE static void walk(const Problem& p, const PairGradients<T, kOrder>& gradients, int k,
-                                    RowSum<T>& key_sums, RowSum<T>& value_sums) {
+  ATTENTION_DEVICE static void mainloop(const Problem& p, const PairGradients<T, kOrder>& gradients, int k,
+                                        RowSum<T>& key_sums, RowSum<T>& value_sums) {
     const HeadRows query_tangent = gradients.query_tangent();
     const Span queries(visible_queries(p, gradients.pairs.head.sequence, {k, k + 1}));
     for (int q = queries.begin; q < queries.end; ++q) {
@@ -106,7 +106,7 @@ struct KeyGradient {
       if (p.grad_value && gradient.weight != T(0)) value_sums.add(gradient.weight, gradients.grad_out, q);
       if (!p.grad_key) continue;
       if (gradient.dot != T(0)) key_sums.add(gradient.dot, gradients.pairs.query, q);
-      if (query_tangent && gradient.of_dot_still != T(0)) key_sums.add(gradient.of_dot_still, query_tangent, q);
+      if (query_tangent && gradient.first_order_dot != T(0)) key_sums.add(gradient.first_order_dot, query_tangent, q);
     }
   }
 };

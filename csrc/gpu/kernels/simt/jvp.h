@@ -1,4 +1,4 @@
-// How out and logsumexp move along tangents of the inputs, a warp for each query.
+// Tangents of out and logsumexp, a warp for each query.
 #pragma once
 
 #include "gpu/kernels/simt/pair.h"
@@ -15,8 +15,8 @@ struct Jvp : QueryKernel<JvpProblem> {
     Jvp::with_query(p, [&](const Head& head, int q) {
       T mean = 0, delta = 0;
       for_each_part<T>(p.head_dim_v, [&](RowSum<T> sums) {
-        mean = walk(p, head, q, sums);
-        delta += close_row(p, head, q, mean, sums);
+        mean = mainloop(p, head, q, sums);
+        delta += epilogue(p, head, q, mean, sums);
       });
       if (lane_index() != 0) return;
       const int64_t row = row_of(p, head.sequence, head.head) + q;
@@ -27,7 +27,7 @@ struct Jvp : QueryKernel<JvpProblem> {
 
  private:
   // (P S') value + P value' to sums, after dropout. Returns rowsum(P S'), before it.
-  ATTENTION_DEVICE static T walk(const Problem& p, const Head& head, int q, RowSum<T>& sums) {
+  ATTENTION_DEVICE static T mainloop(const Problem& p, const Head& head, int q, RowSum<T>& sums) {
     const Pairs<T> pairs(p, head);
     const PairTangents<T> tangents(pairs, p.tangent);
     const HeadRows value = key_rows(head, p.value, p.head_dim_v);
@@ -36,7 +36,7 @@ struct Jvp : QueryKernel<JvpProblem> {
     const Span keys(visible_keys(p, head.sequence, {q, q + 1}));
     for (int k = keys.begin; k < keys.end; ++k) {
       const auto score = pairs.score(q, k);
-      const T prob = weight_of<Rules::kAll>(score.score, T(1), logsumexp);
+      const T prob = weight_of<ScoreMode::kAll>(score.score, T(1), logsumexp);
       if (prob == T(0)) continue;  // hidden keys may hold anything
       const T product = prob * tangents.score(score, q, k).score, kept = pairs.kept(q, k);
       mean += product;
@@ -54,7 +54,7 @@ struct Jvp : QueryKernel<JvpProblem> {
   }
 
   // Sums become out'. Returns rowsum(grad_out * out') of these columns, where gradients need it.
-  ATTENTION_DEVICE static T close_row(const Problem& p, const Head& head, int q, T mean, RowSum<T>& sums) {
+  ATTENTION_DEVICE static T epilogue(const Problem& p, const Head& head, int q, T mean, RowSum<T>& sums) {
     sums.add(-mean, query_rows(head, p.out, p.head_dim_v), q);
     if (p.out_tangent) sums.store(T(1), query_rows(head, p.out_tangent, p.head_dim_v), q);
     return p.wants_gradients() ? sums.dot(query_rows(head, p.grad_out, p.head_dim_v), q) : T(0);

@@ -1,4 +1,4 @@
-// grad_attn_mask: a block of threads owns a tile of it, a warp for each query and a lane for each key, and walks
+// grad_attn_mask: a block of threads owns a tile of it, a warp for each query and a lane for each key, and loops over
 // everything that was broadcast along the mask.
 #pragma once
 
@@ -26,7 +26,7 @@ struct MaskGradient {
         const Head of(p, batch, head);
         const PairGradients<T, kOrder> gradients(p, of, memory);
         for (int64_t tile = part.query_tiles.begin; tile < part.query_tiles.end; ++tile) {
-          sum += walk(p, gradients, static_cast<int>(tile) * kWarps + warp_index(), part.key_tiles);
+          sum += mainloop(p, gradients, static_cast<int>(tile) * kWarps + warp_index(), part.key_tiles);
         }
       }
     }
@@ -36,7 +36,8 @@ struct MaskGradient {
 
  private:
   // The sum over those keys that are this lane's.
-  ATTENTION_DEVICE static T walk(const Problem& p, const PairGradients<T, kOrder>& gradients, int q, Range key_tiles) {
+  ATTENTION_DEVICE static T mainloop(const Problem& p, const PairGradients<T, kOrder>& gradients, int q,
+                                     Range key_tiles) {
     const Head& head = gradients.pairs.head;
     if (q >= head.length_q) return T(0);
     const RowNumbers<T> row = gradients.rows.row(q);

@@ -1,5 +1,5 @@
-// What a query and a key make of each other: score, weight, and how these move. A warp works on one pair at a time, and
-// every lane has every result.
+// Score and weight of a query and a key, and their tangents. A warp works on one pair at a time, and every lane has
+// every result.
 #pragma once
 
 #include "gpu/kernels/gradient.h"
@@ -12,7 +12,7 @@ namespace simt {
 // Of one head.
 template <class T>
 struct Pairs {
-  using Score = Modified<NumberOps<T>>;
+  using Score = ModifiedScore<NumberOps<T>>;
   const AttentionProblem& p;
   const Head& head;
   HeadRows query, key;
@@ -25,11 +25,11 @@ struct Pairs {
         key(key_rows(of, p.key, p.head_dim)),
         dropout(dropout_of(p)) {}
 
-  ATTENTION_DEVICE ScoreBlock<T, Rules::kAll> block() const { return {p, head, {0, 0}, true}; }
+  ATTENTION_DEVICE ScoreBlock<T, ScoreMode::kAll> block() const { return {p, head, {0, 0}, true}; }
 
   ATTENTION_DEVICE Score score(int q, int k) const { return block().score(dot<T>(query, q, key, k), q, k); }
 
-  // What dropout makes of a weight of 1.
+  // The factor of dropout: 0, or kept_scale.
   ATTENTION_DEVICE T kept(int q, int k) const {
     if (!dropout.present) return T(1);
     const auto words =
@@ -41,7 +41,7 @@ struct Pairs {
   ATTENTION_DEVICE double sink() const { return p.sinks[head.sequence.batch * p.sinks_stride_b + head.head]; }
 };
 
-// How scores move along tangents of the inputs.
+// Tangents of scores.
 template <class T>
 struct PairTangents {
   const Pairs<T>& pairs;
@@ -56,20 +56,20 @@ struct PairTangents {
         value(key_rows(of.head, along.value, of.p.head_dim_v)) {}
 
   ATTENTION_DEVICE ScoreTangent<T> score(const typename Pairs<T>::Score& score, int q, int k) const {
-    T moved = 0;
-    if (query) moved += dot<T>(query, q, pairs.key, k);
-    if (key) moved += dot<T>(pairs.query, q, key, k);
-    return score_tangent(pairs.p, tangent, pairs.block(), score, moved, q, k);
+    T dot_tangent = 0;
+    if (query) dot_tangent += dot<T>(query, q, pairs.key, k);
+    if (key) dot_tangent += dot<T>(pairs.query, q, key, k);
+    return score_tangent(pairs.p, tangent, pairs.block(), score, dot_tangent, q, k);
   }
 };
 
-// All of second order, where that is asked for, but `of_dot_still`.
+// All of second order, where that is asked for, but `first_order_dot`.
 template <class T>
 struct PairGradient {
-  T weight;        // what multiplies grad_out for grad_value
-  T score;         // the gradient of the score
-  T dot;           // of scale * query . key, which multiplies query or key
-  T of_dot_still;  // the same of first order, which multiplies their tangents
+  T weight;           // the factor of grad_out in grad_value
+  T score;            // the gradient of the score
+  T dot;              // the gradient of scale * query . key, the factor of query or key
+  T first_order_dot;  // the same of first order, the factor of their tangents
 };
 
 template <class T, Order kOrder>
@@ -88,7 +88,7 @@ class PairGradients {
         rows(p, head, memory),
         p_(p) {}
 
-  // Rows that stand still are null.
+  // Null means a zero tangent.
   ATTENTION_DEVICE HeadRows query_tangent() const {
     if constexpr (kSecond) return query_rows(pairs.head, p_.tangent.query, p_.head_dim);
     return {};
@@ -101,24 +101,25 @@ class PairGradients {
   // Where a weight is 0 so is its gradient, whatever hidden rows hold.
   ATTENTION_DEVICE PairGradient<T> operator()(int q, int k, const RowNumbers<T>& row) const {
     const auto score = pairs.score(q, k);
-    const T prob = weight_of<Rules::kAll>(score.score, T(1), row.logsumexp);
+    const T prob = weight_of<ScoreMode::kAll>(score.score, T(1), row.logsumexp);
     if (prob == T(0)) return {};
     const T kept = pairs.kept(q, k);
     const T centred = of_weight(value, q, k, kept) - row.delta, grad = prob * centred;
     if constexpr (kSecond) {
       const PairTangents<T> tangents(pairs, p_.tangent);
       const auto tangent = tangents.score(score, q, k);
-      const T moved_prob = prob * (tangent.score - row.logsumexp_tangent);
-      const T moved_centred = of_weight(tangents.value, q, k, kept) - row.delta_tangent;
-      const T moved_grad = multiply_add(moved_prob, centred, prob * moved_centred);
-      return {moved_prob * kept, moved_grad, multiply_add(moved_grad, score.slope, grad * score.curve * tangent.dot),
-              grad * score.slope};
+      const T prob_tangent = prob * (tangent.score - row.logsumexp_tangent);
+      const T centred_tangent = of_weight(tangents.value, q, k, kept) - row.delta_tangent;
+      const T grad_tangent = multiply_add(prob_tangent, centred, prob * centred_tangent);
+      return {prob_tangent * kept, grad_tangent,
+              multiply_add(grad_tangent, score.softcap_grad, grad * score.softcap_grad2 * tangent.dot),
+              grad * score.softcap_grad};
     }
-    return {prob * kept, grad, grad * score.slope, T(0)};
+    return {prob * kept, grad, grad * score.softcap_grad, T(0)};
   }
 
  private:
-  // grad_out . values, seen through dropout.
+  // grad_out . values after dropout.
   ATTENTION_DEVICE T of_weight(const HeadRows& values, int q, int k, T kept) const {
     return values && kept != T(0) ? dot<T>(grad_out, q, values, k) * kept : T(0);
   }

@@ -1,4 +1,4 @@
-// What each pass launches for whatever the rows with tiles leave: any head_dim, every dtype and mod.
+// The launches of each pass for calls that the tiled kernels do not serve: any head_dim, every dtype and mod.
 #pragma once
 
 #include "gpu/kernels/simt/forward.h"

@@ -1,5 +1,5 @@
-// Rows of any length and dtype, and what a warp does with them. Lanes are neighbours along a row; whatever depends on
-// the dtype asks for it when it runs.
+// Rows of any length and dtype, worked on by a warp. Lanes are neighbours along a row; the dtype is asked for at run
+// time.
 #pragma once
 
 #include "gpu/kernels/backward_memory.h"
@@ -13,7 +13,7 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 
 ATTENTION_DEVICE int warp_index() { return thread_index() / kWarpSize; }
 
-// Calls f with a number of the type that memory holds, where T is what sums are made in.
+// Calls f with a number of the storage type; T is the accumulate type.
 template <class T, class F>
 ATTENTION_DEVICE auto with_element(DType dtype, F&& f) {
   if constexpr (sizeof(T) == sizeof(double)) {
@@ -84,7 +84,7 @@ ATTENTION_DEVICE T dot(const HeadRows& a, int64_t row_a, const HeadRows& b, int6
   });
 }
 
-// A sum of rows times factors, as many of its columns as registers hold; for the others the walk is made again.
+// A sum of rows times factors, as many of its columns as registers hold; for the others the loop runs again.
 template <class T>
 struct RowSum {
   static constexpr int kLaneColumns = 16, kColumns = kLaneColumns * kWarpSize;

@@ -45,7 +45,7 @@ struct Weights {
     const Span keys({maximum(first, seen.begin), minimum(first + kWarpSize, seen.end)});
     T own = 0;
     for (int k = keys.begin; k < keys.end; ++k) {
-      const T prob = weight_of<Rules::kAll>(pairs.score(q, k).score, T(1), logsumexp);
+      const T prob = weight_of<ScoreMode::kAll>(pairs.score(q, k).score, T(1), logsumexp);
       if (k - first == lane_index()) own = prob == T(0) ? T(0) : prob * pairs.kept(q, k);
     }
     return own;

@@ -1,4 +1,4 @@
-#include "torch/logsumexp_rest.h"
+#include "torch/logsumexp_low.h"
 
 #include <cmath>
 #include <limits>
@@ -29,7 +29,7 @@ bool is_far_anywhere(const Tensor& logsumexp) {
 
 }  // namespace
 
-void* logsumexp_rest(const AttentionProblem& call, const Tensor& logsumexp, Converted& converted) {
+void* logsumexp_low(const AttentionProblem& call, const Tensor& logsumexp, Converted& converted) {
   if (!logsumexp.is_cpu() || !is_far_anywhere(logsumexp)) return nullptr;
   ForwardProblem problem;
   static_cast<AttentionProblem&>(problem) = call;
@@ -39,7 +39,7 @@ void* logsumexp_rest(const AttentionProblem& call, const Tensor& logsumexp, Conv
   const Tensor again = at::empty(logsumexp.sizes(), logsumexp.options());
   const Tensor rest = at::zeros(logsumexp.sizes(), logsumexp.options());
   problem.logsumexp = again.mutable_data_ptr();
-  problem.logsumexp_rest = rest.mutable_data_ptr();  // stays 0 where a GPU's kernel, emulated, is forced
+  problem.logsumexp_low = rest.mutable_data_ptr();  // stays 0 where a GPU's kernel, emulated, is forced
   device_for(at::kCPU).run(Pass::kForward, problem);
   // Of rows near 0 nothing, whatever others in the call hold: a row's results are its own.
   const Tensor far = logsumexp.abs().gt(kFarFromZero).logical_and(logsumexp.isfinite());
