@@ -79,6 +79,16 @@ struct AttentionProblem {
 struct ForwardProblem : AttentionProblem {
   View out;                   // (b, h, q, d_v)
   void* logsumexp = nullptr;  // (b, h, q)
+
+  // Packed sequences of fewer or more queries are left to another run, so that each has the kernel that it would have
+  // alone. For CPUs: a GPU's lengths are not known before the launch.
+  int64_t least_queries = 0, most_queries = kUnlimited;
+
+  ATTENTION_INLINE bool serves(int64_t b) const {
+    if (!cu_seqlens_q) return true;
+    const int64_t queries = cu_seqlens_q[b + 1] - cu_seqlens_q[b];
+    return least_queries <= queries && queries <= most_queries;
+  }
 };
 
 // Gradients that nobody wants stay null. With head_dim_v == 0 there is no value, no out and no grad_out.

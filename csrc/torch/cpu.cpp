@@ -50,11 +50,8 @@ void run_phase(const Phase& phase, const AttentionProblem& problem, char* shared
   });
 }
 
-void run(Pass pass, const AttentionProblem& problem) {
-  const CpuKernel* kernel = select_cpu_kernel(pass, problem, forced_kernel(pass));
-  TORCH_CHECK_NOT_IMPLEMENTED(kernel, "attention_ext: no CPU kernel serves this call:\n",
-                              explain_kernels(at::kCPU, pass, problem));
-  const Plan plan = kernel->plan(problem);
+void run(const CpuKernel& kernel, const AttentionProblem& problem) {
+  const Plan plan = kernel.plan(problem);
   int64_t most_jobs = 1;
   for (int i = 0; i < plan.phase_count; ++i) most_jobs = std::max(most_jobs, plan.phases[i].jobs);
   const bool serial = at::in_parallel_region() || !runs_in_parallel(problem);
@@ -72,6 +69,33 @@ void run(Pass pass, const AttentionProblem& problem) {
     const Phase& phase = plan.phases[i];
     run_phase(phase, problem, shared, scratch, scratch_bytes, std::max<int64_t>(1, std::min(threads, phase.jobs)));
   }
+}
+
+// Where a packed call has sequences that the kernel for few queries serves, and others, each kind has its kernel. False
+// where one kernel serves them all.
+bool run_by_length(Pass pass, const AttentionProblem& problem, const CpuKernel& kernel) {
+  if (pass != Pass::kForward || !problem.cu_seqlens_q || problem.max_seqlen_q <= kFewQueries) return false;
+  ForwardProblem few = static_cast<const ForwardProblem&>(problem), many = few;
+  few.most_queries = few.max_seqlen_q = kFewQueries;
+  many.least_queries = kFewQueries + 1;
+  const CpuKernel* const for_few = select_cpu_kernel(pass, few, forced_kernel(pass));
+  if (for_few == &kernel) return false;
+  const auto has_few = [&] {
+    for (int64_t b = 0; b < few.batch; ++b) {
+      if (few.serves(b)) return true;
+    }
+    return false;
+  };
+  if (has_few()) run(*for_few, few);
+  run(kernel, many);
+  return true;
+}
+
+void run(Pass pass, const AttentionProblem& problem) {
+  const CpuKernel* kernel = select_cpu_kernel(pass, problem, forced_kernel(pass));
+  TORCH_CHECK_NOT_IMPLEMENTED(kernel, "attention_ext: no CPU kernel serves this call:\n",
+                              explain_kernels(at::kCPU, pass, problem));
+  if (!run_by_length(pass, problem, *kernel)) run(*kernel, problem);
 }
 
 const char* why_not(const CpuKernel& kernel, const AttentionProblem& problem) {

@@ -74,8 +74,8 @@ class BackwardBlocks {
     const Range b = jobs.batches_of(job), h = jobs.kv_heads_of(job);
     for (int64_t batch = b.begin; batch < b.end; ++batch) {
       sequence_ = sequence_of(p_, batch);
-      const int64_t rows = p_.cu_seqlens_k ? sequence_.length_k : p_.seqlen_k;
-      const int64_t groups = minimum(groups_of(rows), jobs.groups);
+      const int64_t rows = key_rows_of(p_, sequence_);
+      const int64_t groups = jobs.groups_for(rows);
       if (group_ >= groups) continue;
       for (kv_head_ = h.begin; kv_head_ < h.end; ++kv_head_) {
         int64_t k = group_ * kKeys;
@@ -253,10 +253,14 @@ void run_backward_queries(const AttentionProblem& problem, void* shared_memory, 
   const auto& p = static_cast<const BackwardProblem&>(problem);
   const BackwardShape<C> shape(p);
   Arena arena(shared_memory);
-  const BackwardShared<C> shared(arena, p, shape, backward_jobs(p).groups);
+  const GradientJobs jobs = backward_jobs(p);
+  const BackwardShared<C> shared(arena, p, shape, jobs.groups);
   const int64_t head = job % p.heads;
   const Sequence s = sequence_of(p, job / p.heads);
-  if (shape.adds_queries) shared.query_sums.write(p.grad_query, p.head_dim, s, head, s.begin_q, s.length_q, p.scale);
+  if (shape.adds_queries) {
+    const int64_t groups = jobs.groups_for(key_rows_of(p, s));
+    shared.query_sums.write(p.grad_query, p.head_dim, s, head, s.begin_q, s.length_q, groups, p.scale);
+  }
   if (p.grad_alibi_slopes) p.grad_alibi_slopes[s.batch * p.heads + head] = shared.slope_sums.total(s, head);
   if (p.grad_sinks) {
     const T* delta = shared.delta + row_of(p, s, head);

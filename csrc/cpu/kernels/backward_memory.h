@@ -16,6 +16,11 @@ ATTENTION_INLINE int64_t groups_of(int64_t length) {
   return clamp(ceil_div(length, kKeys) / kBlocksPerGroup, 1, kMostGroups);
 }
 
+// Rows of keys that a sequence owns, those beyond its key length included.
+ATTENTION_INLINE int64_t key_rows_of(const AttentionProblem& p, const Sequence& s) {
+  return p.cu_seqlens_k ? s.length_k : p.seqlen_k;
+}
+
 // (batches, key heads, groups). Jobs that would add to the same numbers of the mask's gradient are one job.
 struct GradientJobs {
   int64_t groups;  // of the longest sequence
@@ -32,6 +37,9 @@ struct GradientJobs {
     groups = mask && stride == 0 ? 1 : groups_of(longest);
     count = batches * kv_heads * groups;
   }
+
+  // Of one sequence; the others of the call leave nothing for it.
+  int64_t groups_for(int64_t length) const { return minimum(groups_of(length), groups); }
 
   int64_t group_of(int64_t job) const { return job % groups; }
   Range batches_of(int64_t job) const {
@@ -93,11 +101,11 @@ struct GroupSums {
     clear_lanes(of(group, s, head, begin).data, (length + 1) * columns);
   }
 
-  // The groups' sums, in their order, times factor, into the rows of a tensor.
+  // The sums of the first `count` groups, in their order, times factor, into the rows of a tensor.
   void write(const View& to, int64_t width, const Sequence& s, int64_t head, int64_t begin, int64_t length,
-             double factor) const {
+             int64_t count, double factor) const {
     const Matrix<T> total = of(0, s, head, begin);
-    for (int64_t group = 1; group < groups; ++group) {
+    for (int64_t group = 1; group < count; ++group) {
       const T* more = of(group, s, head, begin).data;
       for (int64_t i = 0; i < length * columns; i += kLanes<T>) {
         store(total.data + i, load(total.data + i) + load(more + i));

@@ -81,6 +81,7 @@ class DecodeJob {
  public:
   static void run(const AttentionProblem& problem, void* shared, void* scratch, int64_t job) {
     const auto& p = static_cast<const ForwardProblem&>(problem);
+    if (!p.serves(job / DecodeShape<C>(p).splits / p.kv_heads)) return;
     Arena shared_arena(shared), scratch_arena(scratch);
     DecodeJob(p, shared_arena, scratch_arena, job).mainloop();
   }
@@ -243,6 +244,7 @@ template <class C>
 void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
   using T = typename C::Scalar;
   const auto& p = static_cast<const ForwardProblem&>(problem);
+  if (!p.serves(job / p.kv_heads)) return;
   const DecodeShape<C> shape(p);
   Arena arena(shared_memory);
   const DecodeShared<C> shared(arena, shape);

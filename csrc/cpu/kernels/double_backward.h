@@ -51,34 +51,33 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
 
   void run_group(const GradientJobs& jobs, int64_t job) {
     group_ = jobs.group_of(job);
-    const int64_t tiles = this->shape_.jobs_per_group;
     const Range b = jobs.batches_of(job), h = jobs.kv_heads_of(job);
     for (int64_t batch = b.begin; batch < b.end; ++batch) {
       const Sequence s = sequence_of(p_, batch);
-      const int64_t groups = minimum(groups_of(p_.cu_seqlens_q ? s.length_q : p_.seqlen_q), jobs.groups);
+      const int64_t groups = jobs.groups_for(s.length_q);
+      const int64_t tiles = ceil_div(s.length_q, kQueries<T>) * p_.group_size();  // runs of one tile
+      held_ = memory_.held(s.length_k);
       for (int64_t head = h.begin; head < h.end; ++head) {
         shared_.clear(p_, group_, s, head);
         for (int64_t tile = group_; tile < tiles && group_ < groups; tile += groups) {
-          this->mainloop((batch * p_.kv_heads + head) * tiles + tile);
+          this->mainloop(batch, head, tiles - 1 - tile);
         }
       }
     }
   }
 
   // With a softcap its derivatives would have to be held too.
-  bool scores_held() const {
-    return packed_kv_.end - first_key() <= memory_.held_keys && !score_mods_of(p_).is_nonlinear();
-  }
+  bool scores_held() const { return packed_kv_.end - first_key() <= held_.keys && !score_mods_of(p_).is_nonlinear(); }
   int64_t first_key() const { return visible_.begin / kKeys * kKeys; }
 
   // Where the matrices of some keys lie between the two parts.
   Scores<T> scores(Range k, int64_t lane) const {
     if (!scores_held()) return this->passing_scores();
-    return {held(memory_.held_scores.weight, k, lane), held(memory_.held_scores.tangent, k, lane)};
+    return {held(held_.scores.weight, k, lane), held(held_.scores.tangent, k, lane)};
   }
   Gradients<T> gradients(Range k, int64_t lane) const {
-    if (memory_.makes_out) return memory_.grad_score;
-    return {held(memory_.held_gradients.grad, k, lane), held(memory_.held_gradients.tangent, k, lane)};
+    if (held_.makes_out) return memory_.grad_score;
+    return {held(held_.gradients.grad, k, lane), held(held_.gradients.tangent, k, lane)};
   }
   Matrix<T> held(Matrix<T> m, Range k, int64_t lane) const {
     return columns_from(rows_from(m, k.begin - first_key()), lane);
@@ -91,7 +90,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
 
   void pack_keys(Range k) {
     this->pack_score_keys(k);
-    memory_.makes_out ? this->pack_values(k) : this->pack_value_rows(k);
+    held_.makes_out ? this->pack_values(k) : this->pack_value_rows(k);
   }
 
   // The first part.
@@ -100,7 +99,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     if (!make_block(p_, tile, keys, Matrix<T>{memory_.bias, kQueries<T>}, block)) return;
     const Scores<T> scores = this->scores(block.k, lane);
     this->make_scores(i, tile, lane, block, scores, {}, this->mean(i) + lane);
-    if (memory_.makes_out) {
+    if (held_.makes_out) {
       this->add_to_out(i, tile, lane, block.k, scores);
     } else {
       const Gradients<T> gradients = this->gradients(block.k, lane);
@@ -113,7 +112,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     const Tile& tile = tiles_[i];
     T* delta_tangent = shared_.delta_tangent + row_of(p_, sequence_, tile.head) + tile.q.begin;
     this->finish_mean(i);
-    if (memory_.makes_out) {
+    if (held_.makes_out) {
       this->finish_out(i);
       dot_rows(source_of(this->sums(i)), query_rows(p_.grad_out, tile), tile.q.size(), p_.head_dim_v, delta_tangent);
     } else {
@@ -163,7 +162,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     if (p_.tangent.key) {
       key_tangent_lanes_ = lanes_of<C>(key_tangent_, padded, gradient_shape_.columns, memory_.key_tangent_lanes);
     }
-    if (memory_.makes_out) this->pack_value_rows(k);
+    if (held_.makes_out) this->pack_value_rows(k);
   }
 
   void gradient_block(const Tile& tile, int64_t lane, Range keys) {
@@ -177,7 +176,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
       alignas(64) T mean[kQueries<T>] = {};
       this->make_scores(0, tile, lane, block, scores, memory_.softcap_grads, mean);
     }
-    if (memory_.makes_out) multiply_values(tile, lane, k, gradients);
+    if (held_.makes_out) multiply_values(tile, lane, k, gradients);
     score_gradient_tangents(p_, dropout_, tile, k, scores, gradients, memory_.rows.from(lane), memory_.weight_tangent,
                             grad_score);
     if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_score.tangent));
@@ -235,6 +234,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
   const DoubleBackwardShared<C>& shared_;
   const DoubleBackwardScratch<C>& memory_;
   int64_t group_ = 0;
+  HeldBlocks<T> held_{};
   Matrix<const Element> key_lanes_, key_tangent_lanes_;
   Matrix<const Element> query_lanes_, query_tangent_lanes_;
   BothWays<C> grad_out_;
@@ -252,14 +252,15 @@ void run_double_backward_keys(const AttentionProblem& problem, void* shared_memo
   using T = typename C::Scalar;
   const auto& p = static_cast<const DoubleBackwardProblem&>(problem);
   Arena arena(shared_memory);
-  const DoubleBackwardShared<C> shared(arena, p, BackwardShape<C>(p), double_backward_jobs(p).groups);
+  const GradientJobs jobs = double_backward_jobs(p);
+  const DoubleBackwardShared<C> shared(arena, p, BackwardShape<C>(p), jobs.groups);
   const int64_t kv_head = job % p.kv_heads;
   const Sequence s = sequence_of(p, job / p.kv_heads);
-  const int64_t length = p.cu_seqlens_k ? s.length_k : p.seqlen_k;
-  if (p.grad_key) shared.key_sums.write(p.grad_key, p.head_dim, s, kv_head, s.begin_k, length, p.scale);
+  const int64_t length = key_rows_of(p, s), groups = jobs.groups_for(s.length_q);
+  if (p.grad_key) shared.key_sums.write(p.grad_key, p.head_dim, s, kv_head, s.begin_k, length, groups, p.scale);
   if (p.grad_value) {
     const double kept_scale = dropout_of(p).kept_scale;
-    shared.value_sums.write(p.grad_value, p.head_dim_v, s, kv_head, s.begin_k, length, kept_scale);
+    shared.value_sums.write(p.grad_value, p.head_dim_v, s, kv_head, s.begin_k, length, groups, kept_scale);
   }
   for (int64_t head = kv_head * p.group_size(); head < (kv_head + 1) * p.group_size(); ++head) {
     const int64_t at = s.batch * p.heads + head, row = row_of(p, s, head);

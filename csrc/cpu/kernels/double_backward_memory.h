@@ -32,7 +32,7 @@ struct DoubleBackwardShared {
 
   // The sums of a group for one key head.
   void clear(const BackwardProblem& p, int64_t group, const Sequence& s, int64_t kv_head) const {
-    const int64_t length = p.cu_seqlens_k ? s.length_k : p.seqlen_k;
+    const int64_t length = key_rows_of(p, s);
     if (p.grad_key) key_sums.clear(group, s, kv_head, s.begin_k, length);
     if (p.grad_value) value_sums.clear(group, s, kv_head, s.begin_k, length);
     if (!p.grad_alibi_slopes) return;
@@ -40,8 +40,9 @@ struct DoubleBackwardShared {
   }
 };
 
+// All but the matrices that a tile holds.
 template <class C>
-struct DoubleBackwardScratch : JvpScratch<C> {
+struct DoubleBackwardTileScratch : JvpScratch<C> {
   using T = typename C::Scalar;
   using Element = typename C::Element;
   Element *key_lanes, *key_tangent_lanes, *query_lanes, *query_tangent_rows, *query_tangent_lanes;
@@ -51,15 +52,8 @@ struct DoubleBackwardScratch : JvpScratch<C> {
   GradientRows<T> rows;
   BothWaysMemory<C> grad_out;
 
-  // Where out' is made it gives D', and P and P S' are held. Where it is not asked for, dP and dP' may give D' instead,
-  // if all four can be held: to make them twice would cost more than out'.
-  bool makes_out;
-  int64_t held_keys;
-  Scores<T> held_scores;
-  Gradients<T> held_gradients;
-
-  DoubleBackwardScratch(Arena& arena, const DoubleBackwardProblem& p, const RunShape<C>& run,
-                        const BackwardShape<C>& shape)
+  DoubleBackwardTileScratch(Arena& arena, const DoubleBackwardProblem& p, const RunShape<C>& run,
+                            const BackwardShape<C>& shape)
       : JvpScratch<C>(arena, p, run), grad_out(arena, p.head_dim_v) {
     const int64_t padded_keys = shape.keys + kTileRows;
     const int64_t query = kQueries<T> * round_up(shape.depth, kLanes<Element>);
@@ -78,20 +72,64 @@ struct DoubleBackwardScratch : JvpScratch<C> {
     rows.delta = arena.take<T>(kQueries<T>);
     rows.delta_tangent = arena.take<T>(kQueries<T>);
     rows.centred = arena.take<T>(kQueries<T>);
+  }
+};
 
-    const int64_t left = kMostScratchBytes - static_cast<int64_t>(arena.used());
-    makes_out = p.out_tangent || p.max_seqlen_k > most_held_keys(left, 4);
-    held_keys = minimum(most_held_keys(left, makes_out ? 2 : 4), round_up(p.max_seqlen_k, kKeys));
-    held_scores = {block_of(held_keys + kTileRows), block_of(held_keys + kTileRows)};
-    if (!makes_out) held_gradients = {block_of(held_keys + kTileRows), block_of(held_keys + kTileRows)};
+// What a tile holds of its blocks between its two parts. Where out' is made it gives D', and P and P S' are held. Where
+// it is not asked for, dP and dP' may give D' instead, if all four can be held: to make them twice would cost more than
+// out'.
+template <class T>
+struct HeldBlocks {
+  bool makes_out;
+  int64_t keys;
+  Scores<T> scores;
+  Gradients<T> gradients;
+};
+
+template <class C>
+struct DoubleBackwardScratch : DoubleBackwardTileScratch<C> {
+  using T = typename C::Scalar;
+
+  DoubleBackwardScratch(Arena& arena, const DoubleBackwardProblem& p, const RunShape<C>& run,
+                        const BackwardShape<C>& shape)
+      : DoubleBackwardTileScratch<C>(arena, p, run, shape), longest_(round_up(p.max_seqlen_k, kKeys)) {
+    const int64_t left = kMostScratchBytes - bytes_of_whole_blocks(p, run, shape);
+    most_keys_of_two_ = most_held_keys(left, 2);
+    most_keys_of_four_ = p.out_tangent ? -1 : most_held_keys(left, 4);
+    const int64_t some_make_out = p.max_seqlen_k > most_keys_of_four_ ? 2 * rows_of(most_keys_of_two_) : 0;
+    held_ = arena.take<T>(maximum(some_make_out, 4 * rows_of(most_keys_of_four_)) * kQueries<T>);
+  }
+
+  // For a sequence of so many keys; which of the two it is depends on nothing else of the call.
+  HeldBlocks<T> held(int64_t length) const {
+    const bool makes_out = length > most_keys_of_four_;
+    const int64_t most = makes_out ? most_keys_of_two_ : most_keys_of_four_, rows = rows_of(most);
+    const auto matrix = [&](int64_t i) { return Matrix<T>{held_ + i * rows * kQueries<T>, kQueries<T>}; };
+    HeldBlocks<T> held{makes_out, minimum(most, longest_), {matrix(0), matrix(1)}, {}};
+    if (!makes_out) held.gradients = {matrix(2), matrix(3)};
+    return held;
   }
 
  private:
+  // Of everything else, however few keys the call has.
+  static int64_t bytes_of_whole_blocks(const DoubleBackwardProblem& p, RunShape<C> run, BackwardShape<C> shape) {
+    run.keys = shape.keys = kKeys;
+    Arena measure(nullptr);
+    DoubleBackwardTileScratch<C>(measure, p, run, shape);
+    return static_cast<int64_t>(measure.used());
+  }
+
+  // Of a matrix, its spare rows included.
+  int64_t rows_of(int64_t most_keys) const { return most_keys < 0 ? 0 : minimum(most_keys, longest_) + kTileRows; }
+
   // Whole blocks of which so many matrices, with their spare rows, fit.
   static int64_t most_held_keys(int64_t bytes, int64_t matrices) {
     const int64_t rows = bytes / (matrices * kQueries<T> * static_cast<int64_t>(sizeof(T)));
     return maximum<int64_t>(rows - kTileRows - 1, 0) / kKeys * kKeys;
   }
+
+  int64_t longest_, most_keys_of_two_, most_keys_of_four_;  // none of four where out' is asked for
+  T* held_;
 };
 
 }  // namespace

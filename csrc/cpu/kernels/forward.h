@@ -136,10 +136,12 @@ class ForwardJob : SoftmaxRun<C, ForwardJob<C>> {
 
  public:
   static void run(const AttentionProblem& problem, void*, void* scratch, int64_t job) {
-    const RunShape<C> shape = forward_shape<C>(problem);
+    const auto& p = static_cast<const ForwardProblem&>(problem);
+    const RunShape<C> shape = forward_shape<C>(p);
+    if (!p.serves(shape.batch_of(p, job))) return;
     Arena arena(scratch);
-    const ForwardScratch<C> memory(arena, problem, shape);
-    ForwardJob(static_cast<const ForwardProblem&>(problem), shape, memory).mainloop(job);
+    const ForwardScratch<C> memory(arena, p, shape);
+    ForwardJob(p, shape, memory).mainloop(job);
   }
 
  private:

@@ -31,6 +31,8 @@ struct RunShape {
     jobs_per_group = ceil_div(tiles, tiles_per_job);
     jobs = p.batch * p.kv_heads * jobs_per_group;
   }
+
+  int64_t batch_of(const AttentionProblem& p, int64_t job) const { return job / jobs_per_group / p.kv_heads; }
 };
 
 // Job provides prologue(i), pack_keys(k), tile_block(i, tile, lane, k) for the part of tile i that begins at `lane`
@@ -44,10 +46,13 @@ class QueryRun {
       : shape_(shape), tiles_(tiles), problem_(problem) {}
 
   void mainloop(int64_t job) {
-    const int64_t group = job / shape_.jobs_per_group;
     const int64_t run = shape_.jobs_per_group - 1 - job % shape_.jobs_per_group;  // the longest of a causal call first
-    kv_head_ = group % problem_.kv_heads;
-    sequence_ = sequence_of(problem_, group / problem_.kv_heads);
+    mainloop(shape_.batch_of(problem_, job), job / shape_.jobs_per_group % problem_.kv_heads, run);
+  }
+
+  void mainloop(int64_t batch, int64_t kv_head, int64_t run) {
+    kv_head_ = kv_head;
+    sequence_ = sequence_of(problem_, batch);
     make_tiles(run);
     for_each_block(
         [this](Range k) { self().pack_keys(k); },
