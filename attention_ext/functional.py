@@ -145,14 +145,16 @@ def attention_varlen(
     r"""Attention within each of n sequences of different lengths that are packed end to end, without padding.
 
     Sequence i holds the queries ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]`` and the keys ``cu_seqlens_k[i]`` to
-    ``cu_seqlens_k[i + 1]``. Keywords mean what they mean for :func:`attention`, at positions within a sequence.
+    ``cu_seqlens_k[i + 1]``. Keywords mean what they mean for :func:`attention`, at positions within a sequence. Rows
+    after the last sequence, as totals padded to a fixed size have them, are not read and may hold anything. The output
+    and every gradient are 0 there, the logsumexp is -inf.
 
     Args:
         query: ``(total_q, Hq, D)``.
         key: ``(total_k, Hkv, D)``.
         value: ``(total_k, Hkv, Dv)``.
-        cu_seqlens_q: ``(n + 1,)``, int32 or int64, from 0 to total_q, never falling, which is verified on the CPU only.
-        cu_seqlens_k: ``(n + 1,)``, likewise, to total_k.
+        cu_seqlens_q: ``(n + 1,)``, int32 or int64, non-decreasing, from 0 to at most total_q; verified on the CPU only.
+        cu_seqlens_k: ``(n + 1,)``, likewise, to at most total_k.
         attn_mask: broadcastable to ``(n, Hq, longest query sequence, longest key sequence)``.
         alibi_slopes: ``(Hq,)`` or ``(n, Hq)``; sinks likewise.
 

@@ -66,15 +66,16 @@ def attention(
         alibi_slopes: ``(heads,)`` or ``(batch, heads)``, subtracts ``slope * |diagonal - k|``.
         sinks: ``(heads,)`` or ``(batch, heads)``, one more logit that joins the normaliser and brings no value.
         key_lengths: ``(batch,)``, the valid keys of each batch entry.
-        cu_seqlens_q: ``(sequences + 1,)`` with ``query (1, heads, total_q, head_dim)``: where each sequence starts.
+        cu_seqlens_q: ``(sequences + 1,)`` with ``query (1, heads, total_q, head_dim)``: where each sequence starts,
+            and where the last one ends.
         cu_seqlens_k: likewise for key and value.
         keep: bool ``(batch, heads, seqlen_q, seqlen_k)``, the weights dropout keeps (see :func:`dropout_keep`); drawn
             from torch's generator where None. With ``cu_seqlens`` batch counts sequences, lengths are the longest's.
 
     Returns:
         :class:`Result`. A query that sees no key has out 0, logsumexp -inf (the sink where there is one), weights 0
-        and gradients 0. float16 and bfloat16 are evaluated in float32 and rounded once, as torch's math path does;
-        logsumexp is float32 for them.
+        and gradients 0; packed queries that no sequence owns have out 0 and logsumexp -inf. float16 and bfloat16 are
+        evaluated in float32 and rounded once, as torch's math path does; logsumexp is float32 for them.
     """
     lead = query.shape[:-2]
     query, key, value = (_four_dims(x) for x in (query, key, value))
@@ -241,7 +242,10 @@ def _varlen(
         logsumexps.append(one.logsumexp)
         weights = torch.cat([weights, torch.nn.functional.pad(one.weights, margin)])
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return Result(torch.cat(outs, 2), torch.cat([x.to(accumulate) for x in logsumexps], 2), weights)
+    unowned = query.shape[2] - sum(x.shape[2] for x in outs)
+    out = torch.nn.functional.pad(torch.cat(outs, 2), (0, 0, 0, unowned))
+    logsumexp = torch.cat([x.to(accumulate) for x in logsumexps], 2)
+    return Result(out, torch.nn.functional.pad(logsumexp, (0, unowned), value=NEG_INF), weights)
 
 
 def _four_dims(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, func
 from torch.utils import _pytree as pytree
 
 from attention_ext import reference
+from attention_ext.ops import vmap
 from attention_ext.testing import FEATURES, Sample, Spec, operator_options
 
 ops = torch.ops.attention_ext
@@ -206,6 +207,46 @@ def test_nested_vmap() -> None:
         return func.vmap(inner, in_dims=(None, 0, 0, None, 0, None))(*samples)
 
     assert_same(mapped(ours), mapped(oracle))
+
+
+@pytest.mark.parametrize("can_read", [True, False])
+def test_vmap_over_rows_that_no_sequence_owns(can_read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ones in each sample; also where cu_seqlens cannot be read, as while a graph is traced."""
+    if not can_read:
+        monkeypatch.setattr(vmap.Call, "can_read", lambda self: False)
+    spec = Spec("padded", varlen=True, lengths="more_keys", padding=3, alibi="batch", sinks="batch", head_dims=(3, 2))
+    sample = spec.build(torch.float64, "small")
+    inputs = sample.inputs()
+    values = tuple(batched(x, 0) for x in inputs.values())
+    starts = {name: sample.options[name] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    many = tuple(torch.stack([x, x.clamp(max=int(x[-2])), x]) for x in starts.values())
+
+    def one(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of_sample(values: Inputs, starts: Inputs) -> Any:
+            now = replaced(sample, inputs, values).replace(cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+            out, logsumexp = now.call_operator(function)[:2] if function is ops.attention else now.call(function)[:2]
+            return out.square().sum() + logsumexp.masked_fill(logsumexp.isinf(), 0).sin().sum(), (out, logsumexp)
+
+        return func.grad(of_sample, has_aux=True)
+
+    expected = [one(reference.attention)([x[i] for x in values], [x[i] for x in many]) for i in range(3)]
+    actual = func.vmap(one(ops.attention))(values, many)
+    assert_same(actual, pytree.tree_map(lambda *x: torch.stack(x), *expected))
+    along = tuple(batched(x, 0) for x in directions(tuple(inputs.values())))
+    shared = tuple(starts.values())
+
+    def hvp(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, t: func.jvp(lambda y: one(function)(y, shared)[0], (x,), (t,))
+
+    expected = [hvp(reference.attention)(tuple(x[i] for x in values), tuple(t[i] for t in along)) for i in range(3)]
+    actual = func.vmap(hvp(ops.attention))(values, along)
+    assert_same(actual, pytree.tree_map(lambda *x: torch.stack(x), *expected))
+
+
+def test_vmap_names_wrong_lengths() -> None:
+    x, ends = torch.randn(2, 1, 2, 6, 4), torch.tensor([[0, 6], [0, 7]])
+    with pytest.raises(RuntimeError, match="expected `cu_seqlens_q` to end with at most the packed length 6, got 7"):
+        func.vmap(lambda x, ends: ops.attention(x, x, x, cu_seqlens_q=ends, cu_seqlens_k=ends)[0])(x, ends)
 
 
 def test_vmap_over_lengths_and_bool_masks() -> None:

@@ -50,6 +50,7 @@ def specs(draw: st.DrawFn) -> Spec:
         scale=draw(st.sampled_from([None, None, 0.3, -0.2])),
         key_lengths=key_lengths,
         varlen=sequences == "varlen",
+        padding=draw(st.sampled_from([0, 0, 1, 40])) if sequences == "varlen" else 0,
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3])),
         layout=draw(
             st.sampled_from(["contiguous", "heads_last", "packed", "offset", "strided", "expanded", "overlapping"])

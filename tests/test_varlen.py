@@ -1,21 +1,24 @@
-"""Packed sequences: each gets what it would get alone, and none sees another."""
+"""Packed sequences: each gets what it would get alone, and none sees another or what no sequence owns."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attention_ext import attention_varlen, reference
+from attention_ext import attention_varlen, explain, reference
 from attention_ext.testing import DIFFERENTIABLE, Sample, Spec, evaluate, operator
+from attention_ext.testing.second_order import double_backward, jvp, tangents_of
 
 LENGTHS = {
     "short": ((3, 1, 5, 2), (4, 2, 7, 1)),
     "empty": ((0, 3, 0, 2, 0), (2, 0, 0, 5, 0)),
     "long": ((130, 1, 65, 33), (70, 200, 65, 193)),
     "one": ((67,), (210,)),
+    "all_empty": ((0, 0), (0, 0)),
     "none": ((), ()),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -54,27 +57,100 @@ def alone(sample: Sample, i: int) -> Sample:
     return sample.replace(**{name: getattr(sample, name)[:, :, rows].contiguous() for name, rows in parts.items()})
 
 
+Tangents = dict[str, Tensor]
+
+
+def tangents_alone(sample: Sample, tangents: Tangents, i: int) -> Tangents:
+    """Those of sequence i, of the inputs that it does not share."""
+    rows_q, rows_k = list(reference.sequences(sample.options["cu_seqlens_q"], sample.options["cu_seqlens_k"]))[i]
+    rows = {"query": rows_q, "key": rows_k, "value": rows_k}
+    return {name: tangents[name][:, :, rows[name]].contiguous() for name in rows}
+
+
+def outputs_of(sample: Sample, tangents: Tangents) -> dict[str, Tensor]:
+    """Of every pass; double backward also where the gradient of out needs none, which it makes in another way."""
+    outputs = {**evaluate(sample, operator), **jvp(sample, tangents, operator)}
+    for grads_move in (False, True):
+        second = double_backward(sample, tangents, operator, grads_move=grads_move)
+        outputs |= {f"{name} {grads_move}": x for name, x in second.items()}
+    return outputs
+
+
+OF_KEYS = ("grad_key", "grad_value", "second_key", "second_value")
+OF_ALL = ("attn_mask", "alibi_slopes", "sinks")
+
+
 def assert_each_as_alone(sample: Sample) -> None:
-    """To the bit, but for a few queries alone: they have a kernel of their own, which sums in another order."""
-    together = evaluate(sample, operator)
+    """To the bit, whatever other sequences the call has."""
+    tangents = tangents_of(sample, "query", "key", "value")
+    together = outputs_of(sample, tangents)
     starts = sample.options["cu_seqlens_q"], sample.options["cu_seqlens_k"]
     for i, (rows_q, rows_k) in enumerate(reference.sequences(*starts)):
-        expected = evaluate(alone(sample, i), operator)
-        rows = {"grad_key": rows_k, "grad_value": rows_k}
-        for name in ("out", "logsumexp", "grad_query", "grad_key", "grad_value"):
-            actual = together[name][:, :, rows.get(name, rows_q)]
-            if rows_q.stop - rows_q.start > 8:
-                assert torch.equal(actual, expected[name]), (name, i)
-            else:
-                eps = torch.finfo(actual.dtype).eps
-                atol = 40 * eps + torch.finfo(sample.query.dtype).eps ** 2 / 2
-                torch.testing.assert_close(actual, expected[name], rtol=4 * eps, atol=atol)
+        expected = outputs_of(alone(sample, i), tangents_alone(sample, tangents, i))
+        for name, x in expected.items():
+            if not any(shared in name for shared in OF_ALL):
+                rows = rows_k if name.startswith(OF_KEYS) else rows_q
+                assert torch.equal(together[name][:, :, rows], x), (name, i)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_sequences_as_alone(lengths: str, options: str, dtype: torch.dtype, device: str) -> None:
     assert_each_as_alone(pack(lengths, dtype, device, **OPTIONS[options]))
+
+
+UNEVEN = {
+    # one group of key blocks beside several, one query beside many, in backward
+    "keys": ((9, 40, 5), (30, 2000, 970)),
+    # of query tiles, in double backward; other tiles than the longest would give
+    "queries": ((3050, 2890, 70), (12, 9, 20)),
+    # more keys than double backward holds of a tile beside fewer
+    "held": ((20, 12, 3), (5000, 300, 40)),
+}
+
+
+@pytest.mark.parametrize("lengths", UNEVEN)
+def test_the_longest_changes_no_bit_of_the_others(lengths: str, dtype: torch.dtype, device: str) -> None:
+    lens_q, lens_k = UNEVEN[lengths]
+    spec = Spec(lengths, lengths=(sum(lens_q), sum(lens_k)), head_dims=(8, 8), batch=1, heads=(2, 1))
+    starts_q, starts_k = (torch.tensor((0, *x), device=device).cumsum(0) for x in (lens_q, lens_k))
+    assert_each_as_alone(spec.build(dtype, device=device).replace(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k))
+
+
+def test_each_length_has_its_kernel() -> None:
+    sample = pack("long", torch.float32, "cpu")
+    said = explain(sample.query, sample.key, sample.value, **sample.options)
+    assert "/decode: serves sequences of at most 8 queries, and of this call those alone" in said
+
+
+def padded(sample: Sample, rows_q: int, rows_k: int) -> Sample:
+    """With rows of NaN after the last sequence."""
+    rows = {"query": rows_q, "key": rows_k, "value": rows_k, "grad_out": rows_q}
+    added = {k: torch.nn.functional.pad(getattr(sample, k), (0, 0, 0, n), value=math.nan) for k, n in rows.items()}
+    assert sample.grad_logsumexp is not None
+    grad_logsumexp = torch.nn.functional.pad(sample.grad_logsumexp, (0, rows_q), value=math.nan)
+    return sample.replace(**added, grad_logsumexp=grad_logsumexp)
+
+
+@pytest.mark.parametrize("rows", [(7, 0), (0, 300), (1, 5)])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_rows_that_no_sequence_owns(lengths: str, rows: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """Are not read, get zeros (logsumexp -inf), and change no bit of the others, in every pass."""
+    sinks = torch.linspace(-1, 1, 4, device=device, dtype=dtype)
+    sample = pack(lengths, dtype, device, is_causal=True, sinks=sinks)
+    tangents = tangents_of(sample)
+    many = {"query": rows[0], "key": rows[1], "value": rows[1]}
+    more = {k: torch.nn.functional.pad(tangents[k], (0, 0, 0, n), value=math.nan) for k, n in many.items()}
+    more["sinks"] = tangents["sinks"]
+    expected, actual = outputs_of(sample, tangents), outputs_of(padded(sample, *rows), more)
+    for name, x in expected.items():
+        own = actual[name]
+        if "sinks" not in name:
+            unowned = own[:, :, x.shape[2] :]
+            assert unowned.shape[2] == (rows[1] if name.startswith(OF_KEYS) else rows[0])
+            assert (unowned == (-math.inf if name == "logsumexp" else 0)).all(), name
+            own = own[:, :, : x.shape[2]]
+        assert torch.equal(own, x), name
 
 
 @pytest.mark.parametrize("lengths", ["short", "empty", "long"])

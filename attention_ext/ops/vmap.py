@@ -1,6 +1,7 @@
 """vmap: every operator folds the mapped dimension into the batch, so that one call serves all samples.
 
-Packed sequences (cu_seqlens) have no batch to fold into: samples are packed one after another instead.
+Packed sequences (cu_seqlens) have no batch to fold into: samples are packed one after another instead, the
+rows first that sequences own. Where cu_seqlens can be read, on a CPU, samples that have other rows run one by one.
 
 Dropout under vmap follows the `randomness` flag as torch's own does: "error" raises, "different" draws other bits for
 each sample, "same" the same. Bits depend on the place in the batch, so "same" runs sample after sample, each from the
@@ -15,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 ops = torch.ops.attention_ext
 
@@ -30,6 +34,7 @@ DROPOUT = [argument.name for argument in ops.attention.default._schema.arguments
 # arguments (B, H, L, ...)
 ROWS = {"query", "key", "value", "out", "logsumexp", "grad_out", "grad_logsumexp"}
 ROWS |= {"query_tangent", "key_tangent", "value_tangent"}
+KEY_ROWS = {"key", "value", "key_tangent", "value_tangent"}
 
 
 class Call:
@@ -49,6 +54,24 @@ class Call:
             self.sequences = cu_seqlens.numel() // (1 if self.dims["cu_seqlens_q"] is None else self.samples) - 1
         else:
             self.sequences = self.mapped("query").shape[1]
+        # of packed rows, samples after one another: where those of the folded call lie; and back
+        self.orders: dict[str, Tensor] = {}
+        if self.packed and not self.can_read():
+            self.orders = {name: self.order(name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+
+    def can_read(self) -> bool:
+        """Whether cu_seqlens have values that cost no wait for a device."""
+        starts = (self.values["cu_seqlens_q"], self.values["cu_seqlens_k"])
+        traced = any(isinstance(x, (FakeTensor, FunctionalTensor)) or is_functorch_wrapped_tensor(x) for x in starts)
+        return not traced and all(x.is_cpu for x in starts)
+
+    def total(self, name: str) -> int:
+        return self.mapped("query" if name == "cu_seqlens_q" else "key").shape[3]
+
+    def order(self, name: str) -> Tensor:
+        ends = self.mapped(name)[:, -1:]
+        unowned = torch.arange(self.total(name), device=ends.device) >= ends
+        return unowned.flatten().int().argsort(stable=True)
 
     def mapped(self, name: str) -> Tensor:
         """The argument with the samples in front, repeated (without a copy) where they share it."""
@@ -60,10 +83,16 @@ class Call:
         if self.values[name] is None:
             return None
         x = self.mapped(name)
-        return x.squeeze(1).movedim(0, 1).flatten(1, 2).unsqueeze(0) if self.packed else x.flatten(0, 1)
+        if not self.packed:
+            return x.flatten(0, 1)
+        x = x.squeeze(1).movedim(0, 1).flatten(1, 2).unsqueeze(0)
+        order = self.orders.get("cu_seqlens_k" if name in KEY_ROWS else "cu_seqlens_q")
+        return x if order is None else x.index_select(2, order)
 
-    def unfold_rows(self, x: Tensor) -> Tensor:
+    def unfold_rows(self, x: Tensor, name: str = "cu_seqlens_q") -> Tensor:
         if self.packed:
+            if name in self.orders:
+                x = x.index_select(2, self.orders[name].argsort())
             return x.squeeze(0).unflatten(1, (self.samples, -1)).movedim(1, 0).unsqueeze(1)
         return x.unflatten(0, (self.samples, self.sequences))
 
@@ -99,12 +128,11 @@ class Call:
         grad = grad.unflatten(0, (self.samples, self.sequences))
         return grad.sum(1) if self.mapped(name).dim() == 2 else grad
 
-    def fold_cu_seqlens(self, name: str, total: int) -> Tensor | None:
+    def fold_cu_seqlens(self, name: str) -> Tensor | None:
         if not self.packed:
             return None
-        ends = self.mapped(name).long()
-        first = torch.arange(self.samples, device=ends.device).unsqueeze(1) * total
-        return torch.cat([(ends + first)[:, :-1].flatten(), ends.new_full((1,), self.samples * total)])
+        lengths = self.mapped(name).long().diff(dim=1).flatten()
+        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
     def folded(self, per_sample: tuple[bool, ...] = (False,) * 6) -> list[Any]:
         """All arguments of the one call; per_sample: gradients that need a place of their own for each sample."""
@@ -120,8 +148,8 @@ class Call:
                 values[f"{name}_tangent"] = self.fold_heads(f"{name}_tangent", own)
         if values["key_lengths"] is not None:
             values["key_lengths"] = self.mapped("key_lengths").flatten()
-        for name, rows in (("cu_seqlens_q", "query"), ("cu_seqlens_k", "key")):
-            values[name] = self.fold_cu_seqlens(name, self.mapped(rows).shape[3])
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            values[name] = self.fold_cu_seqlens(name)
         return list(values.values())
 
     def unfold_gradients(self, gradients: list[Any]) -> tuple[list[Any], list[int | None]]:
@@ -130,15 +158,25 @@ class Call:
         dims: list[int | None] = [None] * 6
         exists = [True, True, True, mask is not None and mask.is_floating_point()]
         exists += [self.values[name] is not None for name in ("alibi_slopes", "sinks")]
-        unfold = [self.unfold_rows] * 3 + [self.unfold_mask]
+        of_keys = functools.partial(self.unfold_rows, name="cu_seqlens_k")
+        unfold: list[Any] = [self.unfold_rows, of_keys, of_keys, self.unfold_mask]
         unfold += [functools.partial(self.unfold_heads, name) for name in ("alibi_slopes", "sinks")]
         for i in range(6):
             if exists[i] and self.values["output_mask"][i]:
                 gradients[i], dims[i] = unfold[i](gradients[i]), 0
         return gradients, dims
 
+    def has_unowned_rows(self) -> bool:
+        """Whether cu_seqlens are known to leave rows to no sequence, or are wrong, which the operator is to say."""
+        if not self.packed or not self.can_read():
+            return False
+        starts = {name: self.mapped(name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+        return not all((x[:, 0] == 0).all() and (x[:, -1] == self.total(name)).all() for name, x in starts.items())
+
     def repeats_single_samples(self, from_forward: str) -> bool:
-        """Whether dropout bits are those of calls of one sample; from_forward: what the forward call returned."""
+        """Whether samples run alone; from_forward: what the forward call returned, whose dropout bits come again."""
+        if self.has_unowned_rows():
+            return True
         mapped = self.dims["rng_state"] is not None or self.dims[from_forward] is None
         return self.values["dropout_p"] > 0 and mapped
 
@@ -170,6 +208,8 @@ def attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any
     call = Call(ops.attention.default, info, in_dims, args)
     if call.values["dropout_p"] > 0 and info.randomness == "same" and call.samples > 0:
         return call.one_by_one(before_each=rewinder(call.values["query"].device))
+    if call.has_unowned_rows():
+        return call.one_by_one()
     out, logsumexp, rng_state = call.run(call.folded())
     return (call.unfold_rows(out), call.unfold_rows(logsumexp), rng_state), (0, 0, None)
 

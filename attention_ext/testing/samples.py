@@ -107,6 +107,7 @@ class Spec:
         distribution: see :func:`distribute`.
         grad: ``"random"``, ``"ones"`` (one number expanded, as ``out.sum()`` gives) or ``"heads_last"``.
         grad_logsumexp: whether a gradient arrives at logsumexp.
+        padding: rows of NaN after the packed sequences, which no sequence owns.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Spec:
     distribution: str = "gaussian"
     grad: str = "random"
     grad_logsumexp: bool = True
+    padding: int = 0
 
     def build(
         self, dtype: torch.dtype = torch.float64, size: str = "small", device: str | torch.device = "cpu"
@@ -197,11 +199,17 @@ class Spec:
         grad_out = normal(batch, heads, seqlen_q, head_dim_v).to(dtype)
         if self.grad == "ones":
             grad_out = grad_out.new_ones(()).expand(grad_out.shape)
-        grad_out = laid_out(grad_out, self.grad)
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
         grad_logsumexp = normal(batch, heads, seqlen_q).to(accumulate) if self.grad_logsumexp else None
+        if self.padding:
+            query, key, value, grad_out = (
+                torch.nn.functional.pad(x, (0, 0, 0, self.padding), value=math.nan)
+                for x in (query, key, value, grad_out)
+            )
+            if grad_logsumexp is not None:
+                grad_logsumexp = torch.nn.functional.pad(grad_logsumexp, (0, self.padding), value=math.nan)
         query, key, value = (laid_out(x.to(dtype), self.layout) for x in (query, key, value))
-        return Sample(self.name, query, key, value, options, grad_out, grad_logsumexp, seed)
+        return Sample(self.name, query, key, value, options, laid_out(grad_out, self.grad), grad_logsumexp, seed)
 
     def supports_gradcheck(self) -> bool:
         """Numerical gradients move one element at a time: no two elements may share memory."""

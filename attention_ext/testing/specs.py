@@ -68,6 +68,7 @@ SINGLE = [
     Spec("varlen", varlen=True, lengths="more_keys"),
     Spec("varlen_causal", varlen=True, causal="bottom_right", lengths="more_keys"),
     Spec("varlen_bias", varlen=True, mask="float bhqk", lengths="more_keys"),
+    Spec("varlen_padded", varlen=True, padding=5, alibi="batch", sinks="heads", lengths="more_keys"),
     Spec("dropout", dropout_p=0.3),
     Spec("no_grad_logsumexp", grad_logsumexp=False),
     Spec("everything", (7, 9), (3, 4), 2, (4, 2), "float 1hqk inf", "bottom_right", (4, None), "top_left", 1.5, "batch",

@@ -249,7 +249,10 @@ def _joined(sample: Sample, parts: list[Outputs]) -> Outputs:
     """The sizes of the whole sample, from the squares of its sequences."""
     squares: Outputs = {}
     for name in ("out", "logsumexp", "grad_query", "grad_key", "grad_value"):
-        squares[name] = torch.cat([x[name] for x in parts], 2)
+        joined = torch.cat([x[name] for x in parts], 2)
+        rows = (sample.key if name in ("grad_key", "grad_value") else sample.query).shape[2]
+        unowned = joined.new_zeros(*joined.shape[:2], rows - joined.shape[2], *joined.shape[3:])
+        squares[name] = torch.cat([joined, unowned], 2)
     for name, given in sample.inputs().items():
         if name == "attn_mask":
             full = [int(max(x["grad_attn_mask"].shape[i] for x in parts)) for i in range(4)]

@@ -39,25 +39,25 @@ const char* unavailable(const AttentionProblem& problem, int compute_capability)
   return nullptr;
 }
 
-template <Planner kPlan, Reason kReason>
-constexpr GpuKernel row(const char* name, Pass pass) {
-  return {name, pass, unavailable<kPlan, kReason>, kPlan};
+template <Planner kPlan, Reason kReason, Pass kPass>
+constexpr GpuKernel row(const char* name) {
+  return {name, kPass, unavailable<kPlan, kReason>, plan_row<GpuPlan, kPlan, kPass>};
 }
 
 const GpuKernel kKernels[] = {
-    row<plan_decode<GpuPlan>, not_decoding>("sm80/decode", Pass::kForward),
-    row<plan_forward<GpuPlan, Tf32>, not_tf32>("sm80_tf32/forward", Pass::kForward),
-    row<plan_forward<GpuPlan>, not_in_buckets>("sm80/forward", Pass::kForward),
-    row<plan_backward<GpuPlan, Tf32>, not_tf32>("sm80_tf32/backward", Pass::kBackward),
-    row<plan_backward<GpuPlan>, not_in_buckets>("sm80/backward", Pass::kBackward),
-    row<plan_weights<GpuPlan>, not_in_buckets>("sm80/weights", Pass::kWeights),
-    row<plan_jvp<GpuPlan>, not_in_moving_buckets>("sm80/jvp", Pass::kJvp),
-    row<plan_double_backward<GpuPlan>, not_in_moving_buckets>("sm80/double_backward", Pass::kDoubleBackward),
-    row<plan_simt_forward<GpuPlan>, serves_every_problem>("simt/forward", Pass::kForward),
-    row<plan_simt_backward<GpuPlan>, serves_every_problem>("simt/backward", Pass::kBackward),
-    row<plan_simt_weights<GpuPlan>, serves_every_problem>("simt/weights", Pass::kWeights),
-    row<plan_simt_jvp<GpuPlan>, serves_every_problem>("simt/jvp", Pass::kJvp),
-    row<plan_simt_double_backward<GpuPlan>, serves_every_problem>("simt/double_backward", Pass::kDoubleBackward),
+    row<plan_decode<GpuPlan>, not_decoding, Pass::kForward>("sm80/decode"),
+    row<plan_forward<GpuPlan, Tf32>, not_tf32, Pass::kForward>("sm80_tf32/forward"),
+    row<plan_forward<GpuPlan>, not_in_buckets, Pass::kForward>("sm80/forward"),
+    row<plan_backward<GpuPlan, Tf32>, not_tf32, Pass::kBackward>("sm80_tf32/backward"),
+    row<plan_backward<GpuPlan>, not_in_buckets, Pass::kBackward>("sm80/backward"),
+    row<plan_weights<GpuPlan>, not_in_buckets, Pass::kWeights>("sm80/weights"),
+    row<plan_jvp<GpuPlan>, not_in_moving_buckets, Pass::kJvp>("sm80/jvp"),
+    row<plan_double_backward<GpuPlan>, not_in_moving_buckets, Pass::kDoubleBackward>("sm80/double_backward"),
+    row<plan_simt_forward<GpuPlan>, serves_every_problem, Pass::kForward>("simt/forward"),
+    row<plan_simt_backward<GpuPlan>, serves_every_problem, Pass::kBackward>("simt/backward"),
+    row<plan_simt_weights<GpuPlan>, serves_every_problem, Pass::kWeights>("simt/weights"),
+    row<plan_simt_jvp<GpuPlan>, serves_every_problem, Pass::kJvp>("simt/jvp"),
+    row<plan_simt_double_backward<GpuPlan>, serves_every_problem, Pass::kDoubleBackward>("simt/double_backward"),
 };
 
 }  // namespace

@@ -22,6 +22,10 @@ Plan plan_jvp(const AttentionProblem& problem);
 template <class Plan, class Element>
 Plan plan_double_backward(const AttentionProblem& problem);
 
+// Of a packed call: clears what the pass returns for rows that no sequence owns.
+template <class Plan>
+void add_clear_unowned(Plan& plan, Pass pass, const AttentionProblem& problem);
+
 template <class Plan>
 Plan plan_simt_forward(const AttentionProblem& problem);
 template <class Plan>
@@ -76,6 +80,14 @@ Plan plan_jvp(const AttentionProblem& p) {
 template <class Plan>
 Plan plan_double_backward(const AttentionProblem& p) {
   return by_dtype<Plan>(p, [&]<class E>(E) { return plan_double_backward<Plan, E>(p); });
+}
+
+// A row's planner: what the kernel itself launches, then what clears rows that no sequence owns.
+template <class Plan, Plan (*kPlan)(const AttentionProblem&), Pass kPass>
+Plan plan_row(const AttentionProblem& p) {
+  Plan plan = kPlan(p);
+  if (p.cu_seqlens_q) add_clear_unowned(plan, kPass, p);
+  return plan;
 }
 
 }  // namespace attention_ext

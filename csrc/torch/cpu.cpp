@@ -8,6 +8,7 @@
 #include <functional>
 #include <mutex>
 
+#include "core/unowned.h"
 #include "cpu/flush_denormals.h"
 #include "torch/device.h"
 #include "torch/operators.h"
@@ -91,11 +92,23 @@ bool run_by_length(Pass pass, const AttentionProblem& problem, const CpuKernel& 
   return true;
 }
 
+void clear_unowned(Pass pass, const AttentionProblem& p) {
+  const UnownedRows queries{unowned_rows(p.cu_seqlens_q, p.batch, p.seqlen_q), {}};
+  const UnownedRows keys{unowned_rows(p.cu_seqlens_k, p.batch, p.seqlen_k), {}};
+  with_problem(pass, [&]<class Problem>(const Problem&) {
+    if constexpr (!std::is_same_v<Problem, WeightsProblem>) {
+      clear_unowned(static_cast<const Problem&>(p), queries, keys);
+    }
+  });
+}
+
 void run(Pass pass, const AttentionProblem& problem) {
   const CpuKernel* kernel = select_cpu_kernel(pass, problem, forced_kernel(pass));
   TORCH_CHECK_NOT_IMPLEMENTED(kernel, "attention_ext: no CPU kernel serves this call:\n",
                               explain_kernels(at::kCPU, pass, problem));
   if (!run_by_length(pass, problem, *kernel)) run(*kernel, problem);
+  const bool clears = kernel->on_request;  // emulated kernels clear as a GPU's do
+  if (problem.cu_seqlens_q && !clears) clear_unowned(pass, problem);
 }
 
 const char* why_not(const CpuKernel& kernel, const AttentionProblem& problem) {

@@ -12,8 +12,9 @@ namespace {
 
 using at::Tensor;
 
+// Packed rows may be there without a sequence that owns them.
 bool has_rows(const AttentionProblem& problem) {
-  return problem.batch > 0 && problem.heads > 0 && problem.seqlen_q > 0;
+  return (problem.batch > 0 || problem.cu_seqlens_q) && problem.heads > 0 && problem.seqlen_q > 0;
 }
 
 void run(const Tensor& query, Pass pass, const AttentionProblem& problem) {
