@@ -38,9 +38,6 @@ struct CpuKernel {
   bool on_request = false;  // never chosen but by name
 };
 
-// A sequence of at most so many queries leaves most lanes of a CPU's ordinary forward kernels empty.
-constexpr int64_t kFewQueries = 8;
-
 constexpr const char* kOnRequest = "an emulation for tests: only when asked for by name";
 
 std::span<const CpuKernel> cpu_kernels();

@@ -29,6 +29,10 @@ constexpr int64_t kUnlimited = INT64_MAX / 4;  // a window side without a limit;
 // Scores further from 0 are rounded so coarsely that differences of scores are taken before anything else.
 constexpr double kFarFromZero = 1024;
 
+// Up to this number of queries of a sequence are few: every pass on a CPU makes their scores one dot product at a time,
+// as the kernel for decoding does, so that all passes round a score alike.
+constexpr int64_t kFewQueries = 8;
+
 // A 4-D array (batch, heads, row, column) that somebody else owns. Strides count elements; 0 where broadcast.
 struct View {
   void* data = nullptr;

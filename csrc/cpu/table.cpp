@@ -66,8 +66,6 @@ template <const InstructionSet& kSet>
 const char* not_decoding(const AttentionProblem& problem) {
   static_assert(kFewQueries == 8, "the reasons below name it");
   if (problem.dropout_p > 0) return "has no dropout";
-  // For passes that read it, which all add up dot products as the ordinary forward kernel does.
-  if (problem.logsumexp_low) return "does not compute the low-order part of logsumexp";
   if (problem.max_seqlen_q > kFewQueries) {
     return problem.cu_seqlens_q ? "serves sequences of at most 8 queries, and of this call those alone"
                                 : "serves at most 8 queries a sequence";

@@ -143,18 +143,19 @@ class BackwardBlocks {
     const Range k = block.k;
     const int64_t skip = k.begin - packed_kv_.begin;
     const int64_t row = sequence_.begin_q + tile.q.begin, rows = round_up(k.size(), 2);
-    const BothWays<C> query = both_ways<C>(head_rows(p_.query, tile.head, row), tile, p_.head_dim, scratch_.query);
+    const BothWays<C> query =
+        both_ways<C>(head_rows(p_.query, tile.head, row), tile, p_.head_dim, scratch_.query, kFewQueries);
     const BothWays<C> grad_out =
-        both_ways<C>(head_rows(p_.grad_out, tile.head, row), tile, p_.head_dim_v, scratch_.grad_out);
+        both_ways<C>(head_rows(p_.grad_out, tile.head, row), tile, p_.head_dim_v, scratch_.grad_out, kFewGradients);
     load_logsumexp(p_, tile, scratch_.logsumexp);
     load_rows(shared_.delta + row_of(p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.delta);
 
     const Matrix<T> weight{scratch_.weight, kQueries<T>}, grad_score{scratch_.grad_score, kQueries<T>};
     const int64_t next = row + tile.q.size(), unread = minimum(tile.q.size(), sequence_.length_q - tile.q.end);
-    multiply<C>(by_rows(rows_from(key_, skip)), query.columns, shape_.depth, weight, rows, tile.vectors, Start::kZero,
-                RowsAhead(head_rows(p_.query, tile.head, next), unread, p_.head_dim));
-    multiply<C>(by_rows(rows_from(value_, skip)), grad_out.columns, shape_.value_depth, grad_score, rows, tile.vectors,
-                Start::kZero, RowsAhead(head_rows(p_.grad_out, tile.head, next), unread, p_.head_dim_v));
+    multiply_queries<C>(rows_from(key_, skip), query.operand, tile, weight, rows, Start::kZero,
+                        RowsAhead(head_rows(p_.query, tile.head, next), unread, p_.head_dim));
+    multiply_queries<C>(rows_from(value_, skip), grad_out.operand, tile, grad_score, rows, Start::kZero,
+                        RowsAhead(head_rows(p_.grad_out, tile.head, next), unread, p_.head_dim_v));
     const GradientOperands<C> operands = score_gradients(block, tile, weight, grad_score);
 
     const int64_t queries = ceil_div(tile.q.size(), C::kPair);

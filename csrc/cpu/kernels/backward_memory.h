@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/probability.h"
+#include "cpu/kernels/query_operand.h"
 
 namespace attention_ext {
 namespace {
@@ -140,8 +141,8 @@ struct SlopeSums {
 // A tile of queries (or of grad_out) as each product reads it.
 template <class C>
 struct BothWays {
-  Matrix<const typename C::Element> columns;  // (depth, q)
-  Matrix<const typename C::Element> lanes;    // (q, columns)
+  QueryOperand<C> operand;
+  Matrix<const typename C::Element> lanes;  // (q, columns)
 };
 
 template <class C>
@@ -158,13 +159,13 @@ struct BothWaysMemory {
 };
 
 template <class C>
-BothWays<C> both_ways(Source from, const Tile& tile, int64_t width, const BothWaysMemory<C>& memory) {
+BothWays<C> both_ways(Source from, const Tile& tile, int64_t width, const BothWaysMemory<C>& memory, int64_t few) {
   using T = typename C::Scalar;
   const int64_t queries = tile.vectors * kLanes<T>;
   const auto rows = tile_rows<C>(from, tile, width, memory.rows);
-  const Matrix<typename C::Element> columns{memory.columns, kQueries<T>};
-  transpose_rows<C>(rows, tile.q.size(), tile.vectors, ceil_div(width, C::kPair), columns);
-  return {as_operand(columns), lanes_of<C>(rows, queries, round_up(width, kLanes<T>), memory.lanes)};
+  const QueryOperand<C> operand(memory.columns, tile, width, few);
+  operand.pack(rows, tile);
+  return {operand, lanes_of<C>(rows, queries, round_up(width, kLanes<T>), memory.lanes)};
 }
 
 // Room for weights and score gradients as the products read them where C pairs; else they stay where they were made.

@@ -9,6 +9,7 @@ namespace {
 struct BFloat16Compute {
   using Scalar = float;
   using Element = uint32_t;  // two neighbours in depth, the first in the low half
+  using Number = BFloat16;
   static constexpr int kPair = 2;
 
   ATTENTION_INLINE static F32 operand(const uint32_t* from) { return bit_cast<F32>(load(from)); }

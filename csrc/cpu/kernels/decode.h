@@ -269,6 +269,7 @@ void merge_splits(const AttentionProblem& problem, void* shared_memory, void*, i
       const Vec<T> maximum = splat<T>(state.maximum), sum = splat<T>(state.sum);
       const int64_t at = row_of(p, s, head) + q;
       static_cast<T*>(p.logsumexp)[at] = logsumexp_of<T>(maximum, sum)[0];
+      if (p.logsumexp_low) static_cast<T*>(p.logsumexp_low)[at] = logsumexp_low_of<T>(maximum, sum)[0];
       const T factor[] = {one_over<T>(splat<T>(state.sum))[0] * state.rescaled};
       write_rows(source_of(p.out, s.tensor_batch, head, s.begin_q + q), 1, p.head_dim_v, as_operand(total), factor);
     }

@@ -149,7 +149,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     if (p_.tangent.query) {
       query_tangent_lanes_ = lanes(p_.tangent.query, memory_.query_tangent_rows, memory_.query_tangent_lanes);
     }
-    grad_out_ = both_ways<C>(query_rows(p_.grad_out, tile), tile, p_.head_dim_v, memory_.grad_out);
+    grad_out_ = both_ways<C>(query_rows(p_.grad_out, tile), tile, p_.head_dim_v, memory_.grad_out, kFewGradients);
     load_rows(shared_.delta + row, tile, memory_.rows.delta);
     clear_lanes(memory_.rows.delta_tangent, kQueries<T>);
     clear_lanes(memory_.rows.centred, kQueries<T>);
@@ -194,8 +194,8 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
   // grad_out value^T and grad_out value'^T
   void multiply_values(const Tile& tile, int64_t lane, Range k, const Gradients<T>& to) const {
     const auto times = [&](Matrix<const Element> value, Matrix<T> product) {
-      multiply<C>(by_rows(rows_from(value, k.begin - packed_kv_.begin)), columns_from(grad_out_.columns, lane),
-                  gradient_shape_.value_depth, product, round_up(k.size(), 2), tile.vectors, Start::kZero);
+      multiply_queries<C>(rows_from(value, k.begin - packed_kv_.begin), grad_out_.operand.from(lane), tile, product,
+                          round_up(k.size(), 2));
     };
     times(value_rows_, to.grad);
     if (p_.tangent.value) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/dropout.h"
+#include "cpu/kernels/query_operand.h"
 #include "cpu/kernels/query_runs.h"
 #include "cpu/kernels/softmax.h"
 
@@ -78,8 +79,7 @@ class SoftmaxRun : protected QueryRun<C, Job> {
     const Tile& tile = tiles_[i];
     const int64_t queries = tile.vectors * kLanes<T>;
     const Source source = source_of(p_.query, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
-    const auto rows = tile_rows<C>(source, tile, p_.head_dim, scratch_.query_rows);
-    transpose_rows<C>(rows, tile.q.size(), tile.vectors, shape_.depth, query_columns(i));
+    query(i, tile).pack(tile_rows<C>(source, tile, p_.head_dim, scratch_.query_rows), tile);
     const double sink = p_.sinks ? p_.sinks[sequence_.batch * p_.sinks_stride_b + tile.head] : -__builtin_inf();
     for (int64_t lane = 0; lane < queries; lane += kLanes<T>) {
       store(row_state(i).maximum + lane, splat<T>(static_cast<T>(sink)));
@@ -103,8 +103,8 @@ class SoftmaxRun : protected QueryRun<C, Job> {
     const Range k = block.k;
     const int64_t skip = k.begin - packed_kv_.begin;
     const Matrix<T> score{scratch_.score, kQueries<T>};
-    multiply<C>(by_rows(rows_from(key_, skip)), as_operand(columns_from(query_columns(i), lane)), shape_.depth, score,
-                round_up(k.size(), 2), tile.vectors, Start::kZero, next_mask_rows(p_.attn_mask, tile, k));
+    multiply_queries<C>(rows_from(key_, skip), query(i, tile).from(lane), tile, score, round_up(k.size(), 2),
+                        Start::kZero, next_mask_rows(p_.attn_mask, tile, k));
     // Weights go straight into pairs, unless some must be dropped first.
     Matrix<Element> pairs{dropout_.present ? nullptr : scratch_.weight, kQueries<T>};
     with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
@@ -120,8 +120,8 @@ class SoftmaxRun : protected QueryRun<C, Job> {
                 is_last ? this->self().epilogue_rows(tile) : RowsAhead(), scratch_.factor);
   }
 
-  Matrix<Element> query_columns(int64_t i) const {
-    return {scratch_.query_columns + i * round_up(shape_.depth, kLanes<Element>) * kQueries<T>, kQueries<T>};
+  QueryOperand<C> query(int64_t i, const Tile& tile) const {
+    return {scratch_.query_columns + i * round_up(shape_.depth, kLanes<Element>) * kQueries<T>, tile, p_.head_dim};
   }
 
   Matrix<const Element> key_, value_;

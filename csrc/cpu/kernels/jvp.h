@@ -3,6 +3,7 @@
 // P is after dropout in out', before it in m. Double backward begins with the same pass.
 #pragma once
 
+#include "cpu/kernels/query_operand.h"
 #include "cpu/kernels/query_runs.h"
 #include "cpu/kernels/tangent.h"
 
@@ -65,8 +66,8 @@ class JvpRun : protected QueryRun<C, Job> {
 
   void prologue(int64_t i) {
     const Tile& tile = tiles_[i];
-    pack_columns(p_.query, tile, columns(scratch_.query_columns, i));
-    if (p_.tangent.query) pack_columns(p_.tangent.query, tile, columns(scratch_.query_tangent_columns, i));
+    open_queries(p_.query, tile, queries(scratch_.query_columns, i, tile));
+    if (p_.tangent.query) open_queries(p_.tangent.query, tile, queries(scratch_.query_tangent_columns, i, tile));
     clear_lanes(mean(i), kQueries<T>);
     clear_lanes(sums(i).data, kQueries<T> * shape_.columns);
   }
@@ -82,13 +83,16 @@ class JvpRun : protected QueryRun<C, Job> {
                    const SoftcapGrads<T>& softcap_grads, T* mean) {
     const Range k = block.k;
     const int64_t skip = k.begin - packed_kv_.begin;
-    const auto query = as_operand(columns_from(columns(scratch_.query_columns, i), first_lane));
-    const auto query_tangent = as_operand(columns_from(columns(scratch_.query_tangent_columns, i), first_lane));
-    dots(rows_from(key_, skip), query, k, tile, scores.weight, Start::kZero);
-    if (p_.tangent.query) dots(rows_from(key_, skip), query_tangent, k, tile, scores.tangent, Start::kZero);
+    const int64_t keys = round_up(k.size(), 2);
+    const auto query = queries(scratch_.query_columns, i, tile).from(first_lane);
+    multiply_queries<C>(rows_from(key_, skip), query, tile, scores.weight, keys);
+    if (p_.tangent.query) {
+      const auto query_tangent = queries(scratch_.query_tangent_columns, i, tile).from(first_lane);
+      multiply_queries<C>(rows_from(key_, skip), query_tangent, tile, scores.tangent, keys);
+    }
     if (p_.tangent.key) {
-      dots(rows_from(key_tangent_, skip), query, k, tile, scores.tangent,
-           p_.tangent.query ? Start::kAdd : Start::kZero);
+      multiply_queries<C>(rows_from(key_tangent_, skip), query, tile, scores.tangent, keys,
+                          p_.tangent.query ? Start::kAdd : Start::kZero);
     }
     if (!p_.tangent.query && !p_.tangent.key) clear_block(scores.tangent, k.size(), tile.vectors);
     load_logsumexp(p_, tile, scratch_.logsumexp);
@@ -169,10 +173,9 @@ class JvpRun : protected QueryRun<C, Job> {
   Matrix<const Element> key_, key_tangent_, value_rows_, value_tangent_rows_;
 
  private:
-  void pack_columns(const View& view, const Tile& tile, Matrix<Element> to) {
+  void open_queries(const View& view, const Tile& tile, const QueryOperand<C>& to) {
     const Source source = source_of(view, sequence_.tensor_batch, tile.head, sequence_.begin_q + tile.q.begin);
-    const auto rows = tile_rows<C>(source, tile, p_.head_dim, scratch_.query_rows);
-    transpose_rows<C>(rows, tile.q.size(), tile.vectors, shape_.depth, to);
+    to.pack(tile_rows<C>(source, tile, p_.head_dim, scratch_.query_rows), tile);
   }
 
   Scores<T> drop(const Scores<T>& whole, const Tile& tile, Range k) const {
@@ -182,11 +185,6 @@ class JvpRun : protected QueryRun<C, Job> {
       store(kept_scores.tangent.row(r) + lane, kept ? load(whole.tangent.row(r) + lane) : Vec<T>{});
     });
     return kept_scores;
-  }
-
-  void dots(Matrix<const Element> key, Matrix<const Element> query, Range k, const Tile& tile, Matrix<T> to,
-            Start start) {
-    multiply<C>(by_rows(key), query, shape_.depth, to, round_up(k.size(), 2), tile.vectors, start);
   }
 
   void add_product(Matrix<T> weight, Matrix<const Element> value, Range k, const Tile& tile, Matrix<T> to) {
@@ -208,8 +206,8 @@ class JvpRun : protected QueryRun<C, Job> {
     });
   }
 
-  Matrix<Element> columns(Element* base, int64_t i) const {
-    return {base + i * round_up(shape_.depth, kLanes<Element>) * kQueries<T>, kQueries<T>};
+  QueryOperand<C> queries(Element* base, int64_t i, const Tile& tile) const {
+    return {base + i * round_up(shape_.depth, kLanes<Element>) * kQueries<T>, tile, p_.head_dim};
   }
 
   Matrix<const Element> value_, value_tangent_;

@@ -7,11 +7,12 @@
 namespace attention_ext {
 namespace {
 
-// The arithmetic of a dtype. Element is the unit that a product reads: one number, or a pair of 16-bit numbers that
+// How a dtype is computed with. Element is what a product reads at once: one Number, or a pair of 16-bit ones that
 // neighbour each other in depth.
 struct FloatCompute {
   using Scalar = float;
   using Element = float;
+  using Number = float;
   static constexpr int kPair = 1;
   ATTENTION_INLINE static F32 operand(const float* from) { return load(from); }
   ATTENTION_INLINE static F32 operand_everywhere(const float* from) { return broadcast(from); }
@@ -22,6 +23,7 @@ struct FloatCompute {
 struct DoubleCompute {
   using Scalar = double;
   using Element = double;
+  using Number = double;
   static constexpr int kPair = 1;
   ATTENTION_INLINE static F64 operand(const double* from) { return load(from); }
   ATTENTION_INLINE static F64 operand_everywhere(const double* from) { return broadcast(from); }

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/dropout.h"
 #include "cpu/kernels/probability.h"
+#include "cpu/kernels/query_operand.h"
 
 namespace attention_ext {
 namespace {
@@ -70,15 +71,13 @@ class WeightsJob {
     if (keys.empty() || !make_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
     const Range k = block.k;
     const int64_t b = tile.sequence.batch, rows = round_up(k.size(), 2);
-    const auto query =
-        tile_rows<C>(source_of(p_.query, b, tile.head, tile.q.begin), tile, p_.head_dim, scratch_.query_rows);
+    const QueryOperand<C> query(scratch_.query_columns, tile, p_.head_dim);
+    query.pack(tile_rows<C>(source_of(p_.query, b, tile.head, tile.q.begin), tile, p_.head_dim, scratch_.query_rows),
+               tile);
     const auto key = rows_of<C>(source_of(p_.key, b, tile.head / p_.group_size(), k.begin), k.size(), rows, p_.head_dim,
                                 scratch_.key_rows);
-    const int64_t depth = ceil_div(p_.head_dim, C::kPair);
-    const Matrix<typename C::Element> columns{scratch_.query_columns, kQueries<T>};
-    transpose_rows<C>(query, tile.q.size(), tile.vectors, depth, columns);
     const Matrix<T> weight{scratch_.weight, kQueries<T>};
-    multiply<C>(by_rows(key), as_operand(columns), depth, weight, rows, tile.vectors, Start::kZero);
+    multiply_queries<C>(key, query, tile, weight, rows);
 
     load_logsumexp(p_, tile, scratch_.logsumexp);
     with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
