@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attention_ext")
     group.addoption("--device", default="cpu", help="where the operators run; cuda: only the tests that run anywhere")
     group.addoption("--every", type=int, default=1, help="run only every n-th of the tests chosen otherwise")
+    group.addoption("--isa-every", type=int, default=9, help="the same for narrower instruction sets; 1: all tests")
     group.addoption("--fuzz-examples", type=int, default=0, help="examples per property test, 0 for the short default")
 
 

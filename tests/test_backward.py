@@ -18,6 +18,7 @@ from attention_ext.testing import (
     HARD,
     HEAD_DIMS,
     LENGTHS,
+    LONG,
     Sample,
     Spec,
     evaluate,
@@ -51,6 +52,12 @@ def test_hard_numbers(spec: Spec, dtype: torch.dtype, device: str, check_accurac
 @pytest.mark.every_isa
 @pytest.mark.parametrize("spec", LENGTHS, ids=lambda x: x.name)
 def test_lengths(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
+    check_backward(spec, dtype, device, check_accuracy)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("spec", LONG, ids=lambda x: x.name)
+def test_many_keys(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
     check_backward(spec, dtype, device, check_accuracy)
 
 

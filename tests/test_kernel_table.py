@@ -139,10 +139,11 @@ def test_calls_are_counted(device: str) -> None:
     assert after["weights"] == before["weights"]
 
 
-def run_python(*arguments: str, isa: str) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str, isa: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["ATTENTION_EXT_ISA"] = isa
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def test_variable_with_an_unknown_name_is_an_error() -> None:
@@ -161,10 +162,11 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("isa", [x for x in SETS if x != _C.instruction_set()])
-def test_every_isa(isa: str) -> None:
-    """Every ninth of the marked tests."""
+def test_every_isa(isa: str, pytestconfig: pytest.Config) -> None:
+    """Every ninth of the marked tests, or all with ``--isa-every 1``."""
+    every = pytestconfig.getoption("--isa-every")
     others = (x for x in Path(__file__).parent.glob("test_*.py") if x.name != Path(__file__).name)
     files = [str(x) for x in others if "every_isa" in x.read_text()]
-    arguments = ["-q", "-m", "every_isa", "-p", "no:cacheprovider", "-p", "no:xdist", "--every", "9", *files]
-    result = run_python("-c", MARKED, *arguments, isa=isa)
+    arguments = ["-q", "-m", "every_isa", "-p", "no:cacheprovider", "-p", "no:xdist", "--every", str(every), *files]
+    result = run_python("-c", MARKED, *arguments, isa=isa, timeout=5400 / every)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -14,7 +14,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attention_ext import reference
-from attention_ext.testing import EMPTY, FEATURES, HARD, HEAD_DIMS, LENGTHS, PAIRS, Sample, Spec, compare, evaluate
+from attention_ext.testing import (
+    EMPTY,
+    FEATURES,
+    HARD,
+    HEAD_DIMS,
+    LENGTHS,
+    LONG,
+    PAIRS,
+    Sample,
+    Spec,
+    compare,
+    evaluate,
+)
 
 NAMED = {spec.name: spec for spec in (*FEATURES, *HARD)}
 
@@ -161,7 +173,7 @@ def test_dropout_keep_by_hand() -> None:
 
 
 def test_names_are_unique() -> None:
-    names = [x.name for x in (*FEATURES, *HARD, *LENGTHS, *HEAD_DIMS, *EMPTY)]
+    names = [x.name for x in (*FEATURES, *HARD, *LENGTHS, *LONG, *HEAD_DIMS, *EMPTY)]
     assert len(names) == len(set(names))
 
 

@@ -1,7 +1,7 @@
 """What tests, benchmarks and documents share: the sample generator and the tolerance rule."""
 
 from attention_ext.testing.samples import DIFFERENTIABLE, Sample, Spec, distribute, laid_out, operator_options
-from attention_ext.testing.specs import EMPTY, FEATURES, HARD, HEAD_DIMS, LENGTHS, PAIRS, SINGLE
+from attention_ext.testing.specs import EMPTY, FEATURES, HARD, HEAD_DIMS, LENGTHS, LONG, PAIRS, SINGLE
 from attention_ext.testing.tolerance import Comparison, assert_accurate, compare, evaluate, operator, with_keep
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "HARD",
     "HEAD_DIMS",
     "LENGTHS",
+    "LONG",
     "PAIRS",
     "SINGLE",
     "Comparison",

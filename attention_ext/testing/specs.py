@@ -96,6 +96,20 @@ LENGTHS = [
       for q in (1, 2, 7) for n in (1, 63, 193, 1025)),
 ]  # fmt: skip
 
+# More keys than a split of decoding has (1,536), and than the groups of a backward pass take in one round (1,728).
+LONG = [
+    Spec("decode_1_by_3100", lengths=(1, 3100), head_dims=(40, 24), heads=(4, 2), batch=1),
+    Spec("decode_8_by_4700", lengths=(8, 4700), head_dims=(24, 40), heads=(4, 2), batch=1, causal="bottom_right"),
+    Spec("decode_8_by_4700_sinks", lengths=(8, 4700), head_dims=(16, 16), batch=1, sinks="heads"),
+    Spec("decode_3_by_3100_window", lengths=(3, 3100), head_dims=(16, 16), heads=(3, 1), batch=1, window=(1700, 0),
+         alignment="bottom_right", sinks="heads"),
+    Spec("decode_2_by_3100_lengths", lengths=(2, 3100), head_dims=(16, 16), heads=(4, 2), batch=3,
+         key_lengths=(3100, 1537, 1536), mask="float b11k"),
+    *(Spec(f"lengths_33_by_{n}", lengths=(33, n), head_dims=(16, 24), batch=1) for n in (1730, 2700, 3700)),
+    *(Spec(f"lengths_33_by_{n}_bias", lengths=(33, n), head_dims=(24, 16), heads=(2, 1), batch=1, mask="float 1hqk inf")
+      for n in (1730, 2700, 3700)),
+]  # fmt: skip
+
 _DIMS = (1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 72, 80, 96, 111, 112, 128, 129, 192, 256, 320)
 
 HEAD_DIMS = [
