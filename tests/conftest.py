@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from attention_ext import _C
 from attention_ext.testing import Sample, assert_accurate
@@ -73,6 +74,23 @@ def check_accuracy(request: pytest.FixtureRequest) -> Callable[[Sample, dict[str
             request.node.user_properties.append(("accuracy", fact))
 
     return check
+
+
+@pytest.fixture
+def far_apart(device: str) -> Callable[[Tensor, int], Tensor]:
+    """A copy whose ends along a dimension lie more than 2^31 elements apart, in memory not touched in between."""
+
+    def copy(x: Tensor, dim: int) -> Tensor:
+        torch.use_deterministic_algorithms(False)  # it would fill the memory, which so far is only virtual
+        gap = 2**31 // (x.shape[dim] - 1) + 64
+        strides = list(x.contiguous().stride())
+        strides[dim] = gap
+        count = gap * (x.shape[dim] - 1) + x.numel()
+        if x.device.type != "cpu" and torch.cuda.mem_get_info(x.device)[0] < 2 * count * x.element_size():
+            pytest.skip("the GPU has too little memory left")
+        return torch.empty(count, dtype=x.dtype, device=device).as_strided(x.shape, strides).copy_(x)
+
+    return copy
 
 
 @pytest.fixture

@@ -316,45 +316,6 @@ def test_fresh_memory_is_full_of_nan(device: str) -> None:
     assert device != "cpu" or torch.empty(1000).isnan().all()
 
 
-def untouched(count: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Virtual memory, which costs nothing on the CPU, but a GPU must have it."""
-    torch.use_deterministic_algorithms(False)  # it would fill the memory
-    if device != "cpu" and torch.cuda.mem_get_info(device)[0] < 2 * count * dtype.itemsize:
-        pytest.skip("the GPU has too little memory left")
-    return torch.empty(count, dtype=dtype, device=device)
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_strides_beyond_two_to_the_31(dim: int, device: str) -> None:
-    """Two entries of a dimension, more than 2^31 elements apart in memory that is never touched in between."""
-    far = 2**31 + 64
-    buffer = untouched(far + 4096, torch.bfloat16, device)
-    shape = [1, 1, 1, 16]
-    shape[dim] = 2
-    strides = [16, 16, 16, 1]
-    strides[dim] = far
-    spread = buffer.as_strided(shape, strides)
-    spread.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    compact = spread.contiguous()
-    compact_out = run_all(compact)
-    assert all(torch.equal(x, y) for x, y in zip(run_all(spread), compact_out, strict=True))
-
-
-def run_all(x: Tensor) -> tuple[Tensor, ...]:
-    inputs = [x.detach().requires_grad_() for _ in range(3)]
-    out, logsumexp, _ = operator(*inputs)
-    return out, logsumexp, *torch.autograd.grad(out, inputs, x.detach())
-
-
-def test_large_mask_strides(device: str) -> None:
-    far = 2**31 + 64
-    query = torch.randn(2, 1, 3, 8, device=device)
-    bias = untouched(far + 64, torch.float32, device).as_strided((2, 1, 3, 3), (far, 16, 4, 1))
-    bias.copy_(torch.randn(2, 1, 3, 3))
-    actual, expected = (operator(query, query, query, attn_mask=x)[0] for x in (bias, bias.contiguous()))
-    assert torch.equal(actual, expected)
-
-
 @pytest.mark.parametrize(
     "spec", [dataclasses.replace(x, name=f"unaligned {x.name}") for x in PAIRS[:12]], ids=lambda x: x.name
 )
