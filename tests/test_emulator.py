@@ -209,6 +209,24 @@ def test_second_order_of_packed_sequences(name: str, kernel: str, emulate: Any) 
         torch.testing.assert_close(x, expected[output], rtol=1e-10, atol=1e-12, msg=output)
 
 
+@pytest.mark.parametrize("kernel", ["emulated_sm80", "emulated_simt"])
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_strides_beyond_two_to_the_31(dtype: torch.dtype, dim: int, kernel: str, emulate: Any, far_apart: Any) -> None:
+    spec = Spec("far", lengths=(17, 17), batch=2, heads=(2, 2), head_dims=(16, 16), grad_logsumexp=False)
+    near = spec.build(dtype).replace(scale=0.2)
+    near = near.replace(key=near.query, value=near.query, grad_out=near.query)
+    x = far_apart(near.query, dim)
+    emulate(kernel)
+
+    def outputs(sample: Sample) -> dict[str, torch.Tensor]:
+        tangents = {name: x.detach() for name, x in sample.inputs().items()}
+        return evaluate(sample, operator) | double_backward(sample, tangents, operator)
+
+    actual, expected = outputs(near.replace(query=x, key=x, value=x, grad_out=x)), outputs(near)
+    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
+
+
 @pytest.mark.parametrize("average_heads", [False, True])
 @pytest.mark.parametrize("spec", [x for x in SINGLE if not x.varlen], ids=lambda x: x.name)
 def test_weights(spec: Spec, average_heads: bool, dtype: torch.dtype, emulate: Any) -> None:
