@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_ext import _C, reference
 from attention_ext.testing import PAIRS, SINGLE, Sample, Spec, evaluate, operator, operator_options
 from attention_ext.testing.second_order import double_backward, tangents_of
 
@@ -340,25 +341,59 @@ def test_one_tensor_in_every_role(device: str) -> None:
 # Numbers
 
 
+X86_64 = platform.machine() in ("x86_64", "AMD64")
+
+
 @pytest.mark.parametrize("flush", [False, True])
-def test_subnormal_numbers(flush: bool, device: str) -> None:
-    sample = Spec("subnormal", lengths=(33, 70)).build(torch.float32, device=device)
+@pytest.mark.parametrize("length", [5, 33])
+def test_subnormal_numbers(length: int, flush: bool, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """Subnormal inputs count as they are, unless torch is told to flush them; float16's are normal in float32."""
+    threads(1)
+    tiny = torch.finfo(dtype).tiny
+    sample = Spec("subnormal", lengths=(length, 70), head_dims=(16, 16), grad_logsumexp=False).build(dtype)
+    factor = 2.0**12 if dtype == torch.float16 else 2.0**90  # so that the products are normal numbers
+    small = sample.query / 64 * tiny
+    assert (small.abs() < tiny).all()
+    sample = sample.replace(query=small, key=sample.key * factor, scale=64 / factor / tiny)
+    exact = sample.map(Tensor.double)
+    by_pairs = dtype == torch.bfloat16 and length > 8 and _C.instruction_set() == "avx512_bf16"
+    if dtype != torch.float16 and (flush or by_pairs):
+        exact = exact.replace(query=torch.zeros_like(exact.query))
+    expected = evaluate(exact, reference.attention)
     if not torch.set_flush_denormal(flush):
         pytest.skip("this CPU cannot flush subnormal numbers")
     try:
-        out, logsumexp, _ = sample.replace(value=sample.value * 1e-40).call(operator)
-        far = sample.replace(query=sample.query * 300).call(operator)
+        actual = evaluate(sample, operator)
     finally:
         torch.set_flush_denormal(False)
-    assert out.isfinite().all()
-    assert logsumexp.isfinite().all()
-    assert all(x.isfinite().all() for x in far[:2])
+    eps = 16 * torch.finfo(dtype).eps
+    for name in ("out", "logsumexp", "grad_value"):
+        torch.testing.assert_close(actual[name].double(), expected[name], rtol=eps, atol=eps, msg=name)
+
+
+@pytest.mark.skipif(not X86_64, reason="only there subnormal results are 0")
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("length", [5, 33])
+def test_subnormal_results(length: int, flush: bool, dtype: torch.dtype) -> None:
+    """They are 0, but those of float16, which are normal where they are computed."""
+    tiny = torch.finfo(dtype).tiny
+    sample = Spec("subnormal results", lengths=(length, 70), head_dims=(16, 16)).build(dtype)
+    sample = sample.replace(value=sample.value * (tiny / 64))
+    expected = sample.map(Tensor.double).call(reference.attention)[0]
+    torch.set_flush_denormal(flush)
+    try:
+        out = sample.call(operator)[0]
+    finally:
+        torch.set_flush_denormal(False)
+    assert (expected.abs() < tiny).all()
+    if dtype == torch.float16:
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=tiny * torch.finfo(dtype).eps)
+    else:
+        assert (out == 0).all()
 
 
 @pytest.mark.every_isa
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="only there are subnormal results slow, and 0"
-)
+@pytest.mark.skipif(not X86_64, reason="only there are subnormal results slow, and 0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [5, 70])
 def test_no_weight_is_subnormal(length: int, dtype: torch.dtype) -> None:
