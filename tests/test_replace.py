@@ -1,24 +1,18 @@
-"""replace_ swaps torch's modules in place and back, and sdpa() routes torch's function for a while."""
+"""replace_ swaps torch's modules in place and back."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from threading import Barrier
-from typing import Any, cast
-from unittest import mock
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.utils import parametrizations, parametrize
 
 import attention_ext
-from attention_ext.interop import replace_, restore_, sdpa
+from attention_ext.interop import replace_, restore_
 from attention_ext.modules import MultiheadAttention
 
 
@@ -292,186 +286,3 @@ def test_exported_at_the_top() -> None:
     assert attention_ext.replace_ is replace_
     assert attention_ext.restore_ is restore_
     assert attention_ext.MultiheadAttention is MultiheadAttention
-
-
-def tensors(*shape: int) -> Any:
-    return [torch.randn(2, 3, *shape, dtype=torch.float64) for _ in range(3)]
-
-
-def test_sdpa_is_routed_in_the_block_only() -> None:
-    original = F.scaled_dot_product_attention
-    x = tensors(5, 4)
-    mask = torch.rand(5, 5) > 0.3
-    cases: list[dict[str, Any]] = [{}, {"is_causal": True}, {"attn_mask": mask}, {"scale": 0.1}]
-    cases.append({"attn_mask": mask, "is_causal": True})
-    expected = [original(*x, **case) for case in cases]
-    with sdpa() as routed:
-        actual = [torch.nn.functional.scaled_dot_product_attention(*x, **case) for case in cases]
-        grouped = F.scaled_dot_product_attention(x[0], x[1][:, :1], x[2][:, :1], enable_gqa=True)
-    assert routed.taken == 6
-    assert not routed.left
-    assert F.scaled_dot_product_attention is original
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(grouped, original(x[0], x[1][:, :1], x[2][:, :1], enable_gqa=True))
-
-
-def test_sdpa_reaches_torchs_own_modules() -> None:
-    module = nn.MultiheadAttention(8, 2)
-    x = torch.randn(3, 2, 8)
-    with sdpa() as routed:
-        module(x, x, x, need_weights=False)
-    assert routed.taken == 1
-
-
-@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
-def test_sdpa_takes_causal_biases(bias: Any) -> None:
-    (query, _, _), (key, value, _) = tensors(3, 4), tensors(5, 4)
-    expected = F.scaled_dot_product_attention(query, key, value, bias(3, 5))
-    with sdpa() as routed:
-        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value, bias(3, 5)), expected)
-    assert routed.taken == 1
-
-
-def test_sdpa_leaves_to_torch_what_it_cannot_do() -> None:
-    class Wrapper(Tensor):
-        pass
-
-    x = tensors(5, 4)
-    with sdpa() as routed:
-        F.scaled_dot_product_attention(x[0].as_subclass(Wrapper), x[1], x[2])
-        F.scaled_dot_product_attention(x[0][..., :0], x[1][..., :0], x[2])
-        F.scaled_dot_product_attention(x[0], x[1], x[2], scale=cast(float, torch.tensor(0.5)))
-    assert routed.taken == 0
-    assert dict(routed.left) == {"tensor subclass": 1, "head_dim 0": 1, "a number given as a tensor": 1}
-
-
-@pytest.mark.parametrize("lengths", [(4, 5), (5, 3)])
-def test_sdpa_leaves_biases_of_other_lengths_to_torch(lengths: tuple[int, int]) -> None:
-    (query, _, _), (key, value, _) = tensors(3, 4), tensors(5, 4)
-    with sdpa() as routed:
-        with pytest.raises(RuntimeError):
-            F.scaled_dot_product_attention(query, key, value, causal_lower_right(*lengths))
-        with pytest.raises((ValueError, RuntimeError), match="causal"):
-            F.scaled_dot_product_attention(query, key, value, causal_lower_right(3, 5), is_causal=True)
-    assert routed.taken == 0
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_sdpa_is_exported(strict: bool) -> None:
-    class Model(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(x, x, x)
-
-    x = tensors(5, 4)[0]
-    with sdpa():
-        exported = torch.export.export(Model(), (x,), strict=strict)
-    assert [node for node in exported.graph.nodes if node.target is torch.ops.attention_ext.attention.default]
-    torch.testing.assert_close(exported.module()(x), Model()(x))
-
-
-def test_sdpa_leaves_scripts_to_torch() -> None:
-    def attend(x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(x, x, x)
-
-    x = tensors(5, 4)[0]
-    with sdpa() as routed:
-        scripted = torch.jit.script(attend)
-        torch.testing.assert_close(scripted(x), attend(x))
-    assert routed.taken == 1
-    torch.testing.assert_close(scripted(x), attend(x))
-
-
-@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
-def test_sdpa_leaves_causal_biases_as_they_are(bias: Any) -> None:
-    class Wrapper(Tensor):
-        pass
-
-    (query, _, _), (key, value, _) = tensors(3, 4), tensors(5, 4)
-    expected = F.scaled_dot_product_attention(query, key, value, bias(3, 5))
-    with sdpa() as routed:
-        actual = F.scaled_dot_product_attention(query.as_subclass(Wrapper), key, value, bias(3, 5))
-    torch.testing.assert_close(actual.as_subclass(Tensor), expected)
-    assert routed.left.total() == 1
-
-
-def test_sdpa_leaves_different_heads_of_keys_and_values_to_torch() -> None:
-    query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8)
-    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    with sdpa() as routed:
-        actual = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    torch.testing.assert_close(actual, expected)
-    assert dict(routed.left) == {"grouped heads of keys unlike those of values": 1}
-
-
-def test_sdpa_blocks_may_overlap() -> None:
-    original = F.scaled_dot_product_attention
-    with ExitStack() as later:
-        with sdpa() as first:
-            second = later.enter_context(sdpa())
-        F.scaled_dot_product_attention(*tensors(5, 4))
-        with sdpa() as third:
-            F.scaled_dot_product_attention(*tensors(5, 4))
-    assert F.scaled_dot_product_attention is original
-    assert (first.taken, second.taken, third.taken) == (0, 2, 1)
-
-
-def test_sdpa_in_threads() -> None:
-    original = F.scaled_dot_product_attention
-    together = Barrier(4)
-
-    def run(rounds: int) -> int:
-        together.wait()
-        for _ in range(rounds):
-            with sdpa() as routed:
-                F.scaled_dot_product_attention(*tensors(2, 4))
-                assert routed.taken > 0
-        return rounds
-
-    with ThreadPoolExecutor(4) as pool:
-        assert sum(pool.map(run, range(20, 24))) == 86
-    assert F.scaled_dot_product_attention is original
-
-
-def test_sdpa_leaves_the_function_of_somebody_else() -> None:
-    original: Any = F.scaled_dot_product_attention
-    calls = []
-    with mock.patch.object(F, "scaled_dot_product_attention") as outer:
-        outer.side_effect = original
-        with sdpa() as routed:
-            kept: Any = F.scaled_dot_product_attention
-
-            def theirs(*args: Any) -> Any:
-                calls.append(1)
-                return kept(*args)
-
-            F.scaled_dot_product_attention = theirs  # type: ignore[assignment]
-            F.scaled_dot_product_attention(*tensors(5, 4))
-        assert F.scaled_dot_product_attention is theirs
-        F.scaled_dot_product_attention(*tensors(5, 4))
-        with sdpa() as again:
-            F.scaled_dot_product_attention(*tensors(5, 4))
-        assert F.scaled_dot_product_attention is theirs
-        assert (len(calls), outer.call_count, routed.taken, again.taken) == (2, 1, 1, 1)
-        F.scaled_dot_product_attention = kept
-        with sdpa():
-            pass
-        assert F.scaled_dot_product_attention is outer
-    assert F.scaled_dot_product_attention is original
-
-
-def test_sdpa_compiles() -> None:
-    def run(x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(x, x, x) * 2
-
-    x = torch.randn(2, 3, 5, 4)
-    torch._dynamo.reset()
-    with sdpa() as routed:
-        torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(x), run(x))
-    assert routed.taken == 2
-
-
-def test_sdpa_ends_with_an_error() -> None:
-    original = F.scaled_dot_product_attention
-    with pytest.raises(KeyError), sdpa():
-        raise KeyError
-    assert F.scaled_dot_product_attention is original
