@@ -172,6 +172,46 @@ def test_attributes_that_others_read() -> None:
     assert ours.bias_k is None
 
 
+EDITS: list[dict[str, int]] = [
+    {"num_heads": 2}, {"num_heads": 1}, {"num_heads": 12}, {"num_heads": 5}, {"num_heads": 24},
+    {"head_dim": 2}, {"head_dim": 5, "num_heads": 4}, {"embed_dim": 8}, {"embed_dim": 6, "num_heads": 2},
+    {"kdim": 3, "vdim": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 7}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+def test_attributes_changed_later_mean_what_they_mean_to_torch(edit: dict[str, int], options: dict[str, Any]) -> None:
+    modules = pair(**options)
+    tensors = inputs(modules[0], "apart", batched=True)
+    heads = edit.get("num_heads", HEADS)
+    mask = torch.rand(BATCH * heads, LENGTH, LENGTH + 1) > 1.0
+    for need_weights in (False, True):
+        answers: list[Any] = []
+        for module in modules:
+            vars(module).update(edit)
+            try:
+                answers.append(module(*tensors, attn_mask=mask, need_weights=need_weights, average_attn_weights=False))
+            except (AssertionError, RuntimeError, ZeroDivisionError) as error:
+                answers.append((type(error), str(error)))
+        if isinstance(answers[0][0], Tensor):
+            assert_same(answers[1], answers[0])
+        else:
+            assert answers[1] == answers[0]
+
+
+@constructors
+def test_reset_gives_what_the_constructor_gives(options: dict[str, Any]) -> None:
+    _, ours = pair(**options)
+    torch.manual_seed(3)
+    expected = MultiheadAttention(EMBED, HEADS, dtype=torch.float64, **options).state_dict()
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    ours.reset_parameters()
+    torch.testing.assert_close(ours.state_dict(), expected, rtol=0, atol=0)
+    assert torch.rand(1) == after
+
+
 def test_copies_and_files() -> None:
     stock, ours = pair(add_bias_kv=True)
     x, key, value = inputs(stock, "apart", batched=True)

@@ -131,8 +131,8 @@ def _change_class(module: nn.Module, to: type[nn.MultiheadAttention]) -> None:
         module.__class__ = type(f"Parametrized{to.__name__}", (to,), contents)
     else:
         module.__class__ = to
-    same = module.kdim == module.embed_dim and module.vdim == module.embed_dim
-    module._qkv_same_embed_dim = same and to is nn.MultiheadAttention  # type: ignore[assignment]
+    packed = module.in_proj_weight is not None
+    module._qkv_same_embed_dim = packed and to is nn.MultiheadAttention  # type: ignore[assignment]
 
 
 def _has_ours(module: nn.Module) -> bool:

@@ -35,6 +35,9 @@ class MultiheadAttention(nn.MultiheadAttention):
       ``TransformerEncoder`` decide whether to compute with this module's parameters without calling it. Whether the
       projections are packed is said by ``in_proj_weight is not None``.
 
+    As in torch's class, ``num_heads`` may be changed after construction: ``head_dim`` is not read, heads have
+    ``embed_dim // num_heads`` features. ``embed_dim`` is only compared with the query's.
+
     Shapes, N batch, L queries, S keys, E embed_dim (see torch's class for every argument):
         query ``(L, N, E)``, key ``(S, N, kdim)``, value ``(S, N, vdim)``; N first with ``batch_first``; without N,
         unbatched. Output as query; weights ``(N, L, S)`` averaged over heads, or ``(N, num_heads, L, S)``.
@@ -69,6 +72,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self._qkv_same_embed_dim = False
+
+    def reset_parameters(self) -> None:
+        """Gives every parameter the value, or distribution, that it has at first, in the order of the constructor."""
+        self.out_proj.reset_parameters()
+        self._reset_parameters()
 
     def _reset_parameters(self) -> None:
         """torch's own, without the attribute by which others choose a way around this class."""
@@ -148,6 +156,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """torch's checks and texts, which name sequence-first shapes."""
         if query.size(-1) != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.size(-1)}")
+        if query.size(-1) % self.num_heads != 0:
+            raise AssertionError(f"embed_dim {query.size(-1)} not divisible by num_heads {self.num_heads}")
         key_shape = key.transpose(0, 1).shape if batch_first else key.shape
         value_shape = value.transpose(0, 1).shape if batch_first else value.shape
         if self.in_proj_weight is not None:
@@ -209,7 +219,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
         """(N, L, E), or (L, N, E), to (N, H, L, D)."""
-        x = x.unflatten(-1, [self.num_heads, self.head_dim])
+        x = x.unflatten(-1, [self.num_heads, x.size(-1) // self.num_heads])
         return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
 
     def _visible(
