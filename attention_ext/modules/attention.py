@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attention_ext.folding import Window, attention_with_state, window_sides
 from attention_ext.functional import attention_weights
 from attention_ext.modules.positional import RotaryPositions
+from attention_ext.ops.sharding import beside, is_dtensor, register, share_of
 
 __all__ = ["Attention", "KVCache", "alibi_slopes"]
 
@@ -108,6 +109,12 @@ class Attention(nn.Module):
         sinks: one trained logit per head (parameter ``sinks``, at first 0) that takes weight and gives no value.
         rotary: turns queries and keys by their positions; with bottom-right alignment the last query by that of the
             last key, whatever ``key_lengths`` says.
+
+    Heads are counted by the widths that ``q_proj``, ``k_proj`` and ``v_proj`` give. So the projections may be replaced
+    by ones of fewer heads (pruning), or sharded (ColwiseParallel on these three, RowwiseParallel on ``out_proj``), with
+    DTensors between them or with each rank's own part. Key heads are to be sharded as query heads are, unless all query
+    heads that arrive read the one key head that arrives. Slopes, sinks and temperatures may be whole, ``num_heads`` of
+    them: this rank's part is then taken, as ``q_proj.weight``, a DTensor, is sharded.
 
     Source: grouped heads arXiv:2305.13245, cosine similarity arXiv:2111.09883, ALiBi arXiv:2108.12409, softcap
     arXiv:2408.00118, sinks arXiv:2309.17453 and their trained form in gpt-oss.
@@ -233,14 +240,30 @@ class Attention(nn.Module):
 
         Returns:
             The output ``(B, L, out_dim)``, and the weights or None.
+
+        Raises:
+            RuntimeError: where heads arrive of which it is not known which they are: parameters per head, fixed slopes
+                or the mean over heads are for another number of them, or query and key heads are not in the ratio of
+                ``num_heads`` to ``num_kv_heads``. Also as :func:`attention_ext.attention`.
         """
         key = query if key is None else key
         value = key if value is None else value
-        q = self._heads(self.q_proj(query), self.num_heads)
-        k = self._heads(self.k_proj(key), self.num_kv_heads)
-        v = self._heads(self.v_proj(value), self.num_kv_heads)
+        q = self._heads("q_proj", self.q_proj(query), self.head_dim)
+        k = self._heads("k_proj", self.k_proj(key), self.head_dim)
+        v = self._heads("v_proj", self.v_proj(value), self.head_dim_v)
+        if is_dtensor(q):
+            register()
+        heads = q.size(-3)
+        self._check_heads(heads, k.size(-3), v.size(-3))
+        if need_weights and average_weights and heads != self.num_heads:
+            raise RuntimeError(
+                f"Attention: expected all {self.num_heads} heads for the mean of their weights, got {heads}: pass "
+                "average_weights=False, or set num_heads if there are no others"
+            )
+        slopes = alibi_slopes(self.num_heads, q.device) if self.alibi == "fixed" else self.slopes
         if self.log_temperature is not None:
-            q = F.normalize(q, dim=-1) * self.log_temperature.clamp(max=math.log(100.0)).exp()
+            log_temperature = self._per_head("log_temperature", self.log_temperature, q)
+            q = F.normalize(q, dim=-1) * log_temperature.clamp(max=math.log(100.0)).exp()
             k = F.normalize(k, dim=-1)
         if self.rotary is not None:
             stored = 0 if cache is None else cache.length
@@ -253,12 +276,12 @@ class Attention(nn.Module):
             "dropout_p": self.dropout if self.training else 0.0,
             "is_causal": self.is_causal if is_causal is None else is_causal,
             "scale": self.scale,
-            "enable_gqa": self.num_kv_heads != self.num_heads,
+            "enable_gqa": k.size(-3) != heads,
             "causal_alignment": self.causal_alignment if cache is None else "bottom_right",
             "window": self.window,
             "softcap": self.softcap,
-            "alibi_slopes": alibi_slopes(self.num_heads, q.device) if self.alibi == "fixed" else self.slopes,
-            "sinks": self.sinks,
+            "alibi_slopes": None if slopes is None else self._per_head("slopes", slopes, q),
+            "sinks": None if self.sinks is None else self._per_head("sinks", self.sinks, q),
             "key_lengths": key_lengths,
         }
         out, logsumexp, rng_state = attention_with_state(q, k, v, **options)
@@ -270,9 +293,40 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(-3, -2).flatten(-2)), weights
 
     @staticmethod
-    def _heads(x: Tensor, heads: int) -> Tensor:
+    def _heads(projection: str, x: Tensor, head_dim: int) -> Tensor:
         """(..., L, H * D) to (..., H, L, D)."""
-        return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+        heads, rest = divmod(x.size(-1), head_dim)
+        if rest != 0:
+            raise RuntimeError(
+                f"Attention: expected `{projection}` to give whole heads of {head_dim} features, got {x.size(-1)}"
+            )
+        return x.unflatten(-1, (heads, head_dim)).transpose(-3, -2)
+
+    def _check_heads(self, heads_q: int, heads_k: int, heads_v: int) -> None:
+        if heads_v != heads_k:
+            raise RuntimeError(
+                f"Attention: expected `v_proj` to give as many heads as `k_proj`, {heads_k}, got {heads_v}"
+            )
+        in_one_group = heads_k == 1 and heads_q * self.num_kv_heads <= self.num_heads
+        if heads_q * self.num_kv_heads != heads_k * self.num_heads and not in_one_group:
+            raise RuntimeError(
+                f"Attention: expected `q_proj` and `k_proj` to give {self.num_heads} and {self.num_kv_heads} heads, or "
+                f"the same share of both, got {heads_q} and {heads_k}: which key head a query head reads is not known"
+            )
+
+    def _per_head(self, name: str, parameter: Tensor, query: Tensor) -> Tensor:
+        """The parameter (num_heads, ...) of those heads that query (..., H, L, D) has."""
+        heads = query.size(-3)
+        if is_dtensor(query):
+            parameter = beside(parameter, query)
+        elif is_dtensor(parameter) or parameter.size(0) != heads:
+            parameter = share_of(parameter, getattr(self.q_proj, "weight", None))
+        if parameter.size(0) != heads:
+            raise RuntimeError(
+                f"Attention: expected `{name}` for the {heads} heads that `q_proj` gives, got {parameter.size(0)}: "
+                "which of them these are is known where `q_proj.weight`, or its output, is a DTensor sharded by heads"
+            )
+        return parameter
 
     def extra_repr(self) -> str:
         return (

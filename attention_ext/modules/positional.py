@@ -6,6 +6,8 @@ Each takes `offset`, the position of the first row, so that decoding against a c
 import torch
 from torch import Tensor, nn
 
+from attention_ext.ops.sharding import beside
+
 __all__ = ["LearnedPositions", "RotaryPositions", "SinusoidalPositions"]
 
 
@@ -124,4 +126,5 @@ def position_angles(like: Tensor, offset: int, length: int, features: int, base:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     positions = torch.arange(offset, offset + length, dtype=dtype, device=like.device)
     exponents = torch.arange(0, features, 2, dtype=dtype, device=like.device) / features
-    return positions.unsqueeze(1) * base**-exponents
+    angles = positions.unsqueeze(1) * base**-exponents
+    return angles if torch.jit.is_scripting() else beside(angles, like)

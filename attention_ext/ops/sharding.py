@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ops = torch.ops.attention_ext
 
@@ -44,6 +45,29 @@ def register() -> None:
         # All that is no tensor is part of the cache key: dropout_p decides the size of rng_state.
         propagator.op_to_schema_info[op] = RuntimeSchemaInfo(0, needs_pytree=True)
     _registered = True
+
+
+def is_dtensor(x: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def beside(x: Tensor, other: Tensor) -> Tensor:
+    """x, which every rank holds, as a DTensor if `other` is one."""
+    if is_dtensor(x) or not is_dtensor(other):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = other.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def share_of(x: Tensor, weight: Any) -> Tensor:
+    """This rank's part of x (heads, ...), where the rows of `weight` say how heads are sharded; else x itself."""
+    if not is_dtensor(weight) or not all(p.is_replicate() or p.is_shard(0) for p in weight.placements):
+        return x
+    full: Any = beside(x, weight)
+    return full.redistribute(weight.device_mesh, weight.placements).to_local()
 
 
 class _Rule:

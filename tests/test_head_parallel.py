@@ -1,0 +1,175 @@
+"""Attention by the heads that its projections give: pruned ones, and shards of tensor parallelism."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from attention_ext.modules import Attention, KVCache, RotaryPositions
+
+EMBED, HEADS, HEAD_DIM, WORLD = 24, 4, 6, 2
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2},
+    "one key head": {"num_kv_heads": 1},
+    "fixed alibi": {"alibi": "fixed", "is_causal": True},
+    "trained alibi": {"alibi": "trained", "num_kv_heads": 2},
+    "sinks": {"sinks": True},
+    "rotary": {"rotary": RotaryPositions(4), "is_causal": True},
+    "cosine": {"similarity": "cosine", "head_dim_v": 5},
+    "all": {
+        "num_kv_heads": 2, "window": (4, 0), "softcap": 2.0, "similarity": "cosine", "alibi": "trained", "sinks": True,
+        "rotary": RotaryPositions(4, interleaved=True), "is_causal": True,
+    },
+}  # fmt: skip
+
+
+def build(name: str) -> Attention:
+    torch.manual_seed(1)
+    module = Attention(EMBED, HEADS, head_dim=HEAD_DIM, dtype=torch.float64, **CASES[name])
+    for parameter in (module.log_temperature, module.sinks, module.slopes):
+        if parameter is not None:
+            nn.init.uniform_(parameter, 0.1, 1.0)
+    return module
+
+
+def part_of(module: Attention, heads: list[int], parameters: bool = True) -> Attention:
+    """The module with these query heads and the key heads that they read, by hand."""
+    part = copy.deepcopy(module)
+    group = module.num_heads // module.num_kv_heads
+    key_heads = sorted({head // group for head in heads})
+
+    def rows(chosen: list[int], size: int) -> Tensor:
+        return torch.cat([torch.arange(head * size, (head + 1) * size) for head in chosen])
+
+    with torch.no_grad():
+        for name, chosen, size in (
+            ("q_proj", heads, module.head_dim),
+            ("k_proj", key_heads, module.head_dim),
+            ("v_proj", key_heads, module.head_dim_v),
+        ):
+            projection = getattr(part, name)
+            projection.weight = nn.Parameter(projection.weight[rows(chosen, size)])
+            projection.bias = nn.Parameter(projection.bias[rows(chosen, size)])
+        part.out_proj.weight = nn.Parameter(part.out_proj.weight[:, rows(heads, module.head_dim_v)])
+        for name in ("log_temperature", "sinks", "slopes") if parameters else ():
+            if getattr(part, name) is not None:
+                setattr(part, name, nn.Parameter(getattr(part, name)[heads]))
+    return part
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "fixed alibi"])
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0, 1, 2, 3], []], [[0], [1], [2, 3]]], ids=str)
+def test_shares_add_up_to_the_whole(name: str, shares: list[list[int]]) -> None:
+    module = build(name)
+    x = torch.randn(2, 5, EMBED, dtype=torch.float64)
+    out, weights = module(x, need_weights=True, average_weights=False)
+    parts = [part_of(module, share)(x, need_weights=True, average_weights=False) for share in shares if share]
+    bias = (len(parts) - 1) * module.out_proj.bias
+    torch.testing.assert_close(torch.stack([part for part, _ in parts]).sum(0) - bias, out)
+    torch.testing.assert_close(torch.cat([part for _, part in parts], dim=1), weights)
+
+
+@torch.no_grad()
+def test_a_share_decodes_against_a_cache() -> None:
+    module = part_of(build("all"), [2, 3])
+    x, cache = torch.randn(2, 5, EMBED, dtype=torch.float64), KVCache(2)
+    parts = [module(step, cache=cache)[0] for step in x.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), module(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [("fixed alibi", "slopes"), ("trained alibi", "slopes"), ("sinks", "sinks"), ("cosine", "log_temperature")],
+)
+def test_parameters_of_other_heads_are_refused(name: str, parameter: str) -> None:
+    part = part_of(build(name), [0, 1], parameters=False)
+    with pytest.raises(RuntimeError, match=f"expected `{parameter}` for the 2 heads that `q_proj` gives, got 4: which"):
+        part(torch.randn(2, 5, EMBED, dtype=torch.float64))
+
+
+def widths(query: int, key: int, value: int, **options: Any) -> Attention:
+    module = Attention(EMBED, HEADS, **options)
+    for name, width in (("q_proj", query), ("k_proj", key), ("v_proj", value)):
+        setattr(module, name, nn.Linear(EMBED, width))
+    module.out_proj = nn.Linear(query, EMBED)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (widths(15, 12, 12), "expected `q_proj` to give whole heads of 6 features, got 15"),
+        (widths(12, 3, 12), "expected `k_proj` to give whole heads of 6 features, got 3"),
+        (widths(12, 12, 14, head_dim_v=3), "expected `v_proj` to give whole heads of 3 features, got 14"),
+        (widths(12, 12, 6), "expected `v_proj` to give as many heads as `k_proj`, 2, got 1"),
+        (widths(12, 24, 24), "to give 4 and 4 heads, or the same share of both, got 2 and 4: which key head"),
+        (widths(12, 12, 12, num_kv_heads=2), "to give 4 and 2 heads, or the same share of both, got 2 and 2"),
+        (widths(24, 6, 6, num_kv_heads=2), "to give 4 and 2 heads, or the same share of both, got 4 and 1"),
+        (widths(12, 0, 0), "got 2 and 0"),
+    ],
+)
+def test_widths_that_do_not_fit(module: Attention, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        module(torch.randn(2, 5, EMBED))
+
+
+def test_a_mean_over_a_part_of_the_heads_is_refused() -> None:
+    module = widths(12, 12, 12)
+    x = torch.randn(2, 5, EMBED)
+    with pytest.raises(RuntimeError, match="expected all 4 heads for the mean of their weights, got 2: pass average_w"):
+        module(x, need_weights=True)
+    module.num_heads = module.num_kv_heads = 2  # pruned: there are no others
+    weights = module(x, need_weights=True)[1]
+    assert weights is not None
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5))
+
+
+def results(module: Attention, x: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    out = module(x)[0]
+    grads = torch.autograd.grad(out.sin().sum(), [x, *module.parameters()])
+    return {"out": out, **dict(zip(["x", *(name for name, _ in module.named_parameters())], grads, strict=True))}
+
+
+def run(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(WORLD))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name, local in itertools.product(CASES, (True, False)):
+        shared_key = name == "one key head"  # which each rank computes, for its own query heads
+        if shared_key and not local:
+            continue
+        module, parallel = build(name), build(name)
+        x = torch.randn(2, 5, EMBED, dtype=torch.float64)
+        colwise = ["q_proj"] if shared_key else ["q_proj", "k_proj", "v_proj"]
+        plan: dict[str, Any] = {key: ColwiseParallel(use_local_output=local) for key in colwise}
+        parallelize_module(parallel, mesh, {**plan, "out_proj": RowwiseParallel()})
+        expected, actual = results(module, x), results(parallel, x)
+        for key in ("out",) if shared_key else expected:
+            ours: Any = actual[key]
+            ours = ours.full_tensor() if isinstance(ours, DTensor) else ours
+            torch.testing.assert_close(ours, expected[key], msg=f"{name}, local={local}: {key}")
+    dist.destroy_process_group()
+    # Without taking the interpreter down: Gloo's threads may still drop tensors then, and abort (pytorch issue 190489).
+    os._exit(0)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+def test_tensor_parallel_layers_compute_what_one_process_computes() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, args=(folder,), nprocs=WORLD)
