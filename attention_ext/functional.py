@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from attention_ext import script_forms
+from attention_ext.arguments import check_tensors, check_types, takes_over
 from attention_ext.folding import (
     Window,
     attention_op,
@@ -82,44 +84,65 @@ def attention(
         (float64 for float64), differentiable. A query that sees no key has output 0 and logsumexp ``-inf``.
 
     Raises:
-        RuntimeError: for a shape, dtype, device or number that does not fit; the message names the argument, what was
-            expected and what was received.
+        TypeError: for an argument of another type, as torch.
+        RuntimeError: for a shape, dtype, device or number that does not fit, and for nested tensors. Both messages name
+            the argument, what was expected and what was received.
 
     Source: "Attention Is All You Need" (arXiv:1706.03762); online softmax as in "FlashAttention" (arXiv:2205.14135).
     """
-    if scale is not None or type(softcap) is not float or type(dropout_p) is not float:
-        _refuse_tensors("attention", scale=scale, softcap=softcap, dropout_p=dropout_p)
-    if fits(query, key, value, enable_gqa):
-        # Every argument that is passed costs the dispatcher time, also a default: what has its default is not passed.
-        options: dict[str, Any] = {}
-        if attn_mask is not None:
-            options["attn_mask"] = fold_mask(attn_mask, [])
-        if dropout_p != 0.0:
-            options["dropout_p"] = dropout_p
-        if is_causal is not False:
-            options["is_causal"] = is_causal
-        if scale is not None:
-            options["scale"] = scale
-        if enable_gqa is not False:
-            options["enable_gqa"] = enable_gqa
-        if causal_alignment != "top_left":
-            options["causal_alignment"] = causal_alignment
-        if window is not None:
-            options["window_left"], options["window_right"] = window_sides(window)
-        if softcap != 0.0:
-            options["softcap"] = softcap
-        if alibi_slopes is not None:
-            options["alibi_slopes"] = alibi_slopes
-        if sinks is not None:
-            options["sinks"] = sinks
-        if key_lengths is not None:
-            options["key_lengths"] = key_lengths
-        out, logsumexp, _ = attention_op(query, key, value, **options)
-    else:
-        out, logsumexp, _ = attention_with_state(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths,
-        )  # fmt: skip
+    if has_torch_function_variadic(query, key, value, attn_mask, alibi_slopes, sinks, key_lengths):
+        tensors = (query, key, value, attn_mask, alibi_slopes, sinks, key_lengths)
+        if takes_over(*tensors):
+            return handle_torch_function(
+                attention, tensors, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+                sinks=sinks, key_lengths=key_lengths, return_logsumexp=return_logsumexp,
+            )  # fmt: skip
+    if (
+        (scale is not None and type(scale) is not float)
+        or type(softcap) is not float
+        or type(dropout_p) is not float
+        or (is_causal is not False and is_causal is not True)
+        or (enable_gqa is not False and enable_gqa is not True)
+    ):
+        check_types("attention", scale, softcap, dropout_p, is_causal, enable_gqa)
+    try:
+        if fits(query, key, value, enable_gqa):
+            # Every argument that is passed costs the dispatcher time: what has its default is not passed.
+            options: dict[str, Any] = {}
+            if attn_mask is not None:
+                options["attn_mask"] = fold_mask(attn_mask, [])
+            if dropout_p != 0.0:
+                options["dropout_p"] = dropout_p
+            if is_causal is not False:
+                options["is_causal"] = is_causal
+            if scale is not None:
+                options["scale"] = scale
+            if enable_gqa is not False:
+                options["enable_gqa"] = enable_gqa
+            if causal_alignment != "top_left":
+                options["causal_alignment"] = causal_alignment
+            if window is not None:
+                options["window_left"], options["window_right"] = window_sides(window)
+            if softcap != 0.0:
+                options["softcap"] = softcap
+            if alibi_slopes is not None:
+                options["alibi_slopes"] = alibi_slopes
+            if sinks is not None:
+                options["sinks"] = sinks
+            if key_lengths is not None:
+                options["key_lengths"] = key_lengths
+            out, logsumexp, _ = attention_op(query, key, value, **options)
+        else:
+            out, logsumexp, _ = attention_with_state(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths,
+            )  # fmt: skip
+    except (AttributeError, RuntimeError):
+        required = {"query": query, "key": key, "value": value}
+        optional = {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "key_lengths": key_lengths}
+        check_tensors("attention", required, optional)  # a better error, if it is due to these
+        raise
     return (out, logsumexp) if return_logsumexp else out
 
 
@@ -167,9 +190,17 @@ def attention_varlen(
 
     Source: the packed layout of FlashAttention's ``flash_attn_varlen_func``.
     """
-    _refuse_tensors("attention_varlen", scale=scale, softcap=softcap, dropout_p=dropout_p)
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        raise TypeError("attention_varlen: expected `cu_seqlens_q` and `cu_seqlens_k` to be Tensors (n + 1,), got None")
+    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask, alibi_slopes, sinks)
+    if has_torch_function_variadic(*tensors) and takes_over(*tensors):
+        return handle_torch_function(
+            attention_varlen, tensors, query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask=attn_mask,
+            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            return_logsumexp=return_logsumexp,
+        )  # fmt: skip
+    check_types("attention_varlen", scale, softcap, dropout_p, is_causal, enable_gqa)
+    required = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    check_tensors("attention_varlen", required, {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks})
     out, logsumexp, _ = varlen_with_state(
         query,
         key,
@@ -188,15 +219,6 @@ def attention_varlen(
         sinks,
     )
     return (out, logsumexp) if return_logsumexp else out
-
-
-def _refuse_tensors(function: str, **numbers: Any) -> None:
-    """The dispatcher would take a tensor of one element for a number, and its gradient would be lost."""
-    for name, number in numbers.items():
-        if isinstance(number, Tensor):
-            raise TypeError(
-                f"{function}: expected `{name}` to be a number, got a Tensor, for which there is no gradient"
-            )
 
 
 script_forms.register(attention, script_forms.attention, script_forms.attention_with_logsumexp)
@@ -246,7 +268,19 @@ def attention_weights(
         RuntimeError: as :func:`attention`; also where ``dropout_p > 0`` and ``rng_state`` is None.
     """
     if not torch.jit.is_scripting():
-        _refuse_tensors("attention_weights", scale=scale, softcap=softcap, dropout_p=dropout_p)
+        required = {"query": query, "key": key}
+        optional = {
+            "logsumexp": logsumexp, "attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks,
+            "key_lengths": key_lengths, "rng_state": rng_state,
+        }  # fmt: skip
+        tensors = (*required.values(), *optional.values())
+        if has_torch_function_variadic(*tensors) and takes_over(*tensors):
+            return handle_torch_function(
+                attention_weights, tensors, query, key, logsumexp, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, average_heads, rows, rng_state,
+            )  # fmt: skip
+        check_types("attention_weights", scale, softcap, dropout_p, is_causal, enable_gqa, average_heads=average_heads)
+        check_tensors("attention_weights", required, optional)
     if logsumexp is None:
         logsumexp = attention_with_state(
             query, key, key[..., :0], attn_mask, 0.0, is_causal, scale, enable_gqa,

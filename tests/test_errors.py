@@ -325,7 +325,7 @@ def test_python_objects_that_do_not_fit() -> None:
 
 def test_packing_cannot_be_left_out() -> None:
     packed, nothing = torch.randn(4, 2, 8), cast(Any, None)
-    with pytest.raises(TypeError, match="expected `cu_seqlens_q` and `cu_seqlens_k` to be Tensors"):
+    with pytest.raises(TypeError, match="expected `cu_seqlens_q` to be a Tensor, got NoneType"):
         attention_varlen(packed, packed, packed, nothing, nothing)
 
 

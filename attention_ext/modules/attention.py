@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention_ext.arguments import check_tensors
 from attention_ext.folding import Window, attention_with_state, window_sides
 from attention_ext.functional import attention_weights
 from attention_ext.modules.positional import RotaryPositions
@@ -248,6 +249,8 @@ class Attention(nn.Module):
         """
         key = query if key is None else key
         value = key if value is None else value
+        if query.is_nested or key.is_nested or value.is_nested:
+            check_tensors("Attention", {"query": query, "key": key, "value": value}, {})
         q = self._heads("q_proj", self.q_proj(query), self.head_dim)
         k = self._heads("k_proj", self.k_proj(key), self.head_dim)
         v = self._heads("v_proj", self.v_proj(value), self.head_dim_v)

@@ -1,0 +1,57 @@
+"""Judges Python arguments as torch judges those of its own functions: a wrong type is a TypeError that names it.
+
+The dispatcher would take some for others (a tensor of one element for a number, 1 for True), and of the rest say which
+C++ type they are not.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_types(
+    function: str, scale: Any, softcap: Any, dropout_p: Any, is_causal: Any, enable_gqa: Any, **flags: Any
+) -> None:
+    check_number(function, "scale", 1.0 if scale is None else scale)
+    check_number(function, "softcap", softcap)
+    check_number(function, "dropout_p", dropout_p)
+    for name, flag in {"is_causal": is_causal, "enable_gqa": enable_gqa, **flags}.items():
+        if not isinstance(flag, bool | torch.SymBool):
+            raise TypeError(f"{function}: expected `{name}` to be a bool, got {type(flag).__name__}")
+
+
+def check_number(function: str, name: str, number: Any) -> None:
+    if isinstance(number, Tensor):
+        raise TypeError(f"{function}: expected `{name}` to be a number, got a Tensor, for which there is no gradient")
+    if not isinstance(number, int | float | torch.SymInt | torch.SymFloat) and not _is_numpy_number(number):
+        raise TypeError(f"{function}: expected `{name}` to be a number, got {type(number).__name__}")
+    if isinstance(number, int) and number.bit_length() > 1024:
+        raise OverflowError(
+            f"{function}: expected `{name}` in the range of float, got an int of {number.bit_length()} bits"
+        )
+
+
+def _is_numpy_number(number: Any) -> bool:
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and isinstance(number, numpy.integer | numpy.floating | numpy.bool_)
+
+
+def check_tensors(function: str, required: dict[str, Any], optional: dict[str, Any]) -> None:
+    """Each is a Tensor that is not nested, or None where that stands for nothing."""
+    given = {name: x for name, x in optional.items() if x is not None}
+    for name, x in {**required, **given}.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{function}: expected `{name}` to be a Tensor, got {type(x).__name__}") from None
+        if x.is_nested:
+            raise RuntimeError(
+                f"{function}: expected `{name}` to be a dense tensor, got a nested tensor: pack its values as (total, "
+                "heads, head_dim) and pass them with its offsets to attention_varlen, or pad it "
+                "(torch.nested.to_padded_tensor) and pass the lengths as `key_lengths`"
+            ) from None
+
+
+def takes_over(*tensors: Any) -> bool:
+    """Whether one is no Tensor and yet answers for torch's functions, as what torch.fx traces with does."""
+    return any(not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__") for x in tensors)
