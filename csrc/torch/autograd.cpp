@@ -3,7 +3,7 @@
 //
 //   attention                    backward: attention_backward          forward mode: attention_jvp
 //   attention_backward           backward: attention_double_backward   forward mode: itself + attention_double_backward
-//   attention_jvp                backward: both of the above           forward mode: composed (composed_jvp.h)
+//   attention_jvp                backward: both of the above           forward mode: itself + composed (composed_jvp.h)
 //   attention_double_backward    along its tangents, in which it is linear, operators of the chain; else both raise
 //   attention_weights            composed, to any order (weights_derivative.h)
 //
@@ -230,26 +230,31 @@ struct JvpRule {
 ops::OutputTangents attention_jvp_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
                                            const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
                                            const ops::InputTangents& tangents, const AttentionOptions& options) {
-  const auto inputs = differentiable(query, key, value, options);
-  if (any_tangent(tangents_of(query, key, value, options))) {
-    return composed_jvp(query, key, value, out, logsumexp, rng_state, tangents, options);
-  }
   auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return ops::attention_jvp(query, key, value, out, logsumexp, rng_state, tangents, options);
   }();
   const auto& [out_tangent, logsumexp_tangent] = outputs;
-  const auto all = std::tuple_cat(inputs, tangents.fields());
+  const auto all = std::tuple_cat(differentiable(query, key, value, options), tangents.fields());
   if (any_requires_grad(all)) {
     record<JvpRule>({out_tangent, logsumexp_tangent}, edges_of(all), query, key, value, out, logsumexp, rng_state,
                     tangents, options);
   }
-  if (const auto moving = tangents_of(tangents); any_tangent(moving)) {  // linear in them
-    const auto [out_moves, logsumexp_moves] =
-        ops::attention_jvp(query, key, value, out, logsumexp, rng_state, moving, options);
-    set_tangent(out_tangent, out_moves);
-    set_tangent(logsumexp_tangent, logsumexp_moves);
+  const auto second = tangents_of(query, key, value, options), of_tangents = tangents_of(tangents);
+  const bool inputs_move = any_tangent(second), tangents_move = any_tangent(of_tangents);
+  if (!inputs_move && !tangents_move) return outputs;
+  const auto p_query = primal(query), p_key = primal(key), p_value = primal(value), p_out = primal(out),
+             p_logsumexp = primal(logsumexp);
+  const auto p_options = primal(options);
+  ops::OutputTangents linear, curved;  // outputs are linear in the tangents, and move with the inputs besides
+  if (tangents_move) {
+    linear = ops::attention_jvp(p_query, p_key, p_value, p_out, p_logsumexp, rng_state, of_tangents, p_options);
   }
+  if (inputs_move) {
+    curved = composed_jvp(p_query, p_key, p_value, p_out, p_logsumexp, rng_state, primal(tangents), second, p_options);
+  }
+  set_tangent(out_tangent, sum_of(std::get<0>(linear), std::get<0>(curved)));
+  set_tangent(logsumexp_tangent, sum_of(std::get<1>(linear), std::get<1>(curved)));
   return outputs;
 }
 

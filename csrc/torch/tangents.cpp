@@ -51,4 +51,8 @@ AttentionOptions primal(AttentionOptions options) {
   return options;
 }
 
+ops::InputTangents primal(const ops::InputTangents& tangents) {
+  return std::apply([](const auto&... tangent) { return ops::InputTangents{primal(tangent)...}; }, tangents.fields());
+}
+
 }  // namespace attention_ext

@@ -17,5 +17,6 @@ bool any_tangent(const ops::InputTangents& tangents);
 at::Tensor primal(const at::Tensor& tensor);
 std::optional<at::Tensor> primal(const std::optional<at::Tensor>& tensor);
 AttentionOptions primal(AttentionOptions options);
+ops::InputTangents primal(const ops::InputTangents& tangents);
 
 }  // namespace attention_ext

@@ -1,7 +1,6 @@
 #include "torch/weights_derivative.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "core/problem.h"
 #include "torch/checks.h"
@@ -90,8 +89,9 @@ Tensor WeightsCall::diagonal(const Tensor& q) const {
                              : q + (length_k() - length_q());
 }
 
-double WeightsCall::scale() const {
-  return options.scale.value_or(1.0 / std::sqrt(static_cast<double>(query.size(3))));
+c10::SymFloat WeightsCall::scale() const {
+  using c10::SymFloat;
+  return options.scale ? SymFloat(*options.scale) : SymFloat(1.0) / SymFloat(query.sym_size(3)).sqrt();
 }
 
 std::vector<RowBlock> WeightsCall::blocks() const {
@@ -129,8 +129,12 @@ Tensor WeightsCall::dot(const Tensor& q_rows, const Tensor& k) const {
   return ungrouped(at::matmul(grouped(q_rows), k.transpose(-2, -1)));
 }
 
+Tensor WeightsCall::softcap_tanh(const RowBlock& block) const {
+  return (dot(rows_of(query, block), key) * (scale() / options.softcap)).tanh();
+}
+
 Tensor WeightsCall::softcap_slope(const RowBlock& block) const {
-  const Tensor t = (dot(rows_of(query, block), key) * (scale() / options.softcap)).tanh();
+  const Tensor t = softcap_tanh(block);
   return 1 - t * t;
 }
 
@@ -141,21 +145,42 @@ Tensor WeightsCall::distance(const RowBlock& block) const {
   return (diagonal(q) - k).abs().to(query.scalar_type());
 }
 
+Tensor WeightsCall::dot_tangent(const RowBlock& block, const ops::InputTangents& tangents) const {
+  const auto dtype = query.scalar_type();
+  Tensor tangent;
+  if (tangents.query) add_to(tangent, dot(rows_of(tangents.query->to(dtype), block), key));
+  if (tangents.key) add_to(tangent, dot(rows_of(query, block), visible(tangents.key->to(dtype))));
+  return tangent.defined() ? tangent * scale() : tangent;
+}
+
 Tensor WeightsCall::score_tangent(const RowBlock& block, const ops::InputTangents& tangents) const {
   const auto dtype = query.scalar_type();
-  Tensor moved, score;
-  if (tangents.query) add_to(moved, dot(rows_of(tangents.query->to(dtype), block), key));
-  if (tangents.key) add_to(moved, dot(rows_of(query, block), visible(tangents.key->to(dtype))));
-  if (moved.defined()) {
-    score = moved * scale();
-    if (options.softcap > 0) score = score * softcap_slope(block);
-  }
+  Tensor score = dot_tangent(block, tangents);
+  if (score.defined() && options.softcap > 0) score = score * softcap_slope(block);
   if (tangents.attn_mask) {
     add_to(score, rows_of(tangents.attn_mask->to(dtype), block).expand_symint(score_sizes(block)));
   }
   if (tangents.alibi_slopes) {
     const Tensor slopes = tangents.alibi_slopes->to(dtype).unsqueeze(-1).unsqueeze(-1);
     add_to(score, (-slopes * distance(block)).expand_symint(score_sizes(block)));
+  }
+  return score;
+}
+
+Tensor WeightsCall::second_score_tangent(const RowBlock& block, const ops::InputTangents& first,
+                                         const ops::InputTangents& second) const {
+  const auto dtype = query.scalar_type();
+  Tensor score;
+  for (const auto& [q, k] : {std::tie(first.query, second.key), std::tie(second.query, first.key)}) {
+    if (q && k) add_to(score, dot(rows_of(q->to(dtype), block), visible(k->to(dtype))) * scale());
+  }
+  if (options.softcap <= 0) return score;
+  const Tensor dot_first = dot_tangent(block, first), dot_second = dot_tangent(block, second);
+  if (!score.defined() && !(dot_first.defined() && dot_second.defined())) return score;
+  const Tensor t = softcap_tanh(block), slope = 1 - t * t;
+  if (score.defined()) score = score * slope;
+  if (dot_first.defined() && dot_second.defined()) {
+    add_to(score, t * slope * dot_first * dot_second * (-2 / options.softcap));
   }
   return score;
 }

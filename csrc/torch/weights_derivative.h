@@ -29,19 +29,23 @@ class WeightsCall {
 
   c10::SymInt length_q() const { return query.sym_size(2); }
   c10::SymInt length_k() const { return key.sym_size(2); }
-  double scale() const;
+  c10::SymFloat scale() const;
   std::vector<RowBlock> blocks() const;
   std::vector<c10::SymInt> score_sizes(const RowBlock& block) const;
 
   // (B, H, rows, Lk) each
   at::Tensor prob(const RowBlock& block) const;
   at::Tensor dot(const at::Tensor& q_rows, const at::Tensor& k) const;
+  at::Tensor softcap_tanh(const RowBlock& block) const;
   at::Tensor softcap_slope(const RowBlock& block) const;
 
   at::Tensor distance(const RowBlock& block) const;  // |diagonal - k|: (1 or B, 1, rows, Lk)
 
-  // (B, H, rows, Lk), undefined where scores stand still
+  // (B, H, rows, Lk), undefined where zero: of scale * query . key, of the score, and the mixed second one of the score
+  at::Tensor dot_tangent(const RowBlock& block, const ops::InputTangents& tangents) const;
   at::Tensor score_tangent(const RowBlock& block, const ops::InputTangents& tangents) const;
+  at::Tensor second_score_tangent(const RowBlock& block, const ops::InputTangents& first,
+                                  const ops::InputTangents& second) const;
 
   at::Tensor diagonal(const at::Tensor& q) const;  // the key that q is aligned with
 
