@@ -286,22 +286,6 @@ class TestSavedTensors:
         assert inputs[0].shape in packed
         assert_same(torch.autograd.grad(value, inputs), expected)
 
-    @pytest.mark.parametrize("changed", [0, 1, 2, 3])
-    def test_changes_in_place_are_noticed(self, changed: int) -> None:
-        inputs = [x * 1 for x in tensors()]
-        value = loss(*inputs)
-        inputs[changed].detach().add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            value.backward()
-
-    def test_changing_the_output_is_noticed(self) -> None:
-        x = torch.randn(1, 2, 16, 8, requires_grad=True)
-        out = ops.attention(x, x, x)[0]
-        total = out.sum()
-        out.detach().add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            total.backward()
-
     def test_second_backward_needs_retain_graph(self) -> None:
         inputs = tensors()
         value = loss(*inputs)
