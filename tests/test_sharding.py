@@ -54,6 +54,15 @@ def weights_of(query: Any, key_lengths: Any) -> tuple[Any, Any]:
     return weights, torch.autograd.grad(weights.square().sum(), query)[0]
 
 
+def weights_gradients(inputs: dict[str, Any], average_heads: bool) -> tuple[Any, ...]:
+    """Of query, key, alibi_slopes and sinks."""
+    given = {name: x.detach().requires_grad_() for name, x in inputs.items() if name not in ("value", "attn_mask")}
+    weights = attention_ext.attention_weights(
+        **given, enable_gqa=True, average_heads=average_heads, softcap=2.0, causal_alignment="bottom_right"
+    )
+    return torch.autograd.grad(weights.square().sum(), list(given.values()))
+
+
 def run(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -79,6 +88,13 @@ def run(rank: int, folder: str) -> None:
         weights, moves = weights_of(inputs["query"], lengths)
         torch.testing.assert_close(weights.full_tensor(), expected_weights)
         torch.testing.assert_close(moves.full_tensor(), expected_moves)
+        per_batch = {name: torch.stack([x, -x]) for name, x in tensors().items() if name in ("alibi_slopes", "sinks")}
+        sharded = {name: distribute_tensor(x, mesh, [Shard(dim)]) for name, x in per_batch.items()}
+        for given, whole in ((inputs, tensors()), (inputs | sharded, tensors() | per_batch)):
+            for average_heads in (False, True):
+                theirs = weights_gradients(whole, average_heads)
+                for ours, expected_gradient in zip(weights_gradients(given, average_heads), theirs, strict=True):
+                    torch.testing.assert_close(ours.full_tensor(), expected_gradient)
         out, actual = gradients(inputs)
         torch.testing.assert_close(out.full_tensor(), expected_out)
         for ours, theirs in zip(actual, expected, strict=True):

@@ -67,8 +67,7 @@ WeightsCall::WeightsCall(const Tensor& query_, const Tensor& key_, const Tensor&
 
 Tensor WeightsCall::visible(const Tensor& keys) const {
   if (!options.key_lengths && !options.is_causal && !options.window_left && !options.window_right) return keys;
-  // Counted rather than made by arange, so that the keys of a DTensor have positions that are one too.
-  const Tensor k = at::ones_like(key.select(3, 0), at::kLong).cumsum(2).unsqueeze(3) - 1;
+  const Tensor k = positions(0, length_k()).unsqueeze(1);
   std::vector<Tensor> hidden;
   if (options.key_lengths) hidden.push_back(k >= options.key_lengths->view({-1, 1, 1, 1}));
   const auto end = [&](const SymInt& q, int64_t window) {
@@ -138,11 +137,14 @@ Tensor WeightsCall::softcap_slope(const RowBlock& block) const {
   return 1 - t * t;
 }
 
+// Counted, because arange makes a plain tensor where query is a DTensor.
+Tensor WeightsCall::positions(const SymInt& begin, const SymInt& size) const {
+  return query.new_ones_symint({size}, query.options().dtype(at::kLong)).cumsum(0) + (begin - 1);
+}
+
 Tensor WeightsCall::distance(const RowBlock& block) const {
-  const auto integers = query.options().dtype(at::kLong);
-  const Tensor q = at::arange(block.begin, block.begin + block.size, integers).unsqueeze(1);
-  const Tensor k = at::arange(length_k(), integers);
-  return (diagonal(q) - k).abs().to(query.scalar_type());
+  const Tensor q = positions(block.begin, block.size).unsqueeze(1);
+  return (diagonal(q) - positions(0, length_k())).abs().to(query.scalar_type());
 }
 
 Tensor WeightsCall::dot_tangent(const RowBlock& block, const ops::InputTangents& tangents) const {

@@ -39,6 +39,7 @@ class WeightsCall {
   at::Tensor softcap_tanh(const RowBlock& block) const;
   at::Tensor softcap_slope(const RowBlock& block) const;
 
+  at::Tensor positions(const c10::SymInt& begin, const c10::SymInt& size) const;  // begin, begin + 1, ...: (size,)
   at::Tensor distance(const RowBlock& block) const;  // |diagonal - k|: (1 or B, 1, rows, Lk)
 
   // (B, H, rows, Lk), undefined where zero: of scale * query . key, of the score, and the mixed second one of the score
