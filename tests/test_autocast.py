@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, func
+
+from attention_ext import attention_weights, reference
+from attention_ext.testing import Spec
+from attention_ext.testing.tolerance import baseline, compare_outputs
 
 ops = torch.ops.attention_ext
 
@@ -100,3 +107,41 @@ def test_second_derivatives(device: str, cast: torch.dtype) -> None:
         (second,) = torch.autograd.grad(gradient.square().sum(), k)
     assert second.dtype == torch.float32
     assert second.isfinite().all()
+
+
+def jvp_of_jvp(function: Callable[..., Any], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Any:
+    return func.jvp(lambda *x: func.jvp(function, x, along)[1], at, along)[1]
+
+
+def test_forward_over_forward_is_as_accurate_as_kernels(device: str, cast: torch.dtype) -> None:
+    sample = Spec("plain", lengths=(40, 70), head_dims=(32, 16), softcap=5.0).build(cast, device=device)
+    at = (sample.query, sample.key, sample.value)
+    along = tuple(x.roll(1, 2) for x in at)
+
+    def second(function: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
+        made = jvp_of_jvp(
+            lambda *x: function(*x, softcap=5.0)[:2], tuple(x.to(dtype) for x in at), tuple(x.to(dtype) for x in along)
+        )
+        return dict(zip(("out", "logsumexp"), made, strict=True))
+
+    with torch.autocast(device, dtype=cast):
+        actual = second(ops.attention, torch.float32)
+    assert actual["out"].dtype == cast
+    assert actual["logsumexp"].dtype == torch.float32
+    oracle, base = second(reference.attention, torch.float64), second(baseline, cast)
+    sizes = {name: x.abs() for name, x in oracle.items()}
+    for comparison in compare_outputs(sample, actual, oracle, base, sizes, sizes):
+        assert comparison.ratio <= 1, comparison.report
+
+
+@pytest.mark.parametrize("average_heads", [False, True])
+def test_forward_mode_of_weights_equals_a_cast_by_hand(device: str, cast: torch.dtype, average_heads: bool) -> None:
+    def weights(q: Tensor, k: Tensor) -> Tensor:
+        return attention_weights(q, k, softcap=2.0, average_heads=average_heads)
+
+    at = tuple(x.detach().to(cast).float() for x in tensors(device)[:2])
+    lowered = tuple(x.to(cast) for x in at)
+    with torch.autocast(device, dtype=cast):
+        once, twice = func.jvp(weights, at, at)[1], jvp_of_jvp(weights, at, at)
+    assert torch.equal(once, func.jvp(weights, lowered, lowered)[1])
+    assert torch.equal(twice, jvp_of_jvp(weights, lowered, lowered))

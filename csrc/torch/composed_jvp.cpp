@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "torch/own_precision.h"
 #include "torch/weights_derivative.h"
 
 namespace attention_ext {
@@ -14,6 +15,7 @@ ops::OutputTangents composed_jvp(const Tensor& query, const Tensor& key, const T
   TORCH_CHECK_NOT_IMPLEMENTED(!options.cu_seqlens_q,
                               "attention_jvp: forward mode over forward mode is not implemented with cu_seqlens_q");
   if (TORCH_GUARD_OR_FALSE(logsumexp.sym_numel().sym_eq(0))) return {at::zeros_like(out), at::zeros_like(logsumexp)};
+  const OwnPrecision guard(query.device().type());
   const WeightsCall call(query, key, logsumexp, rng_state, options, /*average_heads=*/false, std::nullopt,
                          std::nullopt);
   const auto dtype = call.query.scalar_type();

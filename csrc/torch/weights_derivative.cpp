@@ -4,6 +4,7 @@
 
 #include "core/problem.h"
 #include "torch/checks.h"
+#include "torch/own_precision.h"
 
 namespace attention_ext {
 
@@ -188,6 +189,7 @@ Tensor WeightsCall::second_score_tangent(const RowBlock& block, const ops::Input
 }
 
 std::vector<Tensor> weights_gradients(const WeightsCall& call, const Tensor& grad, const std::vector<bool>& wanted) {
+  const OwnPrecision guard(call.query.device().type());
   const auto& mask = call.options.attn_mask;
   const auto& slopes = call.options.alibi_slopes;
   if (is_empty(call)) {
@@ -230,6 +232,7 @@ std::vector<Tensor> weights_gradients(const WeightsCall& call, const Tensor& gra
 }
 
 Tensor weights_tangent(const WeightsCall& call, const ops::InputTangents& tangents, const Tensor& logsumexp_tangent) {
+  const OwnPrecision guard(call.query.device().type());
   if (is_empty(call)) {
     std::vector<SymInt> sizes = call.score_sizes({call.row_begin, call.row_end - call.row_begin});
     if (call.average_heads) sizes.erase(sizes.begin() + 1);
