@@ -71,6 +71,7 @@ def attention(
         causal_alignment: where the diagonal that causal, window and ALiBi refer to lies: ``"top_left"``, query i at
             key i, or ``"bottom_right"``, the last query at the last key (decoding against a cache).
         window: ``(left, right)``: keys from ``diagonal - left`` to ``diagonal + right``; None on a side: no limit.
+            Sides that depend on a length stay symbolic in a traced graph.
         softcap: c > 0 bends a score to ``c * tanh(score / c)``; 0 leaves it.
         alibi_slopes: ``(Hq,)`` or ``(B, Hq)``: adds ``-slope * |diagonal - k|`` to the score; differentiable.
         sinks: ``(Hq,)`` or ``(B, Hq)``: one more logit per head in the normaliser, without a value; differentiable.

@@ -100,7 +100,7 @@ def test_jvp_of_jvp(given: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, average", [("MultiheadAttention", False), ("MultiheadAttention", True), ("Attention", True)]
+    ("kind", "average"), [("MultiheadAttention", False), ("MultiheadAttention", True), ("Attention", True)]
 )
 def test_a_loss_on_the_weights_of_a_module(kind: str, average: bool) -> None:
     if kind == "MultiheadAttention":
@@ -116,6 +116,30 @@ def test_a_loss_on_the_weights_of_a_module(kind: str, average: bool) -> None:
         return (torch.randn(2, length, 12, dtype=torch.float64, requires_grad=True),)
 
     assert_one_graph(function, make)
+
+
+def within_half(q: Tensor, k: Tensor) -> Tensor:
+    """A window whose sides depend on lengths, in attention and in its weights."""
+    options: dict[str, Any] = {"enable_gqa": True, "window": (q.shape[-2] // 2, k.shape[-2] // 3)}
+    out = attention_ext.attention(q, k, k, **options)
+    return out.square().sum() + attention_weights(q, k, **options).square().sum()
+
+
+def test_a_window_that_depends_on_the_length() -> None:
+    assert_one_graph(within_half, lambda length: inputs(length, requires_grad=True)[:2])
+
+
+class WithinHalf(nn.Module):
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return within_half(q, k)
+
+
+def test_export_of_a_window_that_depends_on_the_length() -> None:
+    shapes = {"q": {2: torch.export.Dim("queries", min=2)}, "k": {2: torch.export.Dim("keys", min=2)}}
+    program = torch.export.export(WithinHalf(), inputs(5)[:2], dynamic_shapes=shapes)
+    for length in LENGTHS:
+        given = inputs(length)[:2]
+        torch.testing.assert_close(program.module()(*given), within_half(*given), rtol=1e-8, atol=1e-10)
 
 
 class Moves(nn.Module):

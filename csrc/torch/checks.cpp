@@ -63,6 +63,12 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, std::in
   }
 }
 
+void check_window(const char* op, const char* name, const std::optional<SymInt>& window) {
+  if (window) {
+    TORCH_SYM_CHECK(window->sym_ge(0), op, ": expected `", name, "` to be at least 0 or None, got ", *window);
+  }
+}
+
 void check_numbers(const char* op, const AttentionOptions& options) {
   TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p <= 1, op, ": expected `dropout_p` to be in [0, 1], got ",
               options.dropout_p);
@@ -70,10 +76,8 @@ void check_numbers(const char* op, const AttentionOptions& options) {
               *options.scale);
   TORCH_CHECK(options.softcap == 0 || (options.softcap >= kLeastSoftcap && std::isfinite(options.softcap)), op,
               ": expected `softcap` to be 0 (none), or finite and at least ", kLeastSoftcap, ", got ", options.softcap);
-  TORCH_CHECK(!options.window_left || *options.window_left >= 0, op,
-              ": expected `window_left` to be at least 0 or None, got ", *options.window_left);
-  TORCH_CHECK(!options.window_right || *options.window_right >= 0, op,
-              ": expected `window_right` to be at least 0 or None, got ", *options.window_right);
+  check_window(op, "window_left", options.window_left);
+  check_window(op, "window_right", options.window_right);
   TORCH_CHECK(is_bottom_right(options) || options.causal_alignment == "top_left", op,
               ": expected `causal_alignment` to be \"top_left\" or \"bottom_right\", got \"", options.causal_alignment,
               "\"");

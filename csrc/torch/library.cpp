@@ -17,7 +17,7 @@ namespace {
 
 const std::string kOptions =
     "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, bool enable_gqa=False, "
-    "str causal_alignment=\"top_left\", int? window_left=None, int? window_right=None, float softcap=0.0, "
+    "str causal_alignment=\"top_left\", SymInt? window_left=None, SymInt? window_right=None, float softcap=0.0, "
     "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "
     "Tensor? cu_seqlens_k=None";
 

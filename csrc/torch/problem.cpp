@@ -27,6 +27,10 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
+int64_t window_side(const std::optional<c10::SymInt>& window) {
+  return window ? std::min(window->expect_int(), kUnlimited) : kUnlimited;
+}
+
 const Tensor& keep_as(at::ScalarType dtype, const Tensor& tensor, Converted& converted) {
   return converted.emplace_back(tensor.to(dtype).contiguous());
 }
@@ -148,8 +152,8 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
 
   problem.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
   problem.softcap = options.softcap < kBendsNothing ? options.softcap : 0;
-  problem.window_left = std::min(options.window_left.value_or(kUnlimited), kUnlimited);
-  problem.window_right = std::min(options.window_right.value_or(kUnlimited), kUnlimited);
+  problem.window_left = window_side(options.window_left);
+  problem.window_right = window_side(options.window_right);
   if (options.is_causal) problem.window_right = 0;
   problem.bottom_right = is_bottom_right(options);
 

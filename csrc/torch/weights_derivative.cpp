@@ -71,13 +71,13 @@ Tensor WeightsCall::visible(const Tensor& keys) const {
   const Tensor k = positions(0, length_k()).unsqueeze(1);
   std::vector<Tensor> hidden;
   if (options.key_lengths) hidden.push_back(k >= options.key_lengths->view({-1, 1, 1, 1}));
-  const auto end = [&](const SymInt& q, int64_t window) {
-    return diagonal(at::scalar_tensor(q, k.options())) + std::clamp(window, -kUnlimited, kUnlimited);
-  };
-  if (options.is_causal || options.window_right) {
-    hidden.push_back(k > end(length_q() - 1, options.is_causal ? 0 : *options.window_right));
+  const auto end = [&](const SymInt& q) { return diagonal(at::scalar_tensor(q, k.options())); };
+  if (options.is_causal) {
+    hidden.push_back(k > end(length_q() - 1));
+  } else if (options.window_right) {
+    hidden.push_back(k > end(length_q() - 1) + options.window_right->min(kUnlimited));
   }
-  if (options.window_left) hidden.push_back(k < end(0, -*options.window_left));
+  if (options.window_left) hidden.push_back(k < end(0) - options.window_left->min(kUnlimited));
   Tensor shown = keys;
   for (const Tensor& some : hidden) shown = shown.masked_fill(some, 0);
   return shown;

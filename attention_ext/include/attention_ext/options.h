@@ -15,14 +15,14 @@ struct AttentionOptions {
   std::optional<at::Tensor> attn_mask;  // broadcast to (batch, heads, seqlen_q, seqlen_k); bool (true: attend) or added
   double dropout_p = 0.0;
   bool is_causal = false;
-  std::optional<double> scale;                       // none: 1 / sqrt(head_dim)
-  bool enable_gqa = false;                           // allows heads to be a multiple of kv_heads
-  std::string_view causal_alignment = "top_left";    // or "bottom_right": the corner that the diagonal goes through
-  std::optional<int64_t> window_left, window_right;  // keys from diagonal - left to diagonal + right
-  double softcap = 0.0;                              // 0: none
-  std::optional<at::Tensor> alibi_slopes;            // (heads,) or (batch, heads)
-  std::optional<at::Tensor> sinks;                   // (heads,) or (batch, heads): a logit that joins the normaliser
-  std::optional<at::Tensor> key_lengths;             // (batch,)
+  std::optional<double> scale;                           // none: 1 / sqrt(head_dim)
+  bool enable_gqa = false;                               // allows heads to be a multiple of kv_heads
+  std::string_view causal_alignment = "top_left";        // or "bottom_right": the corner that the diagonal goes through
+  std::optional<c10::SymInt> window_left, window_right;  // keys from diagonal - left to diagonal + right
+  double softcap = 0.0;                                  // 0: none
+  std::optional<at::Tensor> alibi_slopes;                // (heads,) or (batch, heads)
+  std::optional<at::Tensor> sinks;        // (heads,) or (batch, heads): a logit that joins the normaliser
+  std::optional<at::Tensor> key_lengths;  // (batch,)
   std::optional<at::Tensor> cu_seqlens_q, cu_seqlens_k;  // (sequences + 1,), with batch 1 and sequences packed
 
   auto fields() const {
