@@ -114,8 +114,9 @@ class TestCompile:
         torch.manual_seed(1)
         first = compiled(x)
         torch.manual_seed(1)
-        assert torch.equal(first, ops.attention(x, x, x, None, 0.5)[0])
-        assert torch.autograd.grad(first.sum(), x)[0].isfinite().all()
+        eager = ops.attention(x, x, x, None, 0.5)[0]
+        assert torch.equal(first, eager)
+        assert torch.equal(torch.autograd.grad(first.sin().sum(), x)[0], torch.autograd.grad(eager.sin().sum(), x)[0])
 
     def test_weights(self) -> None:
         q, k = (x.detach().requires_grad_() for x in tensors()[:2])
@@ -309,7 +310,8 @@ class TestSavedTensors:
 
         inputs = tensors()
         value = loss(*inputs)
+        serial = torch.autograd.grad(value, inputs, retain_graph=True)
         with ThreadPoolExecutor(4) as pool:
             results = list(pool.map(lambda _: torch.autograd.grad(value, inputs, retain_graph=True), range(16)))
         for gradients in results:
-            assert all(torch.equal(a, b) for a, b in zip(gradients, results[0], strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(gradients, serial, strict=True))

@@ -116,7 +116,8 @@ def test_weights_of_peaked_rows_sum_to_one(name: str, scale: float, dtype: torch
 
 
 def assert_weights_sum_to_one(sample: Sample) -> None:
-    eps = 64 * torch.finfo(sample.query.dtype).eps
+    eps = torch.finfo(sample.query.dtype).eps
+    eps *= 2 if eps > 1e-4 else 64  # 16-bit results are rounded once, wider ones gather what summing them rounds
     sums = all_outputs(sample)["weights"].double().sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=eps, atol=eps)
     ones = sample.replace(value=torch.ones_like(sample.value), grad_out=torch.ones_like(sample.grad_out))

@@ -195,7 +195,7 @@ def check_second_order(sample: Sample) -> None:
     for name, moved in jvp(without_keep(sample), tangents, operator).items():
         assert name not in actual or torch.equal(actual[name], moved), f"{name} of jvp and of double backward differ"
     without_out = double_backward(without_keep(sample), tangents, operator, grads_move=False)
-    failed = [x.report for x in compare_second_order(sample, tangents, actual, without_out) if x.ratio > 1]
+    failed = [x.report for x in compare_second_order(sample, tangents, actual, without_out) if not x.ratio <= 1]
     assert not failed, f"{sample.name}, {sample.query.dtype}:\n" + "\n".join(failed)
 
 
@@ -250,7 +250,10 @@ def check_weights(sample: Sample, average_heads: bool, force: Callable[[], None]
     expected = expected[:, :, rows.get("row_begin", 0) :]
     eps = max(torch.finfo(sample.query.dtype).eps, 1e-13)
     torch.testing.assert_close(
-        weights.double(), expected.mean(1) if average_heads else expected, rtol=50 * eps, atol=eps
+        weights.double(),
+        expected.mean(1) if average_heads else expected,
+        rtol=(4 if eps > 1e-4 else 50) * eps,
+        atol=eps,
     )
 
 

@@ -30,7 +30,7 @@ def expected_of(sample: Sample) -> Tensor:
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     """Weights are at most 1 (over 1 - p): rounding of the score counts most."""
     eps = torch.finfo(actual.dtype).eps
-    torch.testing.assert_close(actual.double(), expected, rtol=4 * eps if eps > 1e-3 else 200 * eps, atol=eps)
+    torch.testing.assert_close(actual.double(), expected, rtol=4 * eps if eps > 1e-4 else 200 * eps, atol=eps)
 
 
 @pytest.mark.every_isa
