@@ -60,6 +60,7 @@ def operator_sources() -> list[str]:
     isa = [f"csrc/cpu/isa/{name}.cpp" for name in INSTRUCTION_SETS[machine]]
     files = sources("csrc/cpu/*.cpp", *isa, "csrc/torch/*.cpp")
     if CUDA:
+        files.remove("csrc/torch/no_cuda.cpp")
         return files + sources("csrc/gpu/*.cpp", "csrc/gpu/units/*.cu")
     return [file for file in files if file not in sources("csrc/torch/cuda*.cpp")]
 

@@ -79,3 +79,13 @@ def test_old_pickles_are_replaced(options: dict[str, Any]) -> None:
     half = copy.deepcopy(old).half()
     assert half(*(x.half(),) * 3)[0].dtype == torch.float16
     assert half.to("meta")(*(x.half().to("meta"),) * 3)[0].is_meta
+
+
+@pytest.mark.skipif(bool(_C.build_info()["cuda"]), reason="attention_ext was built with CUDA")
+def test_cuda_tensors_without_cuda() -> None:
+    x = torch.randn(1, 1, 2, 4)
+    key_set = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(
+        NotImplementedError, match="expected CPU tensors, got CUDA tensors: .* built without CUDA; .*pip"
+    ):
+        torch.ops.attention_ext.attention.default.redispatch(key_set, x, x, x)
