@@ -6,6 +6,8 @@ Everything here runs in TorchScript as well as in eager mode: list arithmetic, n
 import torch
 from torch import Tensor
 
+from attention_ext.ops.dropout import draw_rng_state
+
 attention_op = torch.ops.attention_ext.attention
 attention_weights_op = torch.ops.attention_ext.attention_weights
 
@@ -155,6 +157,13 @@ def unfold(x: Tensor, batch: list[int], rank: int) -> Tensor:
     return x.reshape(shape[len(shape) - rank :])
 
 
+def rng_state_in_scripts(query: Tensor, dropout_p: float) -> Tensor | None:
+    """TorchScript merges equal calls of an operator that is not torch's own: there a draw of its own comes before."""
+    if dropout_p > 0 and (torch.jit.is_scripting() or torch.jit.is_tracing()):
+        return draw_rng_state(query)
+    return None
+
+
 def attention_with_state(
     query: Tensor,
     key: Tensor,
@@ -195,6 +204,7 @@ def attention_with_state(
         alibi_slopes,
         sinks,
         key_lengths,
+        rng_state=rng_state_in_scripts(query, dropout_p),
     )
     if rank > 0:
         out, logsumexp = unfold(out, batch, rank), unfold(logsumexp, batch, rank - 1)
@@ -238,6 +248,7 @@ def varlen_with_state(
         None,
         cu_seqlens_q,
         cu_seqlens_k,
+        rng_state_in_scripts(query, dropout_p),
     )
     return out.squeeze(0).transpose(0, 1), logsumexp.squeeze(0), rng_state
 

@@ -23,6 +23,7 @@ from attention_ext.folding import (
     fold,
     fold_mask,
     fold_options,
+    rng_state_in_scripts,
     unfold,
     varlen_with_state,
     window_sides,
@@ -115,6 +116,7 @@ def attention(
                 options["attn_mask"] = fold_mask(attn_mask, [])
             if dropout_p != 0.0:
                 options["dropout_p"] = dropout_p
+                options["rng_state"] = rng_state_in_scripts(query, dropout_p)
             if is_causal is not False:
                 options["is_causal"] = is_causal
             if scale is not None:
@@ -256,7 +258,7 @@ def attention_weights(
         logsumexp: ``(B, Hq, L)``, from :func:`attention` with ``return_logsumexp``. None: it is computed, in a second
             pass over the scores.
         dropout_p: with ``rng_state``, the dropout of the call that made it: kept weights are scaled by
-            ``1 / (1 - dropout_p)``, dropped ones are 0.
+            ``1 / (1 - dropout_p)``, dropout_p rounded to a multiple of 2^-16, dropped ones are 0.
         average_heads: the mean over heads instead of one matrix per head, without an array per head.
         rows: ``(begin, end)``: only the queries of this range.
         rng_state: third output of ``torch.ops.attention_ext.attention``, needed where ``dropout_p > 0``.

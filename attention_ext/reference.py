@@ -198,9 +198,10 @@ def _dense(
     weights = part / total
     kept_scale = 1.0
     if dropout_p > 0:
-        keep = torch.rand_like(weights) >= dropout_p if keep is None else keep
+        threshold = _dropout_threshold(dropout_p)
+        keep = torch.randint_like(weights, _NUMBERS) >= threshold if keep is None else keep
         weights = weights.masked_fill(~keep, 0)
-        kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+        kept_scale = _NUMBERS / (_NUMBERS - threshold) if threshold < _NUMBERS else 0.0
     # Values are scaled, not weights: equal terms that are all rounded alike do not average out in a sum.
     return Result((weights @ (value * kept_scale)).to(dtype), logsumexp, (weights * kept_scale).to(dtype))
 
@@ -254,6 +255,7 @@ def _four_dims(x: Tensor) -> Tensor:
 
 
 _WORD = 0xFFFFFFFF
+_NUMBERS = 1 << 16  # that dropout draws from
 
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -300,4 +302,9 @@ def dropout_keep(rng_state: Tensor, shape: Sequence[int], dropout_p: float) -> T
     words = torch.stack(philox((seed & _WORD, (seed >> 32) & _WORD), counter), -1)
     word = words.gather(-1, ((k & 7) >> 1)[:, None].expand(*words.shape[:-1], 1)).squeeze(-1)
     number = (word >> (16 * (k & 1))) & 0xFFFF
-    return (number >= math.floor(dropout_p * 65536 + 0.5)).to(rng_state.device)
+    return (number >= _dropout_threshold(dropout_p)).to(rng_state.device)
+
+
+def _dropout_threshold(dropout_p: float) -> int:
+    """How many of the 2^16 numbers drop a weight: dropout_p rounded, and all of them for dropout_p = 1 alone."""
+    return _NUMBERS if dropout_p == 1 else min(math.floor(dropout_p * _NUMBERS + 0.5), _NUMBERS - 1)

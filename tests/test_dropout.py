@@ -94,6 +94,16 @@ def test_same_bits_for_every_dtype_and_thread_count(device: str, threads: Callab
         assert torch.equal(bits_of(sample_of((130, 200), torch.float32, device))[0], expected)
 
 
+@pytest.mark.parametrize("p", [0.1, 0.999, 1 - 2**-16, 1 - 1e-9, 1e-9, 1.0])
+def test_factor_belongs_to_the_rounded_probability(p: float, device: str) -> None:
+    """The weights of one query and one key are 1 before dropout, so out is the factor, or 0."""
+    ones = torch.ones(1 << 10, 1 << 8, 1, 1, device=device, dtype=torch.float64)
+    factors = set(operator(ones, ones, ones, dropout_p=p)[0].unique().tolist())
+    threshold = 65536 if p == 1 else min(round(p * 65536), 65535)
+    assert factors <= {0.0, 65536 / (65536 - threshold) if p < 1 else 0.0}
+    assert p in (1 - 2**-16, 1 - 1e-9, 1.0) or len(factors - {0.0}) == 1
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.75, 1 / 65536, 1e-9, 0.999])
 def test_rate(p: float, device: str) -> None:
     kept = bits_of(sample_of((256, 1024), torch.float32, device, p))[0].double()

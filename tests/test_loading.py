@@ -86,6 +86,6 @@ def test_cuda_tensors_without_cuda() -> None:
     x = torch.randn(1, 1, 2, 4)
     key_set = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(
-        NotImplementedError, match="expected CPU tensors, got CUDA tensors: .* built without CUDA; .*pip"
+        NotImplementedError, match=r"expected CPU tensors, got CUDA tensors: .* built without CUDA; .*pip"
     ):
         torch.ops.attention_ext.attention.default.redispatch(key_set, x, x, x)

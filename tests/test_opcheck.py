@@ -31,6 +31,13 @@ def check(op: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+def built(spec: Spec, dtype: torch.dtype, device: str) -> Sample:
+    """All inputs and incoming gradients require gradients: opcheck compares no others, and looks at no other rules."""
+    sample = spec.build(dtype, device=device).requiring()
+    given = {name: getattr(sample, name) for name in ("grad_out", "grad_logsumexp")}
+    return sample.replace(**{name: None if x is None else x.detach().requires_grad_() for name, x in given.items()})
+
+
 def forward_of(sample: Sample) -> tuple[torch.Tensor, ...]:
     return tuple(x.detach() for x in sample.call(operator))
 
@@ -58,7 +65,7 @@ def test_attention_with_some_gradients(wanted: tuple[str, ...], device: str) -> 
 @pytest.mark.parametrize("output_mask", [[True] * 6, [True, False, True, False, False, True], [False] * 6])
 @pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
 def test_attention_backward(spec: Spec, output_mask: list[bool], device: str) -> None:
-    sample = spec.build(torch.float32, device=device)
+    sample = built(spec, torch.float32, device)
     arguments = (sample.grad_out, sample.grad_logsumexp, sample.query, sample.key, sample.value, *forward_of(sample))
     options = {**operator_options(sample.options), "output_mask": output_mask}
     check(OPERATORS.attention_backward.default, arguments, options)
@@ -66,19 +73,19 @@ def test_attention_backward(spec: Spec, output_mask: list[bool], device: str) ->
 
 @pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
 def test_attention_backward_of_every_dtype(spec: Spec, dtype: torch.dtype, device: str) -> None:
-    sample = spec.build(dtype, device=device)
+    sample = built(spec, dtype, device)
     arguments = (sample.grad_out, None, sample.query, sample.key, sample.value, *forward_of(sample))
     check(OPERATORS.attention_backward.default, arguments, operator_options(sample.options))
 
 
 def tangents_by_name(sample: Sample) -> dict[str, torch.Tensor | None]:
-    tangents = tangents_of(sample)
+    tangents = {name: x.requires_grad_() for name, x in tangents_of(sample).items()}
     return {f"{name}_tangent": tangents.get(name) for name in DIFFERENTIABLE}
 
 
 @pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
 def test_attention_jvp(spec: Spec, dtype: torch.dtype, device: str) -> None:
-    sample = spec.build(dtype, device=device)
+    sample = built(spec, dtype, device)
     out, logsumexp, rng_state = forward_of(sample)
     options = {**tangents_by_name(sample), **operator_options(sample.options)}
     check(OPERATORS.attention_jvp.default, (sample.query, sample.key, sample.value, out, logsumexp, rng_state), options)
@@ -91,7 +98,7 @@ def test_attention_jvp(spec: Spec, dtype: torch.dtype, device: str) -> None:
 def test_attention_double_backward(
     spec: Spec, output_mask: list[bool], compute_out_tangent: bool, dtype: torch.dtype, device: str
 ) -> None:
-    sample = spec.build(dtype, device=device)
+    sample = spec.build(dtype, device=device)  # with respect to the others it would be a third derivative
     arguments = (sample.grad_out, sample.grad_logsumexp, sample.query, sample.key, sample.value, *forward_of(sample))
     tangents = tuple(tangents_by_name(sample).values())
     options = {
@@ -114,6 +121,6 @@ WEIGHTS = [pytest.param(x, {}, id=x.name) for x in CASES if not x.varlen] + [
 def test_attention_weights(spec: Spec, more: dict[str, Any], device: str) -> None:
     sample = spec.build(torch.float32, device=device)
     _, logsumexp, rng_state = forward_of(sample)
-    sample = sample.requiring()
+    sample, logsumexp = sample.requiring(), logsumexp.requires_grad_()
     options = {**operator_options(sample.options), **more}
     check(OPERATORS.attention_weights.default, (sample.query, sample.key, logsumexp, rng_state), options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,87 @@ def test_saved_to_memory() -> None:
     file.seek(0)
     x = torch.randn(3, 2, 8)
     torch.testing.assert_close(torch.jit.load(file)(x, x, x), module(x, x, x))
+
+
+class Twice(nn.Module):
+    """Two views of one input, by dropout where there is some."""
+
+    def __init__(self, dropout_p: float) -> None:
+        super().__init__()
+        self.dropout_p = dropout_p
+        self.slopes = nn.Parameter(torch.rand(3, dtype=double))
+
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        first = attention_ext.attention(query, query, query, None, self.dropout_p, alibi_slopes=self.slopes)
+        second = attention_ext.attention(query, query, query, None, self.dropout_p, alibi_slopes=self.slopes)
+        return first, second
+
+
+class TwicePacked(Twice):
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        packed = query.flatten(0, -3).transpose(0, 1)
+        ends = torch.tensor([0, 2, 5])
+        first = attention_ext.attention_varlen(packed, packed, packed, ends, ends, dropout_p=self.dropout_p)
+        second = attention_ext.attention_varlen(packed, packed, packed, ends, ends, dropout_p=self.dropout_p)
+        return first, second
+
+
+def traced(module: nn.Module) -> torch.jit.ScriptModule:
+    return torch.jit.trace(module, torch.randn(2, 3, 5, 4, dtype=double), check_trace=False)
+
+
+FORMS: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "script": torch.jit.script,
+    "trace": traced,
+    "freeze": lambda module: torch.jit.freeze(torch.jit.script(module.eval())),
+    "freeze_trace": lambda module: torch.jit.freeze(traced(module.eval())),
+    "optimize_for_inference": lambda module: torch.jit.optimize_for_inference(torch.jit.script(module.eval())),
+}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [Twice, TwicePacked])
+def test_every_form_gives_what_the_module_gives(kind: type[Twice], form: str, dropout_p: float) -> None:
+    module, query = kind(dropout_p), torch.randn(2, 3, 5, 4, dtype=double)
+    graph = FORMS[form](module)
+    for _ in range(3):  # the second call is optimised by what the first has shown
+        torch.manual_seed(0)
+        actual = graph(query)
+        torch.manual_seed(0)
+        expected = module(query)
+        torch.testing.assert_close(actual, expected)
+        assert torch.equal(*actual) == (dropout_p == 0)
+
+
+def inner_gradient(query: Tensor, dropout_p: float) -> Tensor:
+    out = attention_ext.attention(query, query, query, dropout_p=dropout_p, softcap=2.0)
+    gradient = torch.autograd.grad([out.square().sum()], [query], create_graph=True)[0]
+    assert gradient is not None
+    return gradient
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_gradients_inside_a_script(dropout_p: float) -> None:
+    query = torch.randn(2, 3, 5, 4, dtype=double, requires_grad=True)
+    scripted = torch.jit.script(inner_gradient)
+    for _ in range(3):
+        both = []
+        for function in (scripted, inner_gradient):
+            torch.manual_seed(0)
+            gradient = function(query, dropout_p)
+            both.append((gradient, torch.autograd.grad(gradient.square().sum(), query)[0]))
+        torch.testing.assert_close(*both)
+
+
+def test_a_frozen_draw_is_no_constant() -> None:
+    class OfParameters(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(2, 3, 5, 4))
+
+        def forward(self) -> Tensor:
+            return attention_ext.attention(self.query, self.query, self.query, dropout_p=0.5)
+
+    frozen = torch.jit.freeze(torch.jit.script(OfParameters().eval()))
+    assert not torch.equal(frozen(), frozen())

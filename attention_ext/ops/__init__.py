@@ -7,8 +7,9 @@ from attention_ext.ops import library
 
 library.load()
 
-from attention_ext.ops import flops, sharding, vmap  # noqa: E402
+from attention_ext.ops import dropout, flops, sharding, vmap  # noqa: E402
 
+dropout.register()
 flops.register()
 vmap.register()
 sharding.register_if_imported()

@@ -12,14 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from attention_ext.ops.schema import argument
+
 ops = torch.ops.attention_ext
-
-
-def argument(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    for i, declared in enumerate(op.default._schema.arguments):
-        if declared.name == name:
-            return args[i] if i < len(args) else kwargs.get(name, declared.default_value)
-    raise KeyError(name)
 
 
 def lengths(cu_seqlens: Tensor, total: int) -> list[int]:

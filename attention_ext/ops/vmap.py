@@ -4,14 +4,13 @@ Packed sequences (cu_seqlens) have no batch to fold into: samples are packed one
 rows first that sequences own. Where cu_seqlens can be read, on a CPU, samples that have other rows run one by one.
 
 Dropout under vmap follows the `randomness` flag as torch's own does: "error" raises, "different" draws other bits for
-each sample, "same" the same. Bits depend on the place in the batch, so "same" runs sample after sample, each from the
-same state of the generator, and gives rng_state the mapped dimension. The operators that repeat the bits of a forward
-call must fold as it did: they run sample after sample where rng_state is mapped, or where the forward call was not
-mapped at all, as when a Jacobian maps gradients only.
+each sample, "same" the same, from one draw that all samples are given. Bits depend on the place in the batch, so calls
+with a given rng_state run sample after sample, and return it with the mapped dimension. The operators that repeat the
+bits of a forward call must fold as it did: they run sample after sample where rng_state is mapped, or where the forward
+call was not mapped at all, as when a Jacobian maps gradients only.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,15 +20,13 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from attention_ext.ops.dropout import draw_rng_state, saved_for_backward
+
 ops = torch.ops.attention_ext
 
-RANDOMNESS_ERROR = (
-    "vmap: called random operation while in randomness error mode. Please either use the 'same' or 'different' "
-    "randomness flags on vmap or perform the randomness operation out of vmap"
-)
-
 LIBRARY = torch.library.Library("attention_ext", "FRAGMENT")  # keeps what is registered through it alive
-DROPOUT = [argument.name for argument in ops.attention.default._schema.arguments].index("dropout_p")
+ARGUMENTS = [argument.name for argument in ops.attention.default._schema.arguments]
+DROPOUT, RNG_STATE = ARGUMENTS.index("dropout_p"), ARGUMENTS.index("rng_state")
 
 # arguments (B, H, L, ...)
 ROWS = {"query", "key", "value", "out", "logsumexp", "grad_out", "grad_logsumexp"}
@@ -62,7 +59,8 @@ class Call:
     def can_read(self) -> bool:
         """Whether cu_seqlens have values that cost no wait for a device."""
         starts = (self.values["cu_seqlens_q"], self.values["cu_seqlens_k"])
-        traced = any(isinstance(x, (FakeTensor, FunctionalTensor)) or is_functorch_wrapped_tensor(x) for x in starts)
+        wrapped = any(isinstance(x, (FakeTensor, FunctionalTensor)) or is_functorch_wrapped_tensor(x) for x in starts)
+        traced = wrapped or torch._C._len_torch_dispatch_stack() > 0  # make_fx traces with real tensors too
         return not traced and all(x.is_cpu for x in starts)
 
     def total(self, name: str) -> int:
@@ -183,10 +181,9 @@ class Call:
     def run(self, arguments: list[Any]) -> Any:
         return self.op(*arguments)
 
-    def one_by_one(self, before_each: Callable[[], None] = lambda: None) -> tuple[Any, Any]:
+    def one_by_one(self) -> tuple[Any, Any]:
         results = []
         for i in range(self.samples):
-            before_each()
             sample = [
                 value if self.dims[name] is None or not isinstance(value, Tensor) else value.select(self.dims[name], i)
                 for name, value in self.values.items()
@@ -197,17 +194,12 @@ class Call:
         return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
 
 
-def rewinder(device: torch.device) -> Callable[[], None]:
-    """Puts the default generator of a device back to where it is now."""
-    module = torch.random if device.type == "cpu" else torch.get_device_module(device)
-    state = module.get_rng_state()
-    return lambda: module.set_rng_state(state)
-
-
 def attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     call = Call(ops.attention.default, info, in_dims, args)
-    if call.values["dropout_p"] > 0 and info.randomness == "same" and call.samples > 0:
-        return call.one_by_one(before_each=rewinder(call.values["query"].device))
+    if call.values["dropout_p"] > 0 and call.values["rng_state"] is not None:
+        if call.samples > 0:
+            return call.one_by_one()
+        call.values["rng_state"] = None  # which no sample would use
     if call.has_unowned_rows():
         return call.one_by_one()
     out, logsumexp, rng_state = call.run(call.folded())
@@ -219,12 +211,13 @@ def attention_in_vmap(keyset: Any, *args: Any) -> Any:
     interpreter: Any = retrieve_current_functorch_interpreter()
     arguments: list[Any] = [argument.default_value for argument in ops.attention.default._schema.arguments]
     arguments[: len(args)] = args
-    if arguments[DROPOUT] > 0:
-        if interpreter.randomness() == "error":
-            raise RuntimeError(RANDOMNESS_ERROR)
+    if arguments[DROPOUT] > 0 and arguments[RNG_STATE] is None:
         level = interpreter.level()
         mapped = any(isinstance(x, Tensor) and torch._C._functorch.maybe_get_level(x) == level for x in arguments)
-        if interpreter.randomness() == "different" and not mapped:
+        if interpreter.randomness() != "different":
+            with saved_for_backward():
+                arguments[RNG_STATE] = draw_rng_state(arguments[0])  # torch's rule: once for all samples, or an error
+        elif not mapped:
             query = arguments[0].expand(interpreter.batch_size(), *arguments[0].shape)
             arguments[0] = torch._C._functorch._add_batch_dim(query, 0, level)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)):

@@ -47,7 +47,17 @@ ATTENTION_INLINE U philox_bits(const PhiloxWords<U>& words, int64_t k) {
   return (words.word[j / 2] >> (16 * (j % 2))) & 0xFFFFu;
 }
 
-// A weight is dropped when its 16 bits lie below this: p rounded to a multiple of 2^-16.
-ATTENTION_INLINE uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 65536.0 + 0.5); }
+constexpr uint32_t kAllDropped = 1u << 16;
+
+// A weight is dropped when its 16 bits lie below this: p rounded to a multiple of 2^-16, and to 1 for p = 1 alone.
+ATTENTION_INLINE uint32_t dropout_threshold(double p) {
+  const auto rounded = static_cast<uint32_t>(p * kAllDropped + 0.5);
+  return p < 1.0 && rounded == kAllDropped ? kAllDropped - 1 : rounded;
+}
+
+// Of the weights that are kept: one over the probability with which that happens, 0 when nothing is kept.
+ATTENTION_INLINE double dropout_scale(uint32_t threshold) {
+  return threshold == kAllDropped ? 0.0 : static_cast<double>(kAllDropped) / (kAllDropped - threshold);
+}
 
 }  // namespace attention_ext

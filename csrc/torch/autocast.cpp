@@ -29,9 +29,9 @@ c10::impl::ExcludeDispatchKeyGuard below_autocast() {
 
 template <c10::DeviceType device>
 ops::Forward attention_autocast(const Tensor& query, const Tensor& key, const Tensor& value,
-                                const AttentionOptions& options) {
+                                const AttentionOptions& options, const std::optional<Tensor>& rng_state) {
   const auto below = below_autocast<device>();
-  return ops::attention(cast<device>(query), cast<device>(key), cast<device>(value), cast<device>(options));
+  return ops::attention(cast<device>(query), cast<device>(key), cast<device>(value), cast<device>(options), rng_state);
 }
 
 template <c10::DeviceType device>

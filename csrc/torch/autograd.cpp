@@ -107,10 +107,10 @@ struct AttentionRule {
 };
 
 ops::Forward attention_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
-                                const AttentionOptions& options) {
+                                const AttentionOptions& options, const std::optional<Tensor>& given_state) {
   auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return ops::attention(query, key, value, options);
+    return ops::attention(query, key, value, options, given_state);
   }();
   const auto& [out, logsumexp, rng_state] = outputs;
   const auto inputs = differentiable(query, key, value, options);

@@ -136,12 +136,6 @@ void check_structure(const char* op, Sizes& sizes, const AttentionOptions& optio
   sizes.sequences = cu_q.sym_size(0) - 1;
 }
 
-void check_rng_state(const char* op, const Tensor& rng_state, const AttentionOptions& options, c10::Device device) {
-  check_tensor(op, "rng_state", rng_state, device);
-  check_dtype(op, "rng_state", rng_state, at::kLong);
-  if (options.dropout_p > 0) check_shape(op, "rng_state", rng_state, {2});
-}
-
 void check_logsumexp(const char* op, const char* name, const Sizes& sizes, const Tensor& query,
                      const Tensor& logsumexp) {
   check_tensor(op, name, logsumexp, query.device());
@@ -220,6 +214,12 @@ Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, co
     check_per_head(op, "sinks", sizes, *options.sinks);
   }
   return sizes;
+}
+
+void check_rng_state(const char* op, const Tensor& rng_state, const AttentionOptions& options, c10::Device device) {
+  check_tensor(op, "rng_state", rng_state, device);
+  check_dtype(op, "rng_state", rng_state, at::kLong);
+  if (options.dropout_p > 0) check_shape(op, "rng_state", rng_state, {2});
 }
 
 void check_saved(const char* op, const Sizes& sizes, const Tensor& query, const Tensor& out, const Tensor& logsumexp,

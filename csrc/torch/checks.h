@@ -16,6 +16,8 @@ struct Sizes {
 Sizes check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor* value,
                       const AttentionOptions& options);
 
+void check_rng_state(const char* op, const at::Tensor& rng_state, const AttentionOptions& options, c10::Device device);
+
 // What the forward pass left for the others.
 void check_saved(const char* op, const Sizes& sizes, const at::Tensor& query, const at::Tensor& out,
                  const at::Tensor& logsumexp, const at::Tensor& rng_state, const AttentionOptions& options);

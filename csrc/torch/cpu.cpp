@@ -1,12 +1,10 @@
 // The CPU: kernels run on torch's threads and torch's memory.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <functional>
-#include <mutex>
 
 #include "core/unowned.h"
 #include "cpu/flush_denormals.h"
@@ -20,15 +18,6 @@ namespace {
 constexpr int64_t kAlignment = 64;
 constexpr double kLeastParallelWork = 1 << 17;  // multiply-adds; waking threads costs microseconds
 constexpr int64_t kStackBytes = 64 << 10;  // memory for small calls; an allocation would cost them more than the work
-
-void draw_rng_state(const at::Tensor& rng_state) {
-  auto* generator =
-      at::get_generator_or_default<at::CPUGeneratorImpl>(std::nullopt, at::detail::getDefaultCPUGenerator());
-  const std::lock_guard<std::mutex> lock(generator->mutex_);
-  int64_t* words = rng_state.mutable_data_ptr<int64_t>();
-  words[0] = static_cast<int64_t>(generator->random64());
-  words[1] = 0;
-}
 
 bool runs_in_parallel(const AttentionProblem& problem) {
   const double scores = static_cast<double>(problem.heads) * static_cast<double>(problem.batch) *
@@ -125,7 +114,7 @@ std::vector<KernelRow> kernels() {
   return rows;
 }
 
-const RegisterDevice registered({at::kCPU, draw_rng_state, run, kernels});
+const RegisterDevice registered({at::kCPU, run, kernels});
 
 TORCH_LIBRARY_IMPL(attention_ext, CPU, m) { implement_operators(m); }
 

@@ -1,11 +1,9 @@
 // CUDA devices: kernels run on the current stream in memory of torch's allocator, and nothing waits for them.
-#include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <mutex>
 
 #include "gpu/plan.h"
 #include "torch/device.h"
@@ -17,33 +15,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr uint64_t kOffsetsPerCall = 4;  // the generator's unit
 constexpr int64_t kMostBlocks = INT32_MAX;
 constexpr int64_t kMostRows = INT32_MAX / 2;  // of a sequence; kernels count them, and some tiles more, as int
-
-at::PhiloxCudaState draw(c10::DeviceIndex device) {
-  auto* generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
-      std::nullopt, at::cuda::detail::getDefaultCUDAGenerator(device));
-  const std::lock_guard<std::mutex> lock(generator->mutex_);
-  return generator->philox_cuda_state(kOffsetsPerCall);
-}
-
-// A graph that is being captured is to drop other weights at each replay: it then finds new words behind the pointers.
-void draw_rng_state(const Tensor& rng_state) {
-  const c10::DeviceGuard guard(rng_state.device());
-  const at::PhiloxCudaState state = draw(rng_state.get_device());
-  Tensor seed = rng_state.select(0, 0), offset = rng_state.select(0, 1);
-  if (!state.captured_) {
-    seed.fill_(static_cast<int64_t>(state.seed_.val));
-    offset.fill_(static_cast<int64_t>(state.offset_.val));
-    return;
-  }
-  const auto word = [&](int64_t* pointer) {
-    return at::for_blob(pointer, {}).options(rng_state.options()).target_device(rng_state.device()).make_tensor();
-  };
-  seed.copy_(word(state.seed_.ptr));
-  at::add_out(offset, word(state.offset_.ptr), static_cast<int64_t>(state.offset_intragraph_));
-}
 
 int attribute(cudaDeviceAttr name) {
   int value = 0;
@@ -88,7 +61,7 @@ std::vector<KernelRow> kernels() {
   return rows;
 }
 
-const RegisterDevice registered({at::kCUDA, draw_rng_state, run, kernels});
+const RegisterDevice registered({at::kCUDA, run, kernels});
 
 TORCH_LIBRARY_IMPL(attention_ext, CUDA, m) { implement_operators(m); }
 

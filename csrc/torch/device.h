@@ -25,8 +25,6 @@ struct KernelRow {
 
 struct Device {
   c10::DeviceType type;
-  // Takes (seed, offset) from torch's generator of this device.
-  void (*draw_rng_state)(const at::Tensor& rng_state);
   // On the current stream where there are streams. Throws with every row's reason where no kernel serves the problem.
   void (*run)(Pass pass, const AttentionProblem& problem);
   std::vector<KernelRow> (*kernels)();  // best first

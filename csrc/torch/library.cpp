@@ -1,7 +1,8 @@
 // The schema of every operator, and nothing else. Conventions:
 //   query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), out (B, Hq, Lq, Dv) with (B, Lq, Hq, Dv) memory,
 //   logsumexp (B, Hq, Lq) in float32, or float64 for float64;
-//   rng_state int64 [seed, offset], empty without dropout;
+//   rng_state int64 [seed, offset], empty without dropout; as an argument of attention: none draws one from the
+//   generator, a given one repeats its bits and is returned as a copy;
 //   with cu_seqlens B is 1 and lengths are totals over sequences packed end to end;
 //   tangents and gradients, in order: query, key, value, attn_mask, alibi_slopes, sinks;
 //   a gradient that output_mask does not ask for, or of an input that has none, is an empty (0,) tensor; likewise
@@ -41,7 +42,7 @@ TORCH_LIBRARY(attention_ext, m) {
   };
 
   define("attention(Tensor query, Tensor key, Tensor value, " + kOptions +
-             ") -> (Tensor out, Tensor logsumexp, Tensor rng_state)",
+             ", Tensor? rng_state=None) -> (Tensor out, Tensor logsumexp, Tensor rng_state)",
          {at::Tag::nondeterministic_seeded});
 
   define(

@@ -11,8 +11,11 @@ namespace {
 using at::Tensor;
 
 ops::Forward attention_meta(const Tensor& query, const Tensor& key, const Tensor& value,
-                            const AttentionOptions& options) {
-  return empty_forward(query, check_attention("attention", query, key, &value, options), options);
+                            const AttentionOptions& options, const std::optional<Tensor>& rng_state) {
+  const char* op = "attention";
+  const Sizes sizes = check_attention(op, query, key, &value, options);
+  if (rng_state) check_rng_state(op, *rng_state, options, query.device());
+  return empty_forward(query, sizes, empty_rng_state(query, options));
 }
 
 ops::Gradients empty_gradients(const Tensor& query, const Tensor& key, const Tensor& value,

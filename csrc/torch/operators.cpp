@@ -2,6 +2,8 @@
 // here.
 #include "torch/operators.h"
 
+#include <limits>
+
 #include "torch/device.h"
 #include "torch/gradients.h"
 #include "torch/logsumexp_low.h"
@@ -36,13 +38,26 @@ void fill_backward(BackwardProblem& problem, Converted& converted, const Tensor&
   if (grad_logsumexp) problem.grad_logsumexp = contiguous_data(*grad_logsumexp, converted);
 }
 
-ops::Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+// By an operator of torch: a compiled graph draws by the same one, so it has the same bits for the same seed.
+Tensor drawn_rng_state(const Tensor& query) {
+  constexpr int64_t kEnd = std::numeric_limits<int64_t>::max();
+  return at::randint(/*low=*/0, kEnd, {2}, /*generator=*/std::nullopt, query.options().dtype(at::kLong));
+}
+
+// The state that a call with dropout uses, apart from its arguments; empty without dropout.
+Tensor make_rng_state(const Tensor& query, const AttentionOptions& options, const std::optional<Tensor>& given) {
+  if (options.dropout_p == 0) return empty_rng_state(query, options);
+  return given ? given->clone(at::MemoryFormat::Contiguous) : drawn_rng_state(query);
+}
+
+ops::Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
+                       const std::optional<Tensor>& given_state) {
   const char* op = "attention";
   count_call(Pass::kForward);
   const Sizes sizes = check_attention(op, query, key, &value, options);
-  ops::Forward outputs = empty_forward(query, sizes, options);
-  auto& [out, logsumexp, rng_state] = outputs;
-  if (options.dropout_p > 0) device_for(query.device().type()).draw_rng_state(rng_state);
+  if (given_state) check_rng_state(op, *given_state, options, query.device());
+  const ops::Forward outputs = empty_forward(query, sizes, make_rng_state(query, options, given_state));
+  const auto& [out, logsumexp, rng_state] = outputs;
 
   ForwardProblem problem;
   Converted converted;

@@ -2,9 +2,10 @@
 
 namespace attention_ext::ops {
 
-Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
+                  const std::optional<Tensor>& rng_state) {
   static const Operator<decltype(attention)> op("attention_ext::attention");
-  return op(query, key, value, options);
+  return op(query, key, value, options, rng_state);
 }
 
 Gradients attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp, const Tensor& query,

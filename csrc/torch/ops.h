@@ -15,7 +15,8 @@ using Forward = std::tuple<Tensor, Tensor, Tensor>;                            /
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // of the six differentiable inputs
 using OutputMask = std::array<bool, 6>;  // query, key, value, attn_mask, alibi_slopes, sinks: which gradients to make
 
-Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options);
+Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
+                  const std::optional<Tensor>& rng_state);
 
 Gradients attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
                              const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& logsumexp,

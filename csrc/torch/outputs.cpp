@@ -24,9 +24,13 @@ Tensor empty_logsumexp(const Tensor& query, const Sizes& sizes) {
 
 }  // namespace
 
-ops::Forward empty_forward(const Tensor& query, const Sizes& sizes, const AttentionOptions& options) {
+Tensor empty_rng_state(const Tensor& query, const AttentionOptions& options) {
+  return at::empty({options.dropout_p > 0 ? 2 : 0}, query.options().dtype(at::kLong));
+}
+
+ops::Forward empty_forward(const Tensor& query, const Sizes& sizes, const Tensor& rng_state) {
   return {empty_heads(query, sizes.batch, sizes.heads, sizes.seqlen_q, sizes.head_dim_v), empty_logsumexp(query, sizes),
-          at::empty({options.dropout_p > 0 ? 2 : 0}, query.options().dtype(at::kLong))};
+          rng_state};
 }
 
 ops::OutputTangents empty_tangents(const Tensor& query, const Sizes& sizes, bool compute_out_tangent) {

@@ -9,7 +9,9 @@ namespace attention_ext {
 at::Tensor empty_heads(const at::Tensor& query, const c10::SymInt& batch, const c10::SymInt& heads,
                        const c10::SymInt& length, const c10::SymInt& head_dim);
 
-ops::Forward empty_forward(const at::Tensor& query, const Sizes& sizes, const AttentionOptions& options);
+at::Tensor empty_rng_state(const at::Tensor& query, const AttentionOptions& options);
+
+ops::Forward empty_forward(const at::Tensor& query, const Sizes& sizes, const at::Tensor& rng_state);
 
 ops::OutputTangents empty_tangents(const at::Tensor& query, const Sizes& sizes, bool compute_out_tangent = true);
 

@@ -324,11 +324,12 @@ Expected expect(const Call& call) {
           if (k < diagonal - c.window_left || k > diagonal + c.window_right) x = -INFINITY;
           total += std::exp(x);
           if (c.dropout_p > 0) {
+            const long dropped = std::lround(c.dropout_p * 65536);
             const auto words =
                 philox<ScalarWords>({0x89ABCDEFu, 0x01234567u}, static_cast<uint32_t>(q), static_cast<uint32_t>(k / 8),
                                     static_cast<uint32_t>(s * c.heads + h), 42u);
             const uint32_t bits = (words.word[k % 8 / 2] >> (16 * (k % 2))) & 0xFFFF;
-            keep[static_cast<size_t>(k)] = bits >= std::lround(c.dropout_p * 65536) ? 1 / (1 - c.dropout_p) : 0;
+            keep[static_cast<size_t>(k)] = bits >= dropped ? 65536.0 / (65536 - dropped) : 0;
           }
         }
         const double logsumexp = std::log(total);

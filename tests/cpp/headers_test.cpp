@@ -20,6 +20,9 @@ void test_philox() {
     check(philox_bits(zero, k) == ((of_zero[k % 8 / 2] >> (k % 2 == 1 ? 16 : 0)) & 0xFFFF), "philox bits of a key");
   }
   check(dropout_threshold(0.0) == 0 && dropout_threshold(1.0) == 65536 && dropout_threshold(0.3) == 19661, "threshold");
+  check(dropout_threshold(1.0 - 1e-9) == 65535 && dropout_scale(65535) == 65536.0 && dropout_scale(65536) == 0.0 &&
+            dropout_scale(0) == 1.0 && dropout_scale(16384) == 1.0 / 0.75,
+        "dropout scale");
 }
 
 bool sees(const AttentionProblem& p, int64_t q, int64_t k, int64_t length_q, int64_t length_k) {

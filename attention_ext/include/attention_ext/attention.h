@@ -10,18 +10,21 @@ namespace attention_ext {
 struct AttentionResult {
   at::Tensor out;        // (batch, heads, seqlen_q, head_dim_v)
   at::Tensor logsumexp;  // (batch, heads, seqlen_q), natural logarithm, differentiable
-  at::Tensor rng_state;  // what dropout drew: seed and offset
+  at::Tensor rng_state;  // the state of dropout: seed and offset
 };
 
 // query (batch, heads, seqlen_q, head_dim), key (batch, kv_heads, seqlen_k, head_dim), value (batch, kv_heads,
-// seqlen_k, head_dim_v), any strides. Throws c10::Error where an argument is not as it should be.
+// seqlen_k, head_dim_v), any strides. rng_state: of another call, to repeat its dropout; none: drawn. Throws c10::Error
+// where an argument is not as it should be.
 inline AttentionResult attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                 const AttentionOptions& options = {}) {
-  using Function = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
-                                                                  const at::Tensor&, const AttentionOptions&);
+                                 const AttentionOptions& options = {},
+                                 const std::optional<at::Tensor>& rng_state = std::nullopt) {
+  using Function =
+      std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                     const AttentionOptions&, const std::optional<at::Tensor>&);
   static const Operator<Function> op("attention_ext::attention");
-  auto [out, logsumexp, rng_state] = op(query, key, value, options);
-  return {out, logsumexp, rng_state};
+  auto [out, logsumexp, used_state] = op(query, key, value, options, rng_state);
+  return {out, logsumexp, used_state};
 }
 
 }  // namespace attention_ext
