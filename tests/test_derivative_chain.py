@@ -234,6 +234,6 @@ def test_higher_orders(link: str, modes: str, device: str) -> None:
 
 def test_third_order_says_so(device: str) -> None:
     chain = Link("attention", SAMPLES["all_inputs"], device)
-    with pytest.raises(RuntimeError, match="attention_double_backward: derivatives of third order are not implemented"):
+    with pytest.raises(RuntimeError, match="attention_double_backward: third-order derivatives are not implemented"):
         derivative(chain, chain.ours, "rrr")()
     assert math.isfinite(derivative(chain, chain.ours, "rr")())

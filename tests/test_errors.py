@@ -358,7 +358,7 @@ def test_third_derivatives_raise() -> None:
     def hessian(x: Tensor) -> Tensor:
         return torch.func.jacrev(torch.func.jacrev(lambda y: ops.attention(y, **arguments)[0].sum()))(x)
 
-    message = "attention_double_backward: derivatives of third order are not implemented"
+    message = "attention_double_backward: third-order derivatives are not implemented"
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jacrev(hessian)(query)
     with pytest.raises(NotImplementedError, match=message):

@@ -22,7 +22,7 @@ Plan plan_jvp(const AttentionProblem& problem);
 template <class Plan, class Element>
 Plan plan_double_backward(const AttentionProblem& problem);
 
-// Of a packed call: clears what the pass returns for rows that no sequence owns.
+// Of a packed call: clears the results for rows that no sequence owns.
 template <class Plan>
 void add_clear_unowned(Plan& plan, Pass pass, const AttentionProblem& problem);
 
@@ -82,7 +82,7 @@ Plan plan_double_backward(const AttentionProblem& p) {
   return by_dtype<Plan>(p, [&]<class E>(E) { return plan_double_backward<Plan, E>(p); });
 }
 
-// A row's planner: what the kernel itself launches, then what clears rows that no sequence owns.
+// A row's planner: the launches of the kernel itself, then the one that clears rows that no sequence owns.
 template <class Plan, Plan (*kPlan)(const AttentionProblem&), Pass kPass>
 Plan plan_row(const AttentionProblem& p) {
   Plan plan = kPlan(p);

@@ -7,8 +7,8 @@
 //   attention_double_backward    along its tangents, in which it is linear, operators of the chain; else both raise
 //   attention_weights            composed, to any order (weights_derivative.h)
 //
-// Wherever out and logsumexp are arguments they are taken for what attention makes of the other arguments: derivatives
-// are total, and out and logsumexp have no edge of their own. A tangent or a graph is never dropped.
+// Where out and logsumexp are arguments they are taken to be the results of attention on the other arguments:
+// derivatives are total, and out and logsumexp have no edge of their own. A tangent or a graph is never dropped.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -50,37 +50,47 @@ std::optional<Tensor> if_defined(const Tensor& tensor) {
 
 Tensor or_zeros(const Tensor& tensor, const Tensor& like) { return tensor.defined() ? tensor : at::zeros_like(like); }
 
-// Six of the flags, from `first` on.
-ops::OutputMask six(const std::vector<bool>& wanted, size_t first) {
+using ops::kInputs;
+constexpr size_t kGrads = 2;  // grad_out and grad_logsumexp, or the tangents of out and logsumexp
+
+// The flags of the differentiable inputs, which begin at `first`.
+ops::OutputMask input_mask(const std::vector<bool>& wanted, size_t first) {
   ops::OutputMask mask;
   std::copy_n(wanted.begin() + static_cast<std::ptrdiff_t>(first), mask.size(), mask.begin());
   return mask;
 }
 
+// The gradients of attention_backward's results, which begin at `first`, as tangents of the inputs.
+ops::InputTangents tangents_from(const variable_list& grads, size_t first) {
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return ops::InputTangents{if_defined(grads[first + i])...};
+  }(std::make_index_sequence<kInputs>());
+}
+
 bool wants_any(const ops::OutputMask& mask) { return std::find(mask.begin(), mask.end(), true) != mask.end(); }
 
-// The last six of an operator's outputs, undefined where not wanted.
+// The gradients of the inputs, the last of an operator's outputs; undefined where not wanted.
 template <class Outputs>
 variable_list gradients_of(const Outputs& outputs, const ops::OutputMask& wanted) {
-  constexpr size_t first = std::tuple_size_v<Outputs> - 6;
+  constexpr size_t first = std::tuple_size_v<Outputs> - kInputs;
   return [&]<size_t... i>(std::index_sequence<i...>) {
     return variable_list{(wanted[i] ? std::get<first + i>(outputs) : Tensor())...};
-  }(std::make_index_sequence<6>());
+  }(std::make_index_sequence<kInputs>());
 }
 
 void set_tangent(const Tensor& output, const Tensor& tangent) {
   if (tangent.defined()) output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
 }
 
-// out, logsumexp with respect to the six inputs
+// out, logsumexp with respect to the inputs
 struct AttentionRule {
   static constexpr const char* name = "AttentionExtAttentionBackward";
 
   static variable_list gradients(const Request& request, const Tensor& query, const Tensor& key, const Tensor& value,
                                  const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
                                  const AttentionOptions& options) {
-    const auto wanted = six(request.wanted, 0);
-    if (!request.grads[0].defined() && !request.grads[1].defined()) return variable_list(6);
+    const auto wanted = input_mask(request.wanted, 0);
+    if (!request.grads[0].defined() && !request.grads[1].defined()) return variable_list(kInputs);
     if (!request.grads[0].defined()) {
       return of_logsumexp_alone(request.grads[1], wanted, query, key, value, out, logsumexp, rng_state, options);
     }
@@ -90,18 +100,17 @@ struct AttentionRule {
   }
 
  private:
-  // Values have no say in logsumexp, not even those that are not finite.
+  // logsumexp does not depend on values, not even on those that are not finite.
   static variable_list of_logsumexp_alone(const Tensor& grad, ops::OutputMask wanted, const Tensor& query,
                                           const Tensor& key, const Tensor& value, const Tensor& out,
                                           const Tensor& logsumexp, const Tensor& rng_state,
                                           const AttentionOptions& options) {
-    constexpr size_t kValue = 2;
-    const bool wants_value = std::exchange(wanted[kValue], false);
+    const bool wants_value = std::exchange(wanted[ops::kValue], false);
     const Tensor no_value = value.narrow(3, 0, 0), no_out = out.narrow(3, 0, 0);
     variable_list gradients = gradients_of(ops::attention_backward(at::zeros_like(no_out), grad, query, key, no_value,
                                                                    no_out, logsumexp, rng_state, options, wanted),
                                            wanted);
-    if (wants_value) gradients[kValue] = at::zeros_like(value);
+    if (wants_value) gradients[ops::kValue] = at::zeros_like(value);
     return gradients;
   }
 };
@@ -126,7 +135,7 @@ ops::Forward attention_autograd(const Tensor& query, const Tensor& key, const Te
   return outputs;
 }
 
-// the six gradients with respect to grad_out, grad_logsumexp and the six inputs
+// the gradients with respect to grad_out, grad_logsumexp and the inputs
 struct BackwardRule {
   static constexpr const char* name = "AttentionExtAttentionDoubleBackward";
 
@@ -134,12 +143,10 @@ struct BackwardRule {
                                  const std::optional<Tensor>& grad_logsumexp, const Tensor& query, const Tensor& key,
                                  const Tensor& value, const Tensor& out, const Tensor& logsumexp,
                                  const Tensor& rng_state, const AttentionOptions& options) {
-    const auto& g = request.grads;
-    const ops::InputTangents tangents{if_defined(g[0]), if_defined(g[1]), if_defined(g[2]),
-                                      if_defined(g[3]), if_defined(g[4]), if_defined(g[5])};
-    if (!any_tangent(tangents)) return variable_list(8);
-    const auto wanted = six(request.wanted, 2);
-    variable_list gradients(6);
+    const ops::InputTangents tangents = tangents_from(request.grads, 0);
+    if (!any_tangent(tangents)) return variable_list(kGrads + kInputs);
+    const auto wanted = input_mask(request.wanted, kGrads);
+    variable_list gradients(kInputs);
     Tensor out_tangent, logsumexp_tangent;
     if (wants_any(wanted)) {
       const auto all =
@@ -174,13 +181,14 @@ ops::Gradients attention_backward_autograd(const Tensor& grad_out, const std::op
   }
   const auto tangents = tangents_of(query, key, value, options);
   const Tensor grad_out_tangent = tangent_of(grad_out), grad_logsumexp_tangent = tangent_of(grad_logsumexp);
-  const bool grads_move = grad_out_tangent.defined() || grad_logsumexp_tangent.defined();
-  if (!grads_move && !any_tangent(tangents)) return outputs;
+  const bool has_grad_tangent = grad_out_tangent.defined() || grad_logsumexp_tangent.defined();
+  if (!has_grad_tangent && !any_tangent(tangents)) return outputs;
   const auto p_query = primal(query), p_key = primal(key), p_value = primal(value), p_out = primal(out),
              p_logsumexp = primal(logsumexp), p_grad_out = primal(grad_out);
   const auto p_options = primal(options);
-  variable_list linear(6), curved(6);  // gradients are linear in grad_*, and move with the inputs besides
-  if (grads_move) {
+  // Gradients are linear in grad_*; their derivative by the inputs comes on top.
+  variable_list linear(kInputs), curved(kInputs);
+  if (has_grad_tangent) {
     linear = gradients_of(
         ops::attention_backward(or_zeros(grad_out_tangent, p_grad_out), if_defined(grad_logsumexp_tangent), p_query,
                                 p_key, p_value, p_out, p_logsumexp, rng_state, p_options, output_mask),
@@ -199,18 +207,18 @@ ops::Gradients attention_backward_autograd(const Tensor& grad_out, const std::op
   return outputs;
 }
 
-// out_tangent, logsumexp_tangent with respect to the six inputs and their six tangents
+// out_tangent, logsumexp_tangent with respect to the inputs and their tangents
 struct JvpRule {
   static constexpr const char* name = "AttentionExtAttentionJvpBackward";
 
   static variable_list gradients(const Request& request, const Tensor& query, const Tensor& key, const Tensor& value,
                                  const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
                                  const ops::InputTangents& tangents, const AttentionOptions& options) {
-    if (!request.grads[0].defined() && !request.grads[1].defined()) return variable_list(12);
+    if (!request.grads[0].defined() && !request.grads[1].defined()) return variable_list(2 * kInputs);
     const Tensor grad_out = or_zeros(request.grads[0], out);
     const auto grad_logsumexp = if_defined(request.grads[1]);
-    const auto inputs_wanted = six(request.wanted, 0), tangents_wanted = six(request.wanted, 6);
-    variable_list gradients(6), of_tangents(6);
+    const auto inputs_wanted = input_mask(request.wanted, 0), tangents_wanted = input_mask(request.wanted, kInputs);
+    variable_list gradients(kInputs), of_tangents(kInputs);
     if (wants_any(inputs_wanted)) {
       gradients = gradients_of(
           ops::attention_double_backward(tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
@@ -241,16 +249,16 @@ ops::OutputTangents attention_jvp_autograd(const Tensor& query, const Tensor& ke
                     tangents, options);
   }
   const auto second = tangents_of(query, key, value, options), of_tangents = tangents_of(tangents);
-  const bool inputs_move = any_tangent(second), tangents_move = any_tangent(of_tangents);
-  if (!inputs_move && !tangents_move) return outputs;
+  const bool has_input_tangent = any_tangent(second), has_second_tangent = any_tangent(of_tangents);
+  if (!has_input_tangent && !has_second_tangent) return outputs;
   const auto p_query = primal(query), p_key = primal(key), p_value = primal(value), p_out = primal(out),
              p_logsumexp = primal(logsumexp);
   const auto p_options = primal(options);
-  ops::OutputTangents linear, curved;  // outputs are linear in the tangents, and move with the inputs besides
-  if (tangents_move) {
+  ops::OutputTangents linear, curved;  // linear in the tangents, plus the derivative by the inputs
+  if (has_second_tangent) {
     linear = ops::attention_jvp(p_query, p_key, p_value, p_out, p_logsumexp, rng_state, of_tangents, p_options);
   }
-  if (inputs_move) {
+  if (has_input_tangent) {
     curved = composed_jvp(p_query, p_key, p_value, p_out, p_logsumexp, rng_state, primal(tangents), second, p_options);
   }
   set_tangent(out_tangent, sum_of(std::get<0>(linear), std::get<0>(curved)));
@@ -259,11 +267,10 @@ ops::OutputTangents attention_jvp_autograd(const Tensor& query, const Tensor& ke
 }
 
 constexpr const char* kThirdOrder =
-    "attention_double_backward: derivatives of third order are not implemented, but for those that are linear: with "
-    "respect to its tangents";
+    "attention_double_backward: third-order derivatives are not implemented, except with respect to the tangents";
 
-// out_tangent, logsumexp_tangent, the six gradients with respect to the six tangents, in which they are linear, and to
-// grad_out, grad_logsumexp and the six inputs, where no kernel leads
+// out_tangent, logsumexp_tangent and the gradients with respect to the tangents, in which they are linear, and to
+// grad_out, grad_logsumexp and the inputs, for which there is no kernel
 struct DoubleBackwardRule {
   static constexpr const char* name = "AttentionExtAttentionTripleBackward";
 
@@ -272,11 +279,12 @@ struct DoubleBackwardRule {
                                  const Tensor& value, const Tensor& out, const Tensor& logsumexp,
                                  const Tensor& rng_state, const AttentionOptions& options) {
     const auto& g = request.grads;
-    const auto wanted = six(request.wanted, 0);
-    if (std::none_of(g.begin(), g.end(), [](const Tensor& grad) { return grad.defined(); })) return variable_list(14);
+    const auto wanted = input_mask(request.wanted, 0);
+    if (std::none_of(g.begin(), g.end(), [](const Tensor& grad) { return grad.defined(); }))
+      return variable_list(kInputs + kGrads + kInputs);
     TORCH_CHECK_NOT_IMPLEMENTED(
-        std::find(request.wanted.begin() + 6, request.wanted.end(), true) == request.wanted.end(), kThirdOrder);
-    variable_list gradients(14);
+        std::find(request.wanted.begin() + kInputs, request.wanted.end(), true) == request.wanted.end(), kThirdOrder);
+    variable_list gradients(kInputs + kGrads + kInputs);
     const auto add = [&](const variable_list& terms) {
       for (size_t i = 0; i < terms.size(); ++i) gradients[i] = sum_of(gradients[i], terms[i]);
     };
@@ -285,8 +293,7 @@ struct DoubleBackwardRule {
                                                rng_state, options, wanted),
                        wanted));
     }
-    const ops::InputTangents along{if_defined(g[2]), if_defined(g[3]), if_defined(g[4]),
-                                   if_defined(g[5]), if_defined(g[6]), if_defined(g[7])};
+    const ops::InputTangents along = tangents_from(g, kGrads);
     if (any_tangent(along)) {  // the Hessian is symmetric
       add(gradients_of(
           ops::attention_double_backward(along, grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state,
@@ -324,12 +331,12 @@ ops::SecondOrder attention_double_backward_autograd(const ops::InputTangents& ta
     record<DoubleBackwardRule>(differentiable_outputs, edges_of(inputs), grad_out, grad_logsumexp, query, key, value,
                                out, logsumexp, rng_state, options);
   }
-  if (const auto moving = tangents_of(tangents); any_tangent(moving)) {
-    const variable_list output_moves =
-        made(ops::attention_double_backward(moving, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
+  if (const auto of_tangents = tangents_of(tangents); any_tangent(of_tangents)) {
+    const variable_list output_tangents =
+        made(ops::attention_double_backward(of_tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
                                             rng_state, options, output_mask, compute_out_tangent));
-    for (size_t i = 0; i < output_moves.size(); ++i) {
-      if (differentiable_outputs[i].defined()) set_tangent(differentiable_outputs[i], output_moves[i]);
+    for (size_t i = 0; i < output_tangents.size(); ++i) {
+      if (differentiable_outputs[i].defined()) set_tangent(differentiable_outputs[i], output_tangents[i]);
     }
   }
   return outputs;

@@ -27,13 +27,13 @@ auto make_node(Argument&&... argument) {
   }
 }
 
-// What a rule is asked for: gradients of the outputs come in (undefined: zero), wanted says which next edges need one.
+// The input of a rule: gradients of the outputs (undefined means zero), and which next edges want one.
 struct Request {
   const variable_list& grads;
   const std::vector<bool>& wanted;
 };
 
-// How a node keeps an argument between forward and backward, and what compiled autograd sees of it.
+// How a node keeps an argument between forward and backward, and the form in which compiled autograd sees it.
 template <class T>
 struct Keep {
   using Kept = T;
@@ -76,7 +76,7 @@ class RuleNodeOf<Rule, variable_list(const Request&, Argument...)> : public Node
   }
 
   variable_list apply(variable_list&& grads) override {
-    // What autocast does around the call of backward() is of no concern here.
+    // The autocast state of the caller of backward() does not apply here.
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     return run({grads, wanted()}, unpack());
   }

@@ -216,6 +216,8 @@ Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, co
   return sizes;
 }
 
+namespace {
+
 void check_rng_state(const char* op, const Tensor& rng_state, const AttentionOptions& options, c10::Device device) {
   check_tensor(op, "rng_state", rng_state, device);
   check_dtype(op, "rng_state", rng_state, at::kLong);
@@ -229,8 +231,8 @@ void check_saved(const char* op, const Sizes& sizes, const Tensor& query, const 
   check_rng_state(op, rng_state, options, query.device());
 }
 
-void check_backward(const char* op, const Sizes& sizes, const Tensor& grad_out,
-                    const std::optional<Tensor>& grad_logsumexp, const Tensor& query) {
+void check_grads(const char* op, const Sizes& sizes, const Tensor& grad_out,
+                 const std::optional<Tensor>& grad_logsumexp, const Tensor& query) {
   check_like_out(op, "grad_out", sizes, query, grad_out);
   if (grad_logsumexp) check_logsumexp(op, "grad_logsumexp", sizes, query, *grad_logsumexp);
 }
@@ -261,6 +263,42 @@ void check_tangents(const char* op, const Sizes& sizes, const ops::InputTangents
   };
   check_heads("alibi_slopes_tangent", tangents.alibi_slopes, options.alibi_slopes.has_value());
   check_heads("sinks_tangent", tangents.sinks, options.sinks.has_value());
+}
+
+}  // namespace
+
+Sizes check_forward(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                    const AttentionOptions& options, const std::optional<Tensor>& rng_state) {
+  Sizes sizes = check_attention(op, query, key, &value, options);
+  if (rng_state) check_rng_state(op, *rng_state, options, query.device());
+  return sizes;
+}
+
+Sizes check_backward(const char* op, const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,
+                     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                     const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options) {
+  Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_grads(op, sizes, grad_out, grad_logsumexp, query);
+  return sizes;
+}
+
+Sizes check_jvp(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                const Tensor& logsumexp, const Tensor& rng_state, const ops::InputTangents& tangents,
+                const AttentionOptions& options) {
+  Sizes sizes = check_attention(op, query, key, &value, options);
+  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
+  check_tangents(op, sizes, tangents, query, key, value, options);
+  return sizes;
+}
+
+Sizes check_double_backward(const char* op, const ops::InputTangents& tangents, const Tensor& grad_out,
+                            const std::optional<Tensor>& grad_logsumexp, const Tensor& query, const Tensor& key,
+                            const Tensor& value, const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
+                            const AttentionOptions& options) {
+  Sizes sizes = check_backward(op, grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, options);
+  check_tangents(op, sizes, tangents, query, key, value, options);
+  return sizes;
 }
 
 Rows check_weights(const char* op, const Sizes& sizes, const Tensor& query, const Tensor& logsumexp,

@@ -16,17 +16,22 @@ struct Sizes {
 Sizes check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor* value,
                       const AttentionOptions& options);
 
-void check_rng_state(const char* op, const at::Tensor& rng_state, const AttentionOptions& options, c10::Device device);
+// The arguments of attention, for its kernels and its fake alike; and so below, for each operator.
+Sizes check_forward(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                    const AttentionOptions& options, const std::optional<at::Tensor>& rng_state);
 
-// What the forward pass left for the others.
-void check_saved(const char* op, const Sizes& sizes, const at::Tensor& query, const at::Tensor& out,
-                 const at::Tensor& logsumexp, const at::Tensor& rng_state, const AttentionOptions& options);
+Sizes check_backward(const char* op, const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_logsumexp,
+                     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
+                     const at::Tensor& logsumexp, const at::Tensor& rng_state, const AttentionOptions& options);
 
-void check_backward(const char* op, const Sizes& sizes, const at::Tensor& grad_out,
-                    const std::optional<at::Tensor>& grad_logsumexp, const at::Tensor& query);
+Sizes check_jvp(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                const at::Tensor& out, const at::Tensor& logsumexp, const at::Tensor& rng_state,
+                const ops::InputTangents& tangents, const AttentionOptions& options);
 
-void check_tangents(const char* op, const Sizes& sizes, const ops::InputTangents& tangents, const at::Tensor& query,
-                    const at::Tensor& key, const at::Tensor& value, const AttentionOptions& options);
+Sizes check_double_backward(const char* op, const ops::InputTangents& tangents, const at::Tensor& grad_out,
+                            const std::optional<at::Tensor>& grad_logsumexp, const at::Tensor& query,
+                            const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
+                            const at::Tensor& logsumexp, const at::Tensor& rng_state, const AttentionOptions& options);
 
 struct Rows {
   c10::SymInt begin, end;

@@ -1,4 +1,4 @@
-// What differs between devices, for operators that are the same on all, and the choice of a kernel from a device's
+// The parts of the operators that differ between devices, and the choice of a kernel from a device's
 // table: forced, explained and counted in one way.
 #pragma once
 

@@ -33,16 +33,16 @@ GradientBuffers::GradientBuffers(BackwardProblem& problem, const Tensor& query, 
                                  const AttentionOptions& options, const ops::OutputMask& output_mask)
     : query_input_(query), options_(options) {
   const auto wanted = existing_gradients(options, output_mask);
-  if (wanted[0]) problem.grad_query = make_heads_like(query_, query);
-  if (wanted[1]) problem.grad_key = make_heads_like(key_, key);
-  if (wanted[2]) problem.grad_value = make_heads_like(value_, value);
-  if (wanted[3]) {
+  if (wanted[ops::kQuery]) problem.grad_query = make_heads_like(query_, query);
+  if (wanted[ops::kKey]) problem.grad_key = make_heads_like(key_, key);
+  if (wanted[ops::kValue]) problem.grad_value = make_heads_like(value_, value);
+  if (wanted[ops::kAttnMask]) {
     const auto dtype = accumulate_type(query.scalar_type());
     mask_ = on_huge_pages(at::empty(options.attn_mask->sizes(), query.options().dtype(dtype))).zero_();
     problem.grad_attn_mask = broadcast_view_of(mask_);
   }
-  if (wanted[4]) problem.grad_alibi_slopes = make_per_head(slopes_, problem, query.options());
-  if (wanted[5]) problem.grad_sinks = make_per_head(sinks_, problem, query.options());
+  if (wanted[ops::kAlibiSlopes]) problem.grad_alibi_slopes = make_per_head(slopes_, problem, query.options());
+  if (wanted[ops::kSinks]) problem.grad_sinks = make_per_head(sinks_, problem, query.options());
 }
 
 void GradientBuffers::zero() const {

@@ -14,7 +14,7 @@ class GradientBuffers {
 
   void zero() const;
 
-  // Sums what was broadcast, in the shapes and dtypes of the inputs.
+  // The gradients summed over broadcast dimensions, in the shapes and dtypes of the inputs.
   ops::Gradients results() const;
 
  private:

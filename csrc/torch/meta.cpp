@@ -13,8 +13,7 @@ using at::Tensor;
 ops::Forward attention_meta(const Tensor& query, const Tensor& key, const Tensor& value,
                             const AttentionOptions& options, const std::optional<Tensor>& rng_state) {
   const char* op = "attention";
-  const Sizes sizes = check_attention(op, query, key, &value, options);
-  if (rng_state) check_rng_state(op, *rng_state, options, query.device());
+  const Sizes sizes = check_forward(op, query, key, value, options, rng_state);
   return empty_forward(query, sizes, empty_rng_state(query, options));
 }
 
@@ -28,12 +27,12 @@ ops::Gradients empty_gradients(const Tensor& query, const Tensor& key, const Ten
   const auto contiguous_like = [&](bool wants, const std::optional<Tensor>& input) {
     return wants ? at::empty_symint(input->sym_sizes(), input->options()) : not_made(query);
   };
-  return {heads_like(wanted[0], query),
-          heads_like(wanted[1], key),
-          heads_like(wanted[2], value),
-          contiguous_like(wanted[3], options.attn_mask),
-          contiguous_like(wanted[4], options.alibi_slopes),
-          contiguous_like(wanted[5], options.sinks)};
+  return {heads_like(wanted[ops::kQuery], query),
+          heads_like(wanted[ops::kKey], key),
+          heads_like(wanted[ops::kValue], value),
+          contiguous_like(wanted[ops::kAttnMask], options.attn_mask),
+          contiguous_like(wanted[ops::kAlibiSlopes], options.alibi_slopes),
+          contiguous_like(wanted[ops::kSinks], options.sinks)};
 }
 
 ops::Gradients attention_backward_meta(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,
@@ -41,9 +40,7 @@ ops::Gradients attention_backward_meta(const Tensor& grad_out, const std::option
                                        const Tensor& logsumexp, const Tensor& rng_state,
                                        const AttentionOptions& options, ops::OutputMask output_mask) {
   const char* op = "attention_backward";
-  const Sizes sizes = check_attention(op, query, key, &value, options);
-  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
-  check_backward(op, sizes, grad_out, grad_logsumexp, query);
+  check_backward(op, grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, options);
   return empty_gradients(query, key, value, options, output_mask);
 }
 
@@ -51,9 +48,7 @@ ops::OutputTangents attention_jvp_meta(const Tensor& query, const Tensor& key, c
                                        const Tensor& logsumexp, const Tensor& rng_state,
                                        const ops::InputTangents& tangents, const AttentionOptions& options) {
   const char* op = "attention_jvp";
-  const Sizes sizes = check_attention(op, query, key, &value, options);
-  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
-  check_tangents(op, sizes, tangents, query, key, value, options);
+  const Sizes sizes = check_jvp(op, query, key, value, out, logsumexp, rng_state, tangents, options);
   return empty_tangents(query, sizes);
 }
 
@@ -64,10 +59,8 @@ ops::SecondOrder attention_double_backward_meta(const ops::InputTangents& tangen
                                                 const AttentionOptions& options, ops::OutputMask output_mask,
                                                 bool compute_out_tangent) {
   const char* op = "attention_double_backward";
-  const Sizes sizes = check_attention(op, query, key, &value, options);
-  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
-  check_backward(op, sizes, grad_out, grad_logsumexp, query);
-  check_tangents(op, sizes, tangents, query, key, value, options);
+  const Sizes sizes = check_double_backward(op, tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
+                                            rng_state, options);
   return std::tuple_cat(empty_tangents(query, sizes, compute_out_tangent),
                         empty_gradients(query, key, value, options, output_mask));
 }

@@ -54,8 +54,7 @@ ops::Forward attention(const Tensor& query, const Tensor& key, const Tensor& val
                        const std::optional<Tensor>& given_state) {
   const char* op = "attention";
   count_call(Pass::kForward);
-  const Sizes sizes = check_attention(op, query, key, &value, options);
-  if (given_state) check_rng_state(op, *given_state, options, query.device());
+  const Sizes sizes = check_forward(op, query, key, value, options, given_state);
   const ops::Forward outputs = empty_forward(query, sizes, make_rng_state(query, options, given_state));
   const auto& [out, logsumexp, rng_state] = outputs;
 
@@ -75,9 +74,8 @@ ops::Gradients attention_backward(const Tensor& grad_out, const std::optional<Te
                                   ops::OutputMask output_mask) {
   const char* op = "attention_backward";
   count_call(Pass::kBackward);
-  const Sizes sizes = check_attention(op, query, key, &value, options);
-  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
-  check_backward(op, sizes, grad_out, grad_logsumexp, query);
+  const Sizes sizes =
+      check_backward(op, grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, options);
   BackwardProblem problem;
   Converted converted;
   fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
@@ -96,9 +94,7 @@ ops::OutputTangents attention_jvp(const Tensor& query, const Tensor& key, const 
                                   const AttentionOptions& options) {
   const char* op = "attention_jvp";
   count_call(Pass::kJvp);
-  const Sizes sizes = check_attention(op, query, key, &value, options);
-  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
-  check_tangents(op, sizes, tangents, query, key, value, options);
+  const Sizes sizes = check_jvp(op, query, key, value, out, logsumexp, rng_state, tangents, options);
   JvpProblem problem;
   Converted converted;
   fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);
@@ -122,10 +118,8 @@ ops::SecondOrder attention_double_backward(const ops::InputTangents& tangents, c
                                            bool compute_out_tangent) {
   const char* op = "attention_double_backward";
   count_call(Pass::kDoubleBackward);
-  const Sizes sizes = check_attention(op, query, key, &value, options);
-  check_saved(op, sizes, query, out, logsumexp, rng_state, options);
-  check_backward(op, sizes, grad_out, grad_logsumexp, query);
-  check_tangents(op, sizes, tangents, query, key, value, options);
+  const Sizes sizes = check_double_backward(op, tangents, grad_out, grad_logsumexp, query, key, value, out, logsumexp,
+                                            rng_state, options);
   DoubleBackwardProblem problem;
   Converted converted;
   fill_problem(problem, converted, op, sizes, query, key, &value, &rng_state, options);

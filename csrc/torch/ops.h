@@ -13,7 +13,10 @@ using at::Tensor;
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>;                            // out, logsumexp, rng_state
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // of the six differentiable inputs
-using OutputMask = std::array<bool, 6>;  // query, key, value, attn_mask, alibi_slopes, sinks: which gradients to make
+// The differentiable inputs, in the order of tangents, gradients and output_mask.
+enum Input : size_t { kQuery, kKey, kValue, kAttnMask, kAlibiSlopes, kSinks, kInputs };
+
+using OutputMask = std::array<bool, kInputs>;  // which gradients to compute
 
 Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
                   const std::optional<Tensor>& rng_state);
@@ -27,7 +30,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
                          const AttentionOptions& options, bool average_heads, std::optional<c10::SymInt> row_begin,
                          std::optional<c10::SymInt> row_end);
 
-// How the six differentiable inputs move, each like its input; absent: it stands still.
+// Tangents of the differentiable inputs, each like its input; absent means a zero tangent.
 struct InputTangents {
   std::optional<Tensor> query, key, value, attn_mask, alibi_slopes, sinks;
 
@@ -42,9 +45,9 @@ OutputTangents attention_jvp(const Tensor& query, const Tensor& key, const Tenso
 
 using SecondOrder = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// How everything moves along the tangents: out and logsumexp, which are the gradients of grad_out and grad_logsumexp
-// where the tangents are gradients of attention_backward's results, then the six gradients. Without compute_out_tangent
-// out's is empty, and two of twelve products are saved.
+// Tangents of all results along those of the inputs: of out and logsumexp, which are also the gradients of grad_out and
+// grad_logsumexp where the tangents are gradients of attention_backward's results, then of the gradients. Without
+// compute_out_tangent that of out is empty, and two of twelve products are saved.
 SecondOrder attention_double_backward(const InputTangents& tangents, const Tensor& grad_out,
                                       const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
                                       const Tensor& key, const Tensor& value, const Tensor& out,

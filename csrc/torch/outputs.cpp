@@ -40,9 +40,10 @@ ops::OutputTangents empty_tangents(const Tensor& query, const Sizes& sizes, bool
 }
 
 ops::OutputMask existing_gradients(const AttentionOptions& options, ops::OutputMask output_mask) {
-  output_mask[3] = output_mask[3] && options.attn_mask && options.attn_mask->scalar_type() != at::kBool;
-  output_mask[4] = output_mask[4] && options.alibi_slopes;
-  output_mask[5] = output_mask[5] && options.sinks;
+  output_mask[ops::kAttnMask] =
+      output_mask[ops::kAttnMask] && options.attn_mask && options.attn_mask->scalar_type() != at::kBool;
+  output_mask[ops::kAlibiSlopes] = output_mask[ops::kAlibiSlopes] && options.alibi_slopes;
+  output_mask[ops::kSinks] = output_mask[ops::kSinks] && options.sinks;
   return output_mask;
 }
 

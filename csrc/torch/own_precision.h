@@ -1,4 +1,4 @@
-// What derivatives that are composed of torch's operators compute in, also under autocast.
+// The precision of derivatives that are composed of torch's operators, also under autocast.
 #pragma once
 
 #include <ATen/autocast_mode.h>

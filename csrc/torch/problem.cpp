@@ -9,8 +9,8 @@ namespace {
 
 using at::Tensor;
 
-// Such a softcap bends no score below 1e25, and what float32 divides by it vanishes.
-constexpr double kBendsNothing = 1e30;
+// Such a softcap changes no score below 1e25, and float32 quotients by it vanish.
+constexpr double kSoftcapWithoutEffect = 1e30;
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -107,7 +107,8 @@ void fill_structure(AttentionProblem& problem, Converted& converted, const char*
   if (options.attn_mask) verify_packed_mask(op, "attn_mask", problem, *options.attn_mask);
 }
 
-// What torch's products go by, whichever of its switches set it; Context::allowTF32CuBLAS raises after some of them.
+// The setting of torch's own products, whichever of its switches made it; Context::allowTF32CuBLAS raises after some of
+// them.
 bool allows_tf32() {
   return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
          at::Float32Precision::TF32;
@@ -151,7 +152,7 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   if (value) problem.value = view_of(*value);
 
   problem.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
-  problem.softcap = options.softcap < kBendsNothing ? options.softcap : 0;
+  problem.softcap = options.softcap < kSoftcapWithoutEffect ? options.softcap : 0;
   problem.window_left = window_side(options.window_left);
   problem.window_right = window_side(options.window_right);
   if (options.is_causal) problem.window_right = 0;

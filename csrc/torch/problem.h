@@ -1,4 +1,4 @@
-// From tensors to a Problem: what the kernels read, once `checks.h` has accepted the arguments.
+// From tensors to the Problem that kernels read, once `checks.h` has accepted the arguments.
 #pragma once
 
 #include "core/problem.h"

@@ -1,4 +1,4 @@
-// Forward mode: what a dual tensor carries, and what it is without.
+// Forward mode: the tangent and the primal of a dual tensor.
 #pragma once
 
 #include "torch/ops.h"

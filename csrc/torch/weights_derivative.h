@@ -3,7 +3,7 @@
 // prob = keep / (1 - dropout_p) * exp(score - logsumexp) gives d prob = prob * (d score - d logsumexp): dropout needs
 // nothing more. prob itself comes from the operator, block of rows after block of rows: a row keeps its number, so the
 // dropout bits are those of the whole call. Weights averaged over heads take one block per head, which keeps memory a
-// small multiple of what the caller holds.
+// small multiple of the caller's own memory.
 #pragma once
 
 #include "torch/ops.h"

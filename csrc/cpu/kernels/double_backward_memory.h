@@ -75,9 +75,9 @@ struct DoubleBackwardTileScratch : JvpScratch<C> {
   }
 };
 
-// What a tile holds of its blocks between its two parts. Where out' is made it gives D', and P and P S' are held. Where
-// it is not asked for, dP and dP' may give D' instead, if all four can be held: to make them twice would cost more than
-// out'.
+// The matrices that a tile holds of its blocks between its two parts. Where out' is made it gives D', and P and P S'
+// are held. Where it is not asked for, dP and dP' may give D' instead, if all four can be held: to make them twice
+// would cost more than out'.
 template <class T>
 struct HeldBlocks {
   bool makes_out;

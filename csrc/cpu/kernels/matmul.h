@@ -7,7 +7,7 @@
 namespace attention_ext {
 namespace {
 
-// How a dtype is computed with. Element is what a product reads at once: one Number, or a pair of 16-bit ones that
+// The arithmetic of a dtype. Element is the unit that a product reads: one Number, or a pair of 16-bit ones that
 // neighbour each other in depth.
 struct FloatCompute {
   using Scalar = float;

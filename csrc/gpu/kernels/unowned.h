@@ -1,4 +1,4 @@
-// Clears what a pass returns for the rows of packed tensors that no sequence owns. Where they begin stands in device
+// Clears the results of a pass for the rows of packed tensors that no sequence owns. Where they begin stands in device
 // memory: blocks of threads that find their rows owned have nothing to do.
 #pragma once
 
