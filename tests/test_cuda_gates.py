@@ -66,3 +66,19 @@ def test_budget_is_read_as_it_is_written(gates: ModuleType, tmp_path: Path, monk
     for uses in ({}, {"b": gates.Use(1, 2, 3, 4), "a": gates.Use(5, 6, 7, 8)}):
         gates.write_budget(uses)
         assert gates.read_budget() == uses
+
+
+@pytest.mark.parametrize("tool", ["cuda_gates", "check_cuda_binding"])
+def test_a_gate_that_cannot_run_fails_in_ci_alone(
+    tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "tools")
+    module = importlib.import_module(tool)
+    monkeypatch.setattr(module.nvcc, "find", lambda: None)
+    monkeypatch.setattr("sys.argv", [tool])
+    monkeypatch.delenv("CI", raising=False)
+    module.main()
+    assert "skipped: there is no nvcc" in capsys.readouterr().out
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(SystemExit, match="failed: there is no nvcc"):
+        module.main()

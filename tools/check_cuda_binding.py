@@ -1,6 +1,6 @@
 """Type-checks the CUDA binding where torch is a CPU build, whose wheel has all headers but one, which is generated.
 
-Needs nvcc's headers, and skips with a reason where there are none. No CUDA kernel and no GPU takes part.
+Needs nvcc's headers. No CUDA kernel and no GPU takes part.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import gate
 import nvcc
 import torch
 from torch.utils import cpp_extension
@@ -51,7 +52,7 @@ def type_check(file: Path, command: list[str]) -> bool:
 def main() -> None:
     compiler = nvcc.find()
     if compiler is None:
-        return print("skipped: no nvcc, so no CUDA headers")
+        return gate.cannot_run("there is no nvcc, so there are no CUDA headers")
     if torch.version.cuda is not None:
         return print("skipped: this torch has CUDA, so the build compiles the binding")
     torch_headers = [Path(folder) for folder in cpp_extension.include_paths()]

@@ -1,7 +1,7 @@
 """Type-checks csrc/torch against the headers of the oldest torch that is supported, without installing it.
 
 They come out of the smallest wheel of that version, one for another system: the headers are the same in all of them.
-Skips with a reason where it cannot be fetched; the CUDA binding is left out where there is no nvcc.
+The CUDA binding is left out where there is no nvcc.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import gate
 import nvcc
 from check_cuda_binding import ROOT, binding, compiler_command, cuda_headers, type_check
 
@@ -58,7 +59,7 @@ def sources(has_cuda: bool) -> Iterator[Path]:
 
 def main() -> None:
     if not fetch():
-        return print(f"skipped: torch {TORCH} cannot be fetched; pip's output is above")
+        return gate.cannot_run(f"torch {TORCH} cannot be fetched; pip's output is above")
     compiler = nvcc.find()
     headers = [HEADERS, HEADERS / "torch/csrc/api/include"]
     with ExitStack() as stack:

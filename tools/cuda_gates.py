@@ -17,6 +17,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gate
 import nvcc
 from rich.console import Console
 from rich.table import Table
@@ -118,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     compiler = nvcc.find()
     if compiler is None:
-        return print("skipped: there is no nvcc")
+        return gate.cannot_run("there is no nvcc")
     units = sorted(UNITS.glob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda unit: compile_unit(compiler, unit), units))
