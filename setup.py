@@ -19,10 +19,23 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import nvcc  # noqa: E402
 
-GENERATED = ROOT / "build" / "generated"
+# A build with checks in it: tools/checked_tests.py makes one and runs tests with it.
+VARIANTS = {
+    "": [],
+    "sanitized": [
+        *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        "-fno-sanitize=null,pointer-overflow,object-size",  # which double the time that compiling takes
+    ],
+    "assertions": ["-D_GLIBCXX_ASSERTIONS"],
+}
+VARIANT = os.environ.get("ATTENTION_EXT_VARIANT", "")
+if VARIANT not in VARIANTS:
+    sys.exit(f"attention_ext: ATTENTION_EXT_VARIANT is one of {', '.join(filter(None, VARIANTS))}, got {VARIANT}")
+SUFFIX = VARIANT and f"-{VARIANT}"
+GENERATED = ROOT / "build" / f"generated{SUFFIX}"
 BUILD_FACTS = GENERATED / "build_facts.h"
 # torch's headers are system headers, which ninja does not watch; so each torch has objects of its own.
-TEMP = ROOT / "build" / f"temp-{platform.machine()}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+TEMP = ROOT / "build" / f"temp-{platform.machine()}-{sys.implementation.cache_tag}-torch-{torch.__version__}{SUFFIX}"
 CXX = shlex.split(cpp_extension.get_cxx_compiler())
 OLDEST_GCC = 12  # has __builtin_shufflevector
 INPUTS = ["csrc", "attention_ext/include", "setup.py", "pyproject.toml", "tools/nvcc.py"]
@@ -32,6 +45,7 @@ OPERATORS = "attention_ext.libattention_ext"
 # csrc/cpu/isa opens its own target region. Products and sums are fused where the code says fma, nowhere else, so that
 # two instances of one template make the same numbers. torch adds the -std it needs, too old for us before 2.12.
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]
+FLAGS += VARIANTS[VARIANT]
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
     FLAGS.append("-std=c++20")
 INSTRUCTION_SETS = {"x86_64": ["baseline", "avx2", "avx512", "avx512_bf16"], "aarch64": ["neon"]}
@@ -83,8 +97,8 @@ def check_compiler() -> None:
 
 
 def compiler_in_one_word() -> str:
-    """torch takes all that CXX says for the name of one file."""
-    script = ROOT / "build" / re.sub(r"[^\w.+-]", "-", shlex.join(CXX))
+    """A script: torch takes CXX for the name of one file, and ccache takes names that begin with its own for itself."""
+    script = ROOT / "build" / ("cxx-" + re.sub(r"[^\w.+-]", "-", shlex.join(CXX)))
     script.parent.mkdir(exist_ok=True)
     script.write_text(f'#!/bin/sh\nexec {shlex.join(CXX)} "$@"\n')
     script.chmod(0o755)
@@ -145,6 +159,7 @@ def extension(name: str, files: list[str], libraries: list[str], link_args: list
     headers = cpp_extension.include_paths(device)
     flags = [*FLAGS, *(f"-I{folder}" for folder in (ROOT / "csrc", ROOT / "attention_ext" / "include", GENERATED))]
     flags += [word for path in headers for word in ("-isystem", path)]
+    flags.append(f"-ffile-prefix-map={ROOT}/=")  # a build says the same wherever it is made
     if os.environ.get("ATTENTION_EXT_WERROR") == "1":
         flags.append("-Werror")
     return Extension(
@@ -154,7 +169,7 @@ def extension(name: str, files: list[str], libraries: list[str], link_args: list
         library_dirs=cpp_extension.library_paths(device),
         libraries=libraries,
         extra_compile_args={"cxx": flags, "nvcc": [*nvcc.FLAGS, *nvcc.FOR_CHIPS, *nvcc.FOR_LATER_CHIPS]},
-        extra_link_args=["-fopenmp", *link_args],
+        extra_link_args=["-fopenmp", *VARIANTS[VARIANT], *link_args],
         # All of them for each: only ninja knows better.
         depends=[*sources("csrc/**/*.h", "attention_ext/include/**/*.h"), str(BUILD_FACTS.relative_to(ROOT))],
     )

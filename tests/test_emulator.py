@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import itertools
 import math
@@ -44,6 +45,14 @@ def emulated() -> dict[str, Any]:
     """The emulated kernels, in a library of their own, which is compiled once: minutes."""
     folder = CSRC.parent / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "one_at_a_time", "w") as lock:  # load() would wait for ever for the lock of a killed process
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        load_emulator(folder)
+    return {row["name"]: row for row in _C.kernels() if row["isa"].startswith("emulated")}
+
+
+def load_emulator(folder: Path) -> None:
     operators = Path(attention_ext.library_path())
     cpp_extension.load(
         "attention_ext_emulator",
@@ -53,7 +62,6 @@ def emulated() -> dict[str, Any]:
         build_directory=str(folder),
         is_python_module=False,
     )
-    return {row["name"]: row for row in _C.kernels() if row["isa"].startswith("emulated")}
 
 
 @pytest.fixture

@@ -16,13 +16,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
 OLDEST_TORCH = (2, 11)
 LIBRARY = ROOT / "attention_ext" / "libattention_ext.so"
+LOCK = ROOT / "build" / "bootstrap.lock"
+PATIENCE = 30 * 60  # seconds; another bootstrap may install torch and build
 SWITCHES = ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR", "ATTENTION_EXT_CUDA")
 
 FACTS = """
@@ -53,6 +58,32 @@ def facts(python: Path) -> dict[str, str]:
 def has_torch(python: Path) -> bool:
     version = facts(python)["torch"]
     return version != "" and tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_TORCH
+
+
+@contextmanager
+def locked(patience: float = PATIENCE) -> Iterator[None]:
+    """One bootstrap at a time. The system frees the lock of a process that ends, however it ends."""
+    LOCK.parent.mkdir(exist_ok=True)
+    with open(LOCK, "a+") as lock:
+        begin = time.monotonic()
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                holder = f"process {lock.read().strip() or 'unknown'}"
+            if time.monotonic() - begin > patience:
+                sys.exit(f"bootstrap: {holder} has held {LOCK} for {patience / 60:g} minutes; end it, then try again")
+            if not waiting:
+                say(f"waiting for {holder}, which is setting up the same folder")
+                waiting = True
+            time.sleep(0.5)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def digest(*parts: str, files: list[Path]) -> str:
@@ -113,7 +144,7 @@ def requirements(python: Path, file: Path) -> None:
     if borrowed or (stamp.exists() and stamp.read_text() == wanted):
         return
     say(f"installing {file.name}")
-    if not install(python, "--requirement", file):
+    if not install(python, "--require-hashes", "--requirement", file):
         sys.exit(f"bootstrap: {file.name} cannot be installed; pip's output is above")
     stamp.write_text(wanted)
 
@@ -142,9 +173,7 @@ def main() -> None:
     parser.add_argument("--lint", action="store_true", help="also install what the lints need")
     arguments = parser.parse_args()
     prerequisites()
-    (ROOT / "build").mkdir(exist_ok=True)
-    with open(ROOT / "build" / "bootstrap.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked():
         python = environment()
         requirements(python, ROOT / "requirements.txt")
         if arguments.lint:

@@ -59,6 +59,10 @@ def includes() -> bool:
     return call("python", "tools/check_includes.py")
 
 
+def licences() -> bool:
+    return call("reuse", "lint", "--quiet")
+
+
 LINTS: dict[str, Callable[[], bool]] = {
     "ruff": ruff,
     "format": python_format,
@@ -66,6 +70,7 @@ LINTS: dict[str, Callable[[], bool]] = {
     "clang-format": cpp_format,
     "clang-tidy": clang_tidy,
     "includes": includes,
+    "licences": licences,
 }
 
 
