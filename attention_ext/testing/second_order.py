@@ -111,7 +111,7 @@ def _sizes(sample: Sample, tangents: Tangents, made: Weights, moved: Outputs) ->
         for name, x in (("query", sample.query), ("key", sample.key), ("value", sample.value))
     )
     key_moved, value_moved = to_query_heads(sample, key_moved), to_query_heads(sample, value_moved)
-    out, logsumexp, weights, prob = made
+    out, logsumexp, weights, prob, sink_prob = made
     out_moved, mean = moved["out_tangent"], moved["logsumexp_tangent"][..., None]
 
     distance = distances(sample)
@@ -160,8 +160,9 @@ def _sizes(sample: Sample, tangents: Tangents, made: Weights, moved: Outputs) ->
         along = (alone * distance.square()).sum(-1, keepdim=True) + far * row_error
         squares["second_alibi_slopes"] = along.sum((-2, -1)).sum_to_size(tangents["alibi_slopes"].shape)
     if "sinks" in tangents:
-        sink = torch.exp(sample.options["sinks"][..., None] - logsumexp).nan_to_num()[..., None]
         shared = (mean.square() + tangents["sinks"][..., None, None].square()) * delta + row_error
-        squares["second_sinks"] = (sink.square() * shared).sum((-2, -1)).sum_to_size(tangents["sinks"].shape)
+        squares["second_sinks"] = (
+            (sink_prob[..., None].square() * shared).sum((-2, -1)).sum_to_size(tangents["sinks"].shape)
+        )
     squares["second_value"] = to_kv_heads(sample, (weights.square() * (shift + mean_error)).mT @ grad_out.square())
     return {name: x.sqrt() for name, x in squares.items()}

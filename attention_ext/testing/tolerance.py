@@ -121,30 +121,37 @@ def compare_outputs(
 
 
 class Weights(NamedTuple):
-    """A sample's outputs, its weights and, before dropout, its probabilities."""
+    """A sample's outputs, its weights and, before dropout, its probabilities and those of the sinks."""
 
     out: Tensor
     logsumexp: Tensor
     weights: Tensor
     prob: Tensor
+    sink_prob: Tensor
 
     @classmethod
     def of(cls, sample: Sample) -> Weights:
         """Of a dense sample."""
         out, logsumexp, weights = sample.call(reference.attention)
+        sinks = sample.options.get("sinks")
+        sink_prob = logsumexp[..., :0] if sinks is None else torch.exp(sinks[..., None] - logsumexp).nan_to_num()
         if not sample.options.get("dropout_p"):
-            return cls(out, logsumexp, weights, weights)
+            return cls(out, logsumexp, weights, weights, sink_prob)
         plain = {name: x for name, x in sample.options.items() if name not in ("dropout_p", "keep")}
         prob = reference.attention(sample.query, sample.key, sample.value, **plain).weights
-        return cls(out, logsumexp, weights, prob)
+        return cls(out, logsumexp, weights, prob, sink_prob)
 
     def by_score(self, sample: Sample) -> Weights:
         """Each probability times one plus the size of its score's terms and of logsumexp, whose roundings change it."""
         scale = sample.options.get("scale", 1 / math.sqrt(sample.query.shape[-1]))
         key = sample.key.repeat_interleave(sample.query.shape[1] // max(1, sample.key.shape[1]), 1)
         score_size = abs(scale) * (sample.query.square() @ key.square().mT).sqrt()
-        factor = _logsumexp_size(self.logsumexp)[..., None] + score_size
-        return self._replace(weights=self.weights * factor, prob=self.prob * factor)
+        logsumexp_size = _logsumexp_size(self.logsumexp)
+        factor = logsumexp_size[..., None] + score_size
+        sink_prob = self.sink_prob
+        if "sinks" in sample.options:
+            sink_prob = sink_prob * (logsumexp_size + (self.prob * score_size).sum(-1))
+        return self._replace(weights=self.weights * factor, prob=self.prob * factor, sink_prob=sink_prob)
 
 
 def _logsumexp_size(logsumexp: Tensor) -> Tensor:
@@ -266,7 +273,7 @@ def _joined(sample: Sample, parts: list[Outputs]) -> Outputs:
 def _squared_terms(sample: Sample, made: Weights) -> Outputs:
     options, scale = sample.options, scale_of(sample)
     query, key, value = sample.query, *(to_query_heads(sample, x) for x in (sample.key, sample.value))
-    out, logsumexp, weights, prob = made
+    out, logsumexp, weights, prob, sink_prob = made
     grad_logsumexp = 0 if sample.grad_logsumexp is None else sample.grad_logsumexp.square()[..., None]
 
     delta = (sample.grad_out.square() * out.square()).sum(-1, keepdim=True) + grad_logsumexp
@@ -290,8 +297,7 @@ def _squared_terms(sample: Sample, made: Weights) -> Outputs:
     along = (alone * distance.square()).sum(-1) + (prob * distance.abs()).sum(-1).square() * delta.squeeze(-1)
     squares["grad_alibi_slopes"] = along.sum(-1)
     if "sinks" in options:
-        sink = torch.exp(options["sinks"][..., None] - logsumexp).nan_to_num()
-        squares["grad_sinks"] = (sink.square() * delta.squeeze(-1)).sum(-1)
+        squares["grad_sinks"] = (sink_prob.square() * delta.squeeze(-1)).sum(-1)
     return squares
 
 
