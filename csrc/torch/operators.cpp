@@ -38,8 +38,10 @@ void fill_backward(BackwardProblem& problem, Converted& converted, const Tensor&
   if (grad_logsumexp) problem.grad_logsumexp = contiguous_data(*grad_logsumexp, converted);
 }
 
-// By an operator of torch: a compiled graph draws by the same one, so it has the same bits for the same seed.
+// By an operator of torch: a compiled graph draws by the same one, so it has the same bits for the same seed. The vmap
+// that gradcheck uses for batched gradients refuses random operators; it calls this kernel sample by sample.
 Tensor drawn_rng_state(const Tensor& query) {
+  const c10::impl::ExcludeDispatchKeyGuard below_vmap(c10::DispatchKey::VmapMode);
   constexpr int64_t kEnd = std::numeric_limits<int64_t>::max();
   return at::randint(/*low=*/0, kEnd, {2}, /*generator=*/std::nullopt, query.options().dtype(at::kLong));
 }

@@ -10,6 +10,15 @@ namespace {
 
 constexpr int64_t kSequences = 3;
 
+// The mask of extra_mask.h, in a build that lists it.
+bool extra_mask_hides(int64_t distance) {
+#ifdef ATTENTION_EXT_EXTRA_MASK
+  return (distance >= -30 && distance <= -8) || distance >= 20;
+#else
+  return distance == kUnlimited;
+#endif
+}
+
 // Of the packed rows, sequence 1 has no query and the last one no key.
 int64_t start_of(int64_t total, int64_t sequences, int64_t i, bool of_keys) {
   if (i >= sequences) return total;
@@ -97,15 +106,15 @@ Call::Call(const Case& c, DType type)
     static_cast<int64_t*>(starts_q.data())[i] = start_of(c.seqlen_q, kSequences, i, false);
     static_cast<int64_t*>(starts_k.data())[i] = start_of(c.seqlen_k, kSequences, i, true);
   }
-  if (c.key_lengths) poison_past_lengths();
+  if (c.key_lengths || c.poisoned_from < c.seqlen_k) poison_keys();
   static_cast<int64_t*>(rng_state.data())[0] = 0x123456789ABCDEF;
   static_cast<int64_t*>(rng_state.data())[1] = 42;
 }
 
-void Call::poison_past_lengths() {
+void Call::poison_keys() {
   for (int64_t b = 0; b < spec.batch; ++b) {
     for (int64_t h = 0; h < spec.kv_heads; ++h) {
-      for (int64_t k = value_at(lengths, b); k < spec.seqlen_k; ++k) {
+      for (int64_t k = spec.key_lengths ? value_at(lengths, b) : spec.poisoned_from; k < spec.seqlen_k; ++k) {
         for (int64_t d = 0; d < spec.head_dim; ++d) key.set(b, h, k, d, NAN);
         for (int64_t d = 0; d < spec.head_dim_v; ++d) value.set(b, h, k, d, NAN);
       }
@@ -232,26 +241,26 @@ DoubleBackwardProblem Call::double_backward(bool compute_out_tangent) {
   return p;
 }
 
-Call Call::moved(double step) const {
+Call Call::along_tangents(double step) const {
   Call other(spec, DType::kFloat64);
-  const auto move = [&](Array& to, const Array& from, const Array* tangent) {
+  const auto add = [&](Array& to, const Array& from, const Array* tangent) {
     for (int64_t b = 0; b < to.sizes[0]; ++b) {
       for (int64_t h = 0; h < to.sizes[1]; ++h) {
         for (int64_t row = 0; row < to.sizes[2]; ++row) {
           for (int64_t column = 0; column < to.sizes[3]; ++column) {
-            const double move = tangent == nullptr ? 0 : step * tangent->at(b, h, row, column);
-            to.set(b, h, row, column, from.at(b, h, row, column) + move);
+            const double change = tangent == nullptr ? 0 : step * tangent->at(b, h, row, column);
+            to.set(b, h, row, column, from.at(b, h, row, column) + change);
           }
         }
       }
     }
   };
-  move(other.query, query, &query_tangent);
-  move(other.key, key, &key_tangent);
-  move(other.value, value, &value_tangent);
-  move(other.grad_out, grad_out, nullptr);
-  move(other.grad_logsumexp, grad_logsumexp, nullptr);
-  if (mask) move(*other.mask, *mask, mask_tangent ? &*mask_tangent : nullptr);
+  add(other.query, query, &query_tangent);
+  add(other.key, key, &key_tangent);
+  add(other.value, value, &value_tangent);
+  add(other.grad_out, grad_out, nullptr);
+  add(other.grad_logsumexp, grad_logsumexp, nullptr);
+  if (mask) add(*other.mask, *mask, mask_tangent ? &*mask_tangent : nullptr);
   for (int64_t h = 0; h < spec.heads; ++h) {
     static_cast<double*>(other.slopes.data())[h] += step * number_at(slopes_tangent, h);
     static_cast<double*>(other.sinks.data())[h] += step * number_at(sinks_tangent, h);
@@ -259,30 +268,35 @@ Call Call::moved(double step) const {
   return other;
 }
 
-Expected expect_moves(const Call& call) {
+Expected expected_tangents(const Call& call) {
   constexpr double kStep = 1e-5;
-  Expected moves = expect(call.moved(kStep));
-  const Expected back = expect(call.moved(-kStep));
-  const auto difference = [&](Numbers& plus, const Numbers& minus) {
+  Expected tangents = expect(call.along_tangents(kStep));
+  const Expected back = expect(call.along_tangents(-kStep));
+  const auto differentiate = [&](Numbers& plus, const Numbers& minus) {
+    double largest = 0;
     for (size_t i = 0; i < plus.values.size(); ++i) {
-      const double change = plus.values[i] - minus.values[i];  // -inf - -inf: the row stays hidden
+      const double change = plus.values[i] - minus.values[i];  // NaN from -inf - -inf, of a row without keys
       plus.values[i] = std::isnan(change) ? 0 : change / (2 * kStep);
+      largest = std::max(largest, std::abs(plus.values[i]));
     }
+    for (size_t i = 0; i < plus.values.size(); ++i) plus.magnitudes[i] = largest + plus.magnitudes[i];
   };
-  difference(moves.out, back.out);
-  difference(moves.logsumexp, back.logsumexp);
-  difference(moves.grad_query, back.grad_query);
-  difference(moves.grad_key, back.grad_key);
-  difference(moves.grad_value, back.grad_value);
-  difference(moves.grad_mask, back.grad_mask);
-  difference(moves.grad_slopes, back.grad_slopes);
-  difference(moves.grad_sinks, back.grad_sinks);
-  return moves;
+  differentiate(tangents.out, back.out);
+  differentiate(tangents.logsumexp, back.logsumexp);
+  differentiate(tangents.grad_query, back.grad_query);
+  differentiate(tangents.grad_key, back.grad_key);
+  differentiate(tangents.grad_value, back.grad_value);
+  differentiate(tangents.grad_mask, back.grad_mask);
+  differentiate(tangents.grad_slopes, back.grad_slopes);
+  differentiate(tangents.grad_sinks, back.grad_sinks);
+  return tangents;
 }
 
 Expected expect(const Call& call) {
   const Case& c = call.spec;
   const int64_t sequences = c.varlen ? kSequences : c.batch, group = c.heads / c.kv_heads;
+  // Scores are not rounded to the dtype: their errors, relative errors of weights, count by the accumulator's eps.
+  const double accumulating = eps_of(accumulate_type(call.dtype)) / eps_of(call.dtype);
   Expected e{{c.batch, c.heads, c.seqlen_q, c.head_dim_v},
              {c.batch, c.heads, c.seqlen_q, 1},
              {c.batch, c.heads, c.seqlen_q, c.seqlen_k},
@@ -303,17 +317,21 @@ Expected expect(const Call& call) {
     for (int64_t h = 0; h < c.heads; ++h) {
       for (int64_t q = 0; q < length_q; ++q) {
         const int64_t row = first_q + q, diagonal = q + (c.bottom_right ? length_k - length_q : 0);
-        std::vector<double> score(static_cast<size_t>(length_k)), bend(score.size(), 1), keep(score.size(), 1);
+        std::vector<double> score(static_cast<size_t>(length_k)), softcap_grad(score.size(), 1), kept(score.size(), 1);
+        std::vector<double> magnitude_of_score(score.size()), roundings(score.size());
         double total = c.sinks ? std::exp(number_at(call.sinks, h)) : 0;
         for (int64_t k = 0; k < length_k; ++k) {
           double& x = score[static_cast<size_t>(k)];
-          for (int64_t d = 0; d < c.head_dim; ++d)
-            x += call.query.at(b, h, row, d) * call.key.at(b, h / group, first_k + k, d);
+          for (int64_t d = 0; d < c.head_dim; ++d) {
+            const double term = call.query.at(b, h, row, d) * call.key.at(b, h / group, first_k + k, d);
+            x += term;
+            magnitude_of_score[static_cast<size_t>(k)] += std::abs(c.scale * term);
+          }
           x *= c.scale;
           if (c.softcap > 0) {
-            const double bent = std::tanh(x / c.softcap);
-            x = c.softcap * bent;
-            bend[static_cast<size_t>(k)] = 1 - bent * bent;
+            const double tanh = std::tanh(x / c.softcap);
+            x = c.softcap * tanh;
+            softcap_grad[static_cast<size_t>(k)] = 1 - tanh * tanh;
           }
           if (c.alibi) x -= number_at(call.slopes, h) * static_cast<double>(std::abs(diagonal - k));
           if (c.mask != Mask::kNone) {
@@ -322,6 +340,7 @@ Expected expect(const Call& call) {
             x = c.mask != Mask::kBool ? x + bias : bias != 0 ? x : -INFINITY;
           }
           if (k < diagonal - c.window_left || k > diagonal + c.window_right) x = -INFINITY;
+          if (extra_mask_hides(k - diagonal)) x = -INFINITY;
           total += std::exp(x);
           if (c.dropout_p > 0) {
             const long dropped = std::lround(c.dropout_p * 65536);
@@ -329,39 +348,52 @@ Expected expect(const Call& call) {
                 philox<ScalarWords>({0x89ABCDEFu, 0x01234567u}, static_cast<uint32_t>(q), static_cast<uint32_t>(k / 8),
                                     static_cast<uint32_t>(s * c.heads + h), 42u);
             const uint32_t bits = (words.word[k % 8 / 2] >> (16 * (k % 2))) & 0xFFFF;
-            keep[static_cast<size_t>(k)] = bits >= dropped ? 65536.0 / (65536 - dropped) : 0;
+            kept[static_cast<size_t>(k)] = bits >= dropped ? 65536.0 / (65536 - dropped) : 0;
           }
         }
         const double logsumexp = std::log(total);
-        e.logsumexp.at(b, h, row, 0) = logsumexp;
-        std::vector<double> grad(score.size());
-        double delta = -call.grad_logsumexp.at(b, h, row, 0);
+        e.logsumexp.add(b, h, row, 0, logsumexp, total > 0 ? 1 + std::abs(logsumexp) : 0);
+        std::vector<double> grad(score.size()), grad_magnitude(score.size());
+        double delta = -call.grad_logsumexp.at(b, h, row, 0), delta_magnitude = std::abs(delta);
         for (int64_t k = 0; k < length_k; ++k) {
           const auto i = static_cast<size_t>(k);
           score[i] = total > 0 ? std::exp(score[i] - logsumexp) : 0;
-          const double weight = score[i] * keep[i];
-          e.weights.at(b, h, row, k) = weight;
+          const double weight = score[i] * kept[i];
+          if (score[i] > 0) roundings[i] = 1 + accumulating * (std::abs(std::log(score[i])) + magnitude_of_score[i]);
+          e.weights.add(b, h, row, k, weight, weight * roundings[i]);
+          if (score[i] > 0) e.logsumexp.add(b, h, row, 0, 0, score[i] * magnitude_of_score[i]);
           for (int64_t d = 0; d < c.head_dim_v; ++d) {
             const double value = call.value.at(b, h / group, first_k + k, d), grad_out = call.grad_out.at(b, h, row, d);
-            e.out.at(b, h, row, d) += weight * value;
-            grad[i] += keep[i] * grad_out * value;
-            e.grad_value.at(b, h / group, first_k + k, d) += weight * grad_out;
+            if (weight == 0) continue;  // value may be NaN
+            e.out.add(b, h, row, d, weight * value, weight * roundings[i] * std::abs(value));
+            grad[i] += kept[i] * grad_out * value;
+            grad_magnitude[i] += kept[i] * std::abs(grad_out * value);
+            e.grad_value.add(b, h / group, first_k + k, d, weight * grad_out,
+                             weight * roundings[i] * std::abs(grad_out));
           }
           delta += score[i] * grad[i];
+          delta_magnitude += score[i] * roundings[i] * grad_magnitude[i];
         }
-        if (c.sinks && total > 0) e.grad_sinks.at(s, h, 0, 0) -= std::exp(number_at(call.sinks, h) - logsumexp) * delta;
+        if (c.sinks && total > 0) {
+          const double weight = std::exp(number_at(call.sinks, h) - logsumexp);
+          e.grad_sinks.add(s, h, 0, 0, -weight * delta, weight * delta_magnitude);
+        }
         for (int64_t k = 0; k < length_k; ++k) {
           const auto i = static_cast<size_t>(k);
-          const double grad_score = score[i] * (grad[i] - delta);
+          if (score[i] == 0) continue;  // key may be NaN
+          const double grad_score = score[i] * (grad[i] - delta),
+                       magnitude = score[i] * roundings[i] * (grad_magnitude[i] + delta_magnitude),
+                       distance = static_cast<double>(std::abs(diagonal - k));
           if (c.mask != Mask::kNone) {
-            e.grad_mask.at(0, h, c.mask == Mask::kFloatPerKey ? 0 : q, c.mask == Mask::kFloatPerQuery ? 0 : k) +=
-                grad_score;
+            e.grad_mask.add(0, h, c.mask == Mask::kFloatPerKey ? 0 : q, c.mask == Mask::kFloatPerQuery ? 0 : k,
+                            grad_score, magnitude);
           }
-          e.grad_slopes.at(s, h, 0, 0) -= grad_score * static_cast<double>(std::abs(diagonal - k));
+          e.grad_slopes.add(s, h, 0, 0, -grad_score * distance, magnitude * distance);
           for (int64_t d = 0; d < c.head_dim; ++d) {
-            const double grad_dot = grad_score * bend[i] * c.scale;
-            e.grad_query.at(b, h, row, d) += grad_dot * call.key.at(b, h / group, first_k + k, d);
-            e.grad_key.at(b, h / group, first_k + k, d) += grad_dot * call.query.at(b, h, row, d);
+            const double from_key = c.scale * call.key.at(b, h / group, first_k + k, d),
+                         from_query = c.scale * call.query.at(b, h, row, d), grad_dot = grad_score * softcap_grad[i];
+            e.grad_query.add(b, h, row, d, grad_dot * from_key, magnitude * std::abs(from_key));
+            e.grad_key.add(b, h / group, first_k + k, d, grad_dot * from_query, magnitude * std::abs(from_query));
           }
         }
       }

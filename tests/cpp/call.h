@@ -1,4 +1,4 @@
-// A call with all its memory, and what it should give, computed score by score in double from the manual's words.
+// A call with all its memory, and its expected results, computed score by score in double from the manual's words.
 #pragma once
 
 #include <optional>
@@ -17,6 +17,7 @@ struct Case {
   int64_t window_left = kUnlimited, window_right = kUnlimited;
   bool bottom_right = false;
   double softcap = 0.0, scale = 0.3, dropout_p = 0.0;
+  int64_t poisoned_from = kUnlimited;  // keys and values from here on are NaN: the extra mask hides them from all
   bool alibi = false, sinks = false, key_lengths = false, varlen = false, heads_last = false;
 };
 
@@ -37,15 +38,15 @@ struct Call {
   JvpProblem jvp() const;
   DoubleBackwardProblem double_backward(bool compute_out_tangent = true);
 
-  // The call in double with every input moved by `step` tangents.
-  Call moved(double step) const;
+  // The call in double, with `step` times its tangent added to every input.
+  Call along_tangents(double step) const;
 
  private:
   int64_t sequences() const;
   void fill(AttentionProblem& problem) const;
   void fill(BackwardProblem& problem);
   Tangents tangents() const;
-  void poison_past_lengths();
+  void poison_keys();
 };
 
 struct Expected {
@@ -54,7 +55,7 @@ struct Expected {
 
 Expected expect(const Call& call);
 
-// How the above move along the tangents, by central differences.
-Expected expect_moves(const Call& call);
+// Derivatives of the above along the tangents, by central differences; weights are left as they are.
+Expected expected_tangents(const Call& call);
 
 }  // namespace attention_ext::test

@@ -51,7 +51,7 @@ void test_wild_lengths() {
   }
 }
 
-// Every block of every tiling of a small problem: cover and visible_keys say what a look at each pair says.
+// block_mask and visible_keys agree with a look at each pair, for every block of every tiling of a small problem.
 void check_blocks(const AttentionProblem& p) {
   const Sequence s = sequence_of(p, 0);
   const Band band{p.window_left, p.window_right};
@@ -73,9 +73,9 @@ void check_blocks(const AttentionProblem& p) {
           for (int64_t q = q0; q < q1; ++q) {
             for (int64_t k = k0; k < k1; ++k) seen += sees(p, q, k, p.seqlen_q, s.length_k) ? 1 : 0;
           }
-          const BlockMask cover = band.block_mask({q0, q1}, {k0, k1}, s.diagonal);
-          check(cover != BlockMask::kEmpty || seen == 0, "a skipped block holds nothing");
-          check((cover == BlockMask::kFull) == (seen == (q1 - q0) * (k1 - k0)), "a full block hides nothing");
+          const BlockMask block = band.block_mask({q0, q1}, {k0, k1}, s.diagonal);
+          check(block != BlockMask::kEmpty || seen == 0, "a skipped block holds nothing");
+          check((block == BlockMask::kFull) == (seen == (q1 - q0) * (k1 - k0)), "a full block hides nothing");
         }
       }
     }

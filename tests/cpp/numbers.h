@@ -19,6 +19,20 @@ using Half = _Float16;
 
 inline DType accumulate_type(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
+// Between 1 and the next number.
+inline double eps_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 0x1p-52;
+    case DType::kFloat32:
+      return 0x1p-23;
+    case DType::kFloat16:
+      return 0x1p-10;
+    default:
+      return 0x1p-7;
+  }
+}
+
 inline const char* name_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
@@ -113,15 +127,20 @@ struct Array {
   }
 };
 
-// Numbers in double, (batch, heads, rows, columns).
+// Sums in double, (batch, heads, rows, columns), and the sum of the magnitudes of each one's terms: rounding errors
+// grow with the latter.
 struct Numbers {
   int64_t heads, rows, columns;
-  std::vector<double> values;
+  std::vector<double> values, magnitudes;
 
   Numbers(int64_t batch, int64_t h, int64_t r, int64_t c)
-      : heads(h), rows(r), columns(c), values(static_cast<size_t>(batch * h * r * c)) {}
-  double& at(int64_t b, int64_t h, int64_t row, int64_t column) {
-    return values[static_cast<size_t>(((b * heads + h) * rows + row) * columns + column)];
+      : heads(h), rows(r), columns(c), values(static_cast<size_t>(batch * h * r * c)), magnitudes(values.size()) {}
+  size_t index(int64_t b, int64_t h, int64_t row, int64_t column) const {
+    return static_cast<size_t>(((b * heads + h) * rows + row) * columns + column);
+  }
+  void add(int64_t b, int64_t h, int64_t row, int64_t column, double term, double magnitude) {
+    values[index(b, h, row, column)] += term;
+    magnitudes[index(b, h, row, column)] += magnitude;
   }
 };
 
