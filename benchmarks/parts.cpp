@@ -109,7 +109,7 @@ class Parts {
   std::unique_ptr<Room> room_ = std::make_unique<Room>();
   Arena memory_{room_->bytes};
   int64_t columns_, depth_, keys_;
-  Block<T> block_{.k = {}, .mods = {}, .rules = ScoreMode::kNone, .bias = {}, .first_distance = {}};
+  Block<T> block_{.k = {}, .mods = {}, .mode = ScoreMode::kNone, .bias = {}, .first_distance = {}};
   Matrix<Element> query_ = matrix<Element>(kQueries<T>, columns_), key_ = matrix<Element>(keys_, columns_),
                   columns_of_query_ = matrix<Element>(columns_, kQueries<T>),
                   pairs_ = matrix<Element>(keys_, kQueries<T>);

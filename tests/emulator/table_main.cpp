@@ -22,6 +22,9 @@ PLANS_NOTHING(plan_simt_weights, class Plan)
 PLANS_NOTHING(plan_simt_jvp, class Plan)
 PLANS_NOTHING(plan_simt_double_backward, class Plan)
 
+template <>
+void add_clear_unowned<GpuPlan>(GpuPlan&, Pass, const AttentionProblem&) {}
+
 }  // namespace attention_ext
 
 namespace {
