@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
@@ -28,9 +29,13 @@ def draw_rng_state(query: Tensor) -> Tensor:
 
 @contextmanager
 def saved_for_backward() -> Iterator[None]:
-    """Nodes traced in here are kept between forward and backward, also where a memory budget recomputes others."""
+    """Nodes traced in here keep their values until backward, also where a memory budget recomputes others.
+
+    With a budget of 0 the partitioner saves inputs alone; it then repeats the state of the generator instead.
+    """
     before = traceback.current_meta.get("recompute")
-    traceback.current_meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    saves = config.activation_memory_budget > 0
+    traceback.current_meta["recompute"] = CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
     try:
         yield
     finally:
