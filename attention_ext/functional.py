@@ -73,7 +73,7 @@ def attention(
             key i, or ``"bottom_right"``, the last query at the last key (decoding against a cache).
         window: ``(left, right)``: keys from ``diagonal - left`` to ``diagonal + right``; None on a side: no limit.
             Sides that depend on a length stay symbolic in a traced graph.
-        softcap: c > 0 bends a score to ``c * tanh(score / c)``; 0 leaves it.
+        softcap: c > 0 replaces a score by ``c * tanh(score / c)``; 0 means no softcap.
         alibi_slopes: ``(Hq,)`` or ``(B, Hq)``: adds ``-slope * |diagonal - k|`` to the score; differentiable.
         sinks: ``(Hq,)`` or ``(B, Hq)``: one more logit per head in the normaliser, without a value; differentiable.
         key_lengths: ``(B,)``, int32 or int64: keys from this position on are hidden, and are not read. From 0 to S,

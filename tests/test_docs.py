@@ -45,6 +45,15 @@ def test_files_named_in_text_exist(document: Path) -> None:
     assert not [x for x in named if "NAME" not in x and not (ROOT / x).exists()]
 
 
+def test_functions_named_beside_their_file_are_there() -> None:
+    """As in "`csrc/gpu/kernels/forward.h`: `mainloop`"; a bare name means a kernel's header."""
+    named = re.findall(r"`([\w./]+\.(?:h|cpp|cu|py))`: `(\w+)", (ROOT / "docs" / "architecture.md").read_text())
+    assert len(named) > 6
+    for file, name in named:
+        text = (ROOT / file if "/" in file else ROOT / "csrc" / "gpu" / "kernels" / file).read_text()
+        assert re.search(rf"\b{name}\b", text), f"{file} has no {name}"
+
+
 def test_commands_exist() -> None:
     """Every Python file and executable that a shell block starts."""
     for document in DOCUMENTS:

@@ -103,7 +103,7 @@ class Attention(nn.Module):
             last key.
         window: (left, right), positions around the diagonal that are seen; None: no limit.
         scale: factor on the dot product; None: 1 / sqrt(head_dim). Not with cosine similarity.
-        softcap: bends a score to ``softcap * tanh(score / softcap)``; 0: not.
+        softcap: replaces a score by ``softcap * tanh(score / softcap)``; 0 means no softcap.
         similarity: ``"dot"``, or ``"cosine"``: unit-length queries and keys, times a trained temperature per head
             (parameter ``log_temperature``, at first log 10, at most log 100).
         alibi: None, ``"fixed"`` slopes, or ``"trained"`` ones (parameter ``slopes``).
