@@ -35,7 +35,7 @@ struct QueryOperand {
   }
 
   // The queries from lane `first` of the tile on.
-  QueryOperand from(int64_t first) const {
+  ATTENTION_INLINE QueryOperand from(int64_t first) const {
     QueryOperand later = *this;
     if (rows.data) {
       later.rows = rows_from(rows, first);
@@ -54,9 +54,11 @@ struct QueryOperand {
   }
 };
 
+// Out of line, so that the products of all other calls are compiled as if this did not exist.
 template <class C>
-void multiply_few_queries(Matrix<const typename C::Element> key, Matrix<const typename C::Scalar> query,
-                          const Tile& tile, Matrix<typename C::Scalar> to, int64_t keys, Start start, RowsAhead ahead) {
+[[gnu::noinline]] void multiply_few_queries(Matrix<const typename C::Element> key,
+                                            Matrix<const typename C::Scalar> query, const Tile& tile,
+                                            Matrix<typename C::Scalar> to, int64_t keys, Start start, RowsAhead ahead) {
   using T = typename C::Scalar;
   const int64_t queries = tile.q.size(), width = query.stride, key_stride = key.stride * C::kPair;
   ahead = ahead.in_steps(keys / kLanes<T> * queries * (width / kLanes<T>));
@@ -86,8 +88,9 @@ void multiply_few_queries(Matrix<const typename C::Element> key, Matrix<const ty
 
 // to (key, query) (+)= key (key, depth) query; keys: even. ahead: rows that are needed next.
 template <class C>
-void multiply_queries(Matrix<const typename C::Element> key, const QueryOperand<C>& query, const Tile& tile,
-                      Matrix<typename C::Scalar> to, int64_t keys, Start start = Start::kZero, RowsAhead ahead = {}) {
+ATTENTION_INLINE void multiply_queries(Matrix<const typename C::Element> key, const QueryOperand<C>& query,
+                                       const Tile& tile, Matrix<typename C::Scalar> to, int64_t keys,
+                                       Start start = Start::kZero, RowsAhead ahead = {}) {
   if (query.rows.data) return multiply_few_queries<C>(key, as_operand(query.rows), tile, to, keys, start, ahead);
   multiply<C>(by_rows(key), as_operand(query.columns), query.depth, to, keys, tile.vectors, start, ahead);
 }
