@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Window = tuple[int | None, int | None] | None
+
 
 def check_types(
     function: str, scale: Any, softcap: Any, dropout_p: Any, is_causal: Any, enable_gqa: Any, **flags: Any
@@ -55,3 +57,22 @@ def check_tensors(function: str, required: dict[str, Any], optional: dict[str, A
 def takes_over(*tensors: Any) -> bool:
     """Whether one is no Tensor and yet answers for torch's functions, as what torch.fx traces with does."""
     return any(not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__") for x in tensors)
+
+
+def check_pair(name: str, pair: object) -> None:
+    if pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2):
+        raise TypeError(f"attention: expected `{name}` to be None or two numbers, got {pair!r}")
+
+
+def window_sides(window: Window) -> tuple[int | None, int | None]:
+    """The left and the right side, as the operators take them. Runs in TorchScript too, as does :func:`packed`."""
+    if not torch.jit.is_scripting():
+        check_pair("window", window)
+    return (None, None) if window is None else window
+
+
+def packed(name: str, x: Tensor) -> Tensor:
+    """(total, H, D) as (H, total, D), and back."""
+    if x.dim() != 3:
+        raise RuntimeError(f"attention_varlen: expected `{name}` to be 3-D (total, heads, head_dim), got {x.dim()}-D")
+    return x.transpose(0, 1)

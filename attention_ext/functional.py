@@ -1,8 +1,7 @@
 """The functional interface: `attention`, `attention_varlen` and `attention_weights`.
 
-Only shape rules are Python (`folding.py`). Every other check, and every default, is in C++, so that a bare
-`torch.ops.attention_ext.*` call is as safe as these functions. All three can be called from TorchScript;
-`script_forms.py` has what that needs.
+Shape rules, defaults and checks are those of the operators, in C++, so a bare `torch.ops.attention_ext.*` call is as
+safe as these functions. All three can be called from TorchScript (`script_forms.py`).
 """
 
 from typing import Any
@@ -12,24 +11,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from attention_ext import script_forms
-from attention_ext.arguments import check_tensors, check_types, takes_over
-from attention_ext.folding import (
-    Window,
-    attention_op,
-    attention_weights_op,
-    attention_with_state,
-    check_pair,
-    fits,
-    fold,
-    fold_mask,
-    fold_options,
-    rng_state_in_scripts,
-    unfold,
-    varlen_with_state,
-    window_sides,
-)
+from attention_ext.arguments import Window, check_pair, check_tensors, check_types, packed, takes_over, window_sides
 
 __all__ = ["attention", "attention_varlen", "attention_weights"]
+
+attention_op = torch.ops.attention_ext.attention
+attention_weights_op = torch.ops.attention_ext.attention_weights
 
 
 def attention(
@@ -108,40 +95,33 @@ def attention(
         or (enable_gqa is not False and enable_gqa is not True)
     ):
         check_types("attention", scale, softcap, dropout_p, is_causal, enable_gqa)
+    # Every argument that is passed costs the dispatcher time: those at their defaults are left out.
+    options: dict[str, Any] = {}
+    if attn_mask is not None:
+        options["attn_mask"] = attn_mask
+    if dropout_p != 0.0:
+        options["dropout_p"] = dropout_p
+    if is_causal is not False:
+        options["is_causal"] = is_causal
+    if scale is not None:
+        options["scale"] = scale
+    if enable_gqa is not False:
+        options["enable_gqa"] = enable_gqa
+    if causal_alignment != "top_left":
+        options["causal_alignment"] = causal_alignment
+    if window is not None:
+        options["window_left"], options["window_right"] = window_sides(window)
+    if softcap != 0.0:
+        options["softcap"] = softcap
+    if alibi_slopes is not None:
+        options["alibi_slopes"] = alibi_slopes
+    if sinks is not None:
+        options["sinks"] = sinks
+    if key_lengths is not None:
+        options["key_lengths"] = key_lengths
     try:
-        if fits(query, key, value, enable_gqa):
-            # Every argument that is passed costs the dispatcher time: what has its default is not passed.
-            options: dict[str, Any] = {}
-            if attn_mask is not None:
-                options["attn_mask"] = fold_mask(attn_mask, [])
-            if dropout_p != 0.0:
-                options["dropout_p"] = dropout_p
-                options["rng_state"] = rng_state_in_scripts(query, dropout_p)
-            if is_causal is not False:
-                options["is_causal"] = is_causal
-            if scale is not None:
-                options["scale"] = scale
-            if enable_gqa is not False:
-                options["enable_gqa"] = enable_gqa
-            if causal_alignment != "top_left":
-                options["causal_alignment"] = causal_alignment
-            if window is not None:
-                options["window_left"], options["window_right"] = window_sides(window)
-            if softcap != 0.0:
-                options["softcap"] = softcap
-            if alibi_slopes is not None:
-                options["alibi_slopes"] = alibi_slopes
-            if sinks is not None:
-                options["sinks"] = sinks
-            if key_lengths is not None:
-                options["key_lengths"] = key_lengths
-            out, logsumexp, _ = attention_op(query, key, value, **options)
-        else:
-            out, logsumexp, _ = attention_with_state(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths,
-            )  # fmt: skip
-    except (AttributeError, RuntimeError):
+        out, logsumexp, _ = attention_op(query, key, value, **options)
+    except RuntimeError:
         required = {"query": query, "key": key, "value": value}
         optional = {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "key_lengths": key_lengths}
         check_tensors("attention", required, optional)  # a better error, if it is due to these
@@ -204,28 +184,17 @@ def attention_varlen(
     check_types("attention_varlen", scale, softcap, dropout_p, is_causal, enable_gqa)
     required = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     check_tensors("attention_varlen", required, {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks})
-    out, logsumexp, _ = varlen_with_state(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        causal_alignment,
-        window,
-        softcap,
-        alibi_slopes,
-        sinks,
-    )
+    left, right = window_sides(window)
+    out, logsumexp, _ = attention_op(
+        packed("query", query), packed("key", key), packed("value", value), attn_mask, dropout_p, is_causal, scale,
+        enable_gqa, causal_alignment, left, right, softcap, alibi_slopes, sinks, None, cu_seqlens_q, cu_seqlens_k,
+    )  # fmt: skip
+    out = packed("out", out)
     return (out, logsumexp) if return_logsumexp else out
 
 
-script_forms.register(attention, script_forms.attention, script_forms.attention_with_logsumexp)
-script_forms.register(attention_varlen, script_forms.attention_varlen, script_forms.attention_varlen_with_logsumexp)
+script_forms.register(attention)
+script_forms.register(attention_varlen, packs=("query", "key", "value"))
 
 
 def attention_weights(
@@ -284,55 +253,14 @@ def attention_weights(
             )  # fmt: skip
         check_types("attention_weights", scale, softcap, dropout_p, is_causal, enable_gqa, average_heads=average_heads)
         check_tensors("attention_weights", required, optional)
-    if logsumexp is None:
-        logsumexp = attention_with_state(
-            query, key, key[..., :0], attn_mask, 0.0, is_causal, scale, enable_gqa,
-            causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths,
-        )[1]  # fmt: skip
-    batch: list[int] = []
-    rank = 0
-    if not fits(query, key, key, enable_gqa):
-        rank = max(query.dim(), key.dim())
-        query, key, _, batch, enable_gqa = fold(query, key, key, enable_gqa)
-    attn_mask, alibi_slopes, sinks, key_lengths = fold_options(attn_mask, alibi_slopes, sinks, key_lengths, batch)
     left, right = window_sides(window)
-    if rank > 0:
-        sizes = batch + list(query.shape[1:3])
-        expected = sizes[len(sizes) - (rank - 1) :]
-        if list(logsumexp.shape) != expected:
-            raise RuntimeError(
-                f"attention_weights: expected `logsumexp` to have shape {expected}, got {list(logsumexp.shape)}"
-            )
-        logsumexp = logsumexp.reshape(query.shape[:-1])
     row_begin: int | None = None
     row_end: int | None = None
     if rows is not None:
         if not torch.jit.is_scripting():
             check_pair("rows", rows)
         row_begin, row_end = rows
-    if rng_state is None:
-        rng_state = query.new_empty([0], dtype=torch.int64)
-    weights = attention_weights_op(
-        query,
-        key,
-        logsumexp,
-        rng_state,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        causal_alignment,
-        left,
-        right,
-        softcap,
-        alibi_slopes,
-        sinks,
-        key_lengths,
-        average_heads=average_heads,
-        row_begin=row_begin,
-        row_end=row_end,
-    )
-    if rank > 0:
-        weights = unfold(weights, batch, max(rank - 1, 2) if average_heads else rank)
-    return weights
+    return attention_weights_op(
+        query, key, logsumexp, rng_state, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left,
+        right, softcap, alibi_slopes, sinks, key_lengths, None, None, average_heads, row_begin, row_end,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attention_ext._C import kernels
-from attention_ext.folding import fits, fold, fold_options, window_sides
+from attention_ext.arguments import window_sides
 from attention_ext.functional import attention
 
 __all__ = ["explain", "kernels"]
@@ -36,11 +36,5 @@ def explain(
     call.apply_defaults()
     given: dict[str, Any] = {**call.arguments, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     del given["return_logsumexp"]  # makes no difference
-    batch: list[int] = []
-    if not fits(query, key, value, given["enable_gqa"]):
-        folded = fold(query, key, value, given["enable_gqa"])
-        given["query"], given["key"], given["value"], batch, given["enable_gqa"] = folded
-    names = ("attn_mask", "alibi_slopes", "sinks", "key_lengths")
-    given.update(zip(names, fold_options(**{name: given[name] for name in names}, batch=batch), strict=True))
     given["window_left"], given["window_right"] = window_sides(given.pop("window"))
     return torch.ops.attention_ext.attention_explain(**given, which=which)

@@ -2,124 +2,77 @@
 
 Their result depends on the flag `return_logsumexp`, which TorchScript's types cannot say, and their keyword-only
 arguments have defaults, which it does not compile. It offers one way out, made for `F.max_pool2d(return_indices=)`: a
-table of a function's two forms, one for each value of a flag that must be constant in the script. So scripts pass the
-arguments by the same names, and never meet the eager functions.
+table of a function's two forms, one for each value of a flag that must be constant in the script. Both are written here
+from the signature of the function and the schema of the operator.
 """
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+import linecache
+from collections.abc import Callable, Collection
+from typing import Any, Optional
 
-from torch import Tensor
+import torch
 from torch._jit_internal import boolean_dispatched
+from torch.jit.annotations import try_ann_to_type
 
-from attention_ext.folding import Window, attention_with_state, varlen_with_state
+from attention_ext.arguments import packed, window_sides
+
+FORM = """
+def {name}({parameters}):
+    left, right = window_sides(window)
+    out, logsumexp, _ = attention_op({arguments})
+    return {result}
+"""
+FLAG = "return_logsumexp"
+SCHEMA = torch.ops.attention_ext.attention.default._schema
+NAMES = {
+    "attention_op": torch.ops.attention_ext.attention,
+    "window_sides": window_sides,
+    "packed": packed,
+    "Tensor": torch.Tensor,
+    "Optional": Optional,
+    "Tuple": tuple,
+}
 
 
-def register(function: Callable[..., Any], alone: Callable[..., Any], with_logsumexp: Callable[..., Any]) -> None:
-    """Makes scripts call `with_logsumexp` where they pass return_logsumexp=True to `function`, else `alone`."""
+def register(function: Callable[..., Any], packs: Collection[str] = ()) -> None:
+    """Makes scripts that call `function` call the form for their flag. packs: arguments that have no batch."""
+    name = function.__name__
+    out = 'packed("out", out)' if packs else "out"
     forms: dict[str, Any] = {
-        "if_true": with_logsumexp,
-        "if_false": alone,
-        "index": alone.__code__.co_argcount - 1,
+        "if_true": form(function, packs, f"{name}_with_logsumexp", f"{out}, logsumexp"),
+        "if_false": form(function, packs, name, out),
+        "index": list(inspect.signature(function).parameters).index(FLAG),
         "default": False,
-        "arg_name": "return_logsumexp",
+        "arg_name": FLAG,
     }
     boolean_dispatched[function] = forms
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    causal_alignment: str = "top_left",
-    window: Window = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    return_logsumexp: bool = False,
-) -> Tensor:
-    out, _, _ = attention_with_state(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths,
-    )  # fmt: skip
-    return out
+def form(function: Callable[..., Any], packs: Collection[str], name: str, result: str) -> Callable[..., Any]:
+    parameters = inspect.signature(function).parameters
+    passed = {name: f'packed("{name}", {name})' if name in packs else name for name in parameters}
+    passed.update(window_left="left", window_right="right")
+    source = FORM.format(
+        name=name,
+        parameters=", ".join(map(declaration, parameters.values())),
+        arguments=", ".join(f"{x.name}={passed[x.name]}" for x in SCHEMA.arguments if x.name in passed),
+        result=result,
+    )
+    return defined(name, source)
 
 
-def attention_with_logsumexp(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    causal_alignment: str = "top_left",
-    window: Window = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    return_logsumexp: bool = True,
-) -> tuple[Tensor, Tensor]:
-    out, logsumexp, _ = attention_with_state(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths,
-    )  # fmt: skip
-    return out, logsumexp
+def declaration(parameter: inspect.Parameter) -> str:
+    """With its type as TorchScript writes it."""
+    declared = try_ann_to_type(parameter.annotation, None).annotation_str
+    default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+    return f"{parameter.name}: {declared}{default}"
 
 
-def attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    causal_alignment: str = "top_left",
-    window: Window = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    return_logsumexp: bool = False,
-) -> Tensor:
-    out, _, _ = varlen_with_state(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        causal_alignment, window, softcap, alibi_slopes, sinks,
-    )  # fmt: skip
-    return out
-
-
-def attention_varlen_with_logsumexp(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    causal_alignment: str = "top_left",
-    window: Window = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    return_logsumexp: bool = True,
-) -> tuple[Tensor, Tensor]:
-    out, logsumexp, _ = varlen_with_state(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        causal_alignment, window, softcap, alibi_slopes, sinks,
-    )  # fmt: skip
-    return out, logsumexp
+def defined(name: str, source: str) -> Callable[..., Any]:
+    """The function that the source defines; TorchScript reads the source again."""
+    filename = f"<{__name__}.{name}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {"__name__": __name__, **NAMES}
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace[name]

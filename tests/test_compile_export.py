@@ -189,7 +189,7 @@ class TestExport:
 
     def test_decompositions_keep_the_operator(self) -> None:
         program = torch.export.export(Attends(), exportable()).run_decompositions()
-        assert any(node.target is ops.attention.default for node in program.graph.nodes)
+        assert any(node.target is ops.attention_forward.default for node in program.graph.nodes)
 
     def test_save_and_load(self, tmp_path: Path) -> None:
         path = tmp_path / "program.pt2"
@@ -259,7 +259,7 @@ class TestSavedTensors:
         x = torch.randn(1, 2, 16, 8, dtype=torch.float64, requires_grad=True)
 
         def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            saved = op is ops.attention.default
+            saved = op is ops.attention_forward.default
             return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
         def attend(y: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 import attention_ext
 
+ops = torch.ops.attention_ext
+
 L, S, D, DV = 3, 5, 4, 6
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     # leading sizes of query, key, value, and of the mask
@@ -55,9 +57,10 @@ def make(*leading: tuple[int, ...]) -> Any:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_as_torch(name: str) -> None:
+@pytest.mark.parametrize("kind", ["function", "operator"])
+def test_as_torch(name: str, kind: str) -> None:
     tensors = make(*SHAPES[name])
-    out = attention_ext.attention(*tensors)
+    out = attention_ext.attention(*tensors) if kind == "function" else ops.attention(*tensors)[0]
     expected = F.scaled_dot_product_attention(*tensors)
     torch.testing.assert_close(out, expected)
     gradients = torch.autograd.grad(out.sin().sum(), tensors)

@@ -88,4 +88,4 @@ def test_cuda_tensors_without_cuda() -> None:
     with pytest.raises(
         NotImplementedError, match=r"expected CPU tensors, got CUDA tensors: .* built without CUDA; .*pip"
     ):
-        torch.ops.attention_ext.attention.default.redispatch(key_set, x, x, x)
+        torch.ops.attention_ext.attention_forward.default.redispatch(key_set, x, x, x)

@@ -42,16 +42,34 @@ def forward_of(sample: Sample) -> tuple[torch.Tensor, ...]:
     return tuple(x.detach() for x in sample.call(operator))
 
 
-@pytest.mark.parametrize("spec", CASES, ids=lambda x: x.name)
+@pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
 def test_attention(spec: Spec, device: str) -> None:
     sample = spec.build(torch.float32, device=device).requiring()
     check(OPERATORS.attention.default, (sample.query, sample.key, sample.value), operator_options(sample.options))
 
 
+@pytest.mark.parametrize("spec", CASES, ids=lambda x: x.name)
+def test_attention_forward(spec: Spec, device: str) -> None:
+    sample = spec.build(torch.float32, device=device).requiring()
+    inputs = (sample.query, sample.key, sample.value)
+    check(OPERATORS.attention_forward.default, inputs, operator_options(sample.options))
+
+
 @pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
-def test_attention_of_every_dtype(spec: Spec, dtype: torch.dtype, device: str) -> None:
+def test_attention_forward_of_every_dtype(spec: Spec, dtype: torch.dtype, device: str) -> None:
     sample = spec.build(dtype, device=device).requiring()
-    check(OPERATORS.attention.default, (sample.query, sample.key, sample.value), operator_options(sample.options))
+    inputs = (sample.query, sample.key, sample.value)
+    check(OPERATORS.attention_forward.default, inputs, operator_options(sample.options))
+
+
+SHAPES = [((5, 4), (5, 4)), ((2, 2, 3, 5, 4), (2, 1, 1, 5, 4)), ((3, 5, 4), (2, 3, 5, 4))]
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+def test_leading_dimensions(shapes: tuple[tuple[int, ...], tuple[int, ...]], device: str) -> None:
+    query, key = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
+    check(OPERATORS.attention.default, (query, key, key), {"dropout_p": 0.5})
+    check(OPERATORS.attention_weights.default, (query, key), {"average_heads": True})
 
 
 @pytest.mark.parametrize("wanted", [("query",), ("value",), ("attn_mask",), ("alibi_slopes", "sinks"), ()])
@@ -59,7 +77,8 @@ def test_attention_with_some_gradients(wanted: tuple[str, ...], device: str) -> 
     spec = next(x for x in SINGLE if x.name == "everything")
     sample = spec.build(torch.float32, device=device)
     sample = sample.requiring(*wanted) if wanted else sample
-    check(OPERATORS.attention.default, (sample.query, sample.key, sample.value), operator_options(sample.options))
+    inputs = (sample.query, sample.key, sample.value)
+    check(OPERATORS.attention_forward.default, inputs, operator_options(sample.options))
 
 
 @pytest.mark.parametrize("output_mask", [[True] * 6, [True, False, True, False, False, True], [False] * 6])
@@ -123,4 +142,4 @@ def test_attention_weights(spec: Spec, more: dict[str, Any], device: str) -> Non
     _, logsumexp, rng_state = forward_of(sample)
     sample, logsumexp = sample.requiring(), logsumexp.requires_grad_()
     options = {**operator_options(sample.options), **more}
-    check(OPERATORS.attention_weights.default, (sample.query, sample.key, logsumexp, rng_state), options)
+    check(OPERATORS.attention_weights_forward.default, (sample.query, sample.key, logsumexp, rng_state), options)

@@ -108,17 +108,20 @@ OURS = [
 def oracle(keep: Tensor | None = None) -> Iterator[None]:
     """Within the block `attention_ext.Attention` is computed by the reference, score by score, in plain torch."""
 
-    def attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor, None]:
-        result = reference.attention(*args, keep=keep, **options)
-        return result.out, result.logsumexp, None
+    def result(*args: Any, window_left: int | None, window_right: int | None, **options: Any) -> reference.Result:
+        return reference.attention(*args, keep=keep, window=(window_left, window_right), **options)
 
-    def weights(q: Tensor, k: Tensor, logsumexp: Tensor, **options: Any) -> Tensor:
-        options = {name: x for name, x in options.items() if name not in ("average_heads", "rng_state")}
-        return reference.attention(q, k, k, keep=keep, **options).weights.mean(1)
+    class Operators:
+        @staticmethod
+        def attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor, None]:
+            return *result(*args, **options)[:2], None
+
+        @staticmethod
+        def attention_weights(q: Tensor, k: Tensor, *saved: Any, average_heads: bool, **options: Any) -> Tensor:
+            return result(q, k, k, **options).weights.mean(1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_module, "attention_with_state", attention)
-        patch.setattr(attention_module, "attention_weights", weights)
+        patch.setattr(attention_module, "ops", Operators)
         yield
 
 

@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._jit_internal import boolean_dispatched
 
 import attention_ext
-from attention_ext import folding, reference, script_forms
+from attention_ext import reference
+from attention_ext.arguments import Window
 
 Option = tuple[str, Any, Any]  # name, type, default
 
-OPERATORS = ("attention", "attention_backward", "attention_jvp", "attention_double_backward", "attention_weights")
+OPERATORS = (
+    "attention", "attention_forward", "attention_backward", "attention_jvp", "attention_double_backward",
+    "attention_weights", "attention_weights_forward", "attention_explain",
+)  # fmt: skip
 TYPES = {"Tensor": Tensor, "float": float, "bool": bool, "int": int, "str": str}
 CU_SEQLENS = ("cu_seqlens_q", "cu_seqlens_k")
 OWN = ("return_logsumexp", "keep", "logsumexp", "average_heads", "rows", "rng_state")  # of one function, no options
@@ -42,7 +47,7 @@ def python_options() -> list[Option]:
     options = []
     for name, declared, default in schema("attention"):
         if name == "window_left":
-            options.append(("window", folding.Window, None))
+            options.append(("window", Window, None))
         elif name != "window_right":
             options.append((name, declared, default))
     return options
@@ -58,25 +63,12 @@ def without(options: list[Option], *names: str) -> list[Option]:
     return [option for option in options if option[0] not in names]
 
 
-def required(options: list[Option]) -> list[Option]:
-    return [(name, declared, inspect.Parameter.empty) for name, declared, _ in options]
-
-
-@pytest.mark.parametrize("operator", [*OPERATORS[1:], "attention_explain"])
+@pytest.mark.parametrize("operator", OPERATORS[1:])
 def test_operators_share_the_options(operator: str) -> None:
     assert schema(operator) == schema("attention")
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        attention_ext.attention,
-        attention_ext.attention_weights,
-        script_forms.attention,
-        script_forms.attention_with_logsumexp,
-        folding.attention_with_state,
-    ],
-)
+@pytest.mark.parametrize("function", [attention_ext.attention, attention_ext.attention_weights])
 def test_dense_functions(function: Callable[..., Any]) -> None:
     assert signature(function) == without(python_options(), *CU_SEQLENS)
 
@@ -85,28 +77,25 @@ def test_reference() -> None:
     assert signature(reference.attention) == python_options()
 
 
-@pytest.mark.parametrize(
-    "function",
-    [attention_ext.attention_varlen, script_forms.attention_varlen, script_forms.attention_varlen_with_logsumexp],
-)
-def test_varlen_functions(function: Callable[..., Any]) -> None:
+def test_varlen() -> None:
     ends = [(name, Tensor, inspect.Parameter.empty) for name in CU_SEQLENS]
-    assert signature(function) == ends + without(python_options(), "key_lengths", *CU_SEQLENS)
+    expected = ends + without(python_options(), "key_lengths", *CU_SEQLENS)
+    assert signature(attention_ext.attention_varlen) == expected
 
 
-def test_varlen_with_state_has_no_defaults() -> None:
-    ends = [(name, Tensor, inspect.Parameter.empty) for name in CU_SEQLENS]
-    options = required(without(python_options(), "key_lengths", *CU_SEQLENS))
-    assert signature(folding.varlen_with_state) == ends + options
-
-
-@pytest.mark.parametrize("name", ["attention", "attention_varlen"])
-def test_script_forms_differ_in_the_flag_only(name: str) -> None:
-    eager = inspect.signature(getattr(attention_ext, name)).parameters["return_logsumexp"]
-    alone = inspect.signature(getattr(script_forms, name)).parameters
-    both = inspect.signature(getattr(script_forms, f"{name}_with_logsumexp")).parameters
-    assert list(alone)[-1] == list(both)[-1] == eager.name
-    assert (alone[eager.name].default, both[eager.name].default) == (eager.default, True)
+@pytest.mark.parametrize("function", [attention_ext.attention, attention_ext.attention_varlen])
+@pytest.mark.parametrize("flag", [True, False])
+def test_script_forms_have_the_signature(function: Callable[..., Any], flag: bool) -> None:
+    forms: Any = boolean_dispatched[function]
+    compiled = torch.jit.script(forms["if_true" if flag else "if_false"]).schema
+    parameters = inspect.signature(function).parameters
+    assert [x.name for x in compiled.arguments] == list(parameters)
+    for argument, parameter in zip(compiled.arguments, parameters.values(), strict=True):
+        required = parameter.default is parameter.empty
+        assert argument.has_default_value() is not required
+        assert required or argument.default_value == parameter.default
+    assert str(compiled.returns[0].type) == ("Tuple[Tensor, Tensor]" if flag else "Tensor")
+    assert (forms["arg_name"], list(parameters)[forms["index"]]) == ("return_logsumexp", "return_logsumexp")
 
 
 def test_explain_takes_the_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def operator(query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.attention_ext.attention(query, query, query, mask, is_causal=True)
 
 
-FUNCTIONS = [alone, flag_by_position, flag_off, weights, varlen, varlen_with_logsumexp]
+FUNCTIONS = [alone, flag_by_position, flag_off, weights, varlen, varlen_with_logsumexp, operator]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -147,11 +147,6 @@ def test_functions_of_any_rank(function: Any, shape: tuple[int, ...]) -> None:
     query, mask = torch.randn(shape, dtype=double), torch.rand(5, 5) > 0.3
     scripted = torch.jit.script(function)
     torch.testing.assert_close(scripted(query, mask), function(query, mask))
-
-
-def test_operator_itself() -> None:
-    query, mask = torch.randn(2, 3, 5, 4), torch.rand(5, 5) > 0.3
-    torch.testing.assert_close(torch.jit.script(operator)(query, mask), operator(query, mask))
 
 
 def test_flag_must_be_constant() -> None:
@@ -241,6 +236,13 @@ class TwicePacked(Twice):
         return first, second
 
 
+class TwiceByOperator(Twice):
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        first, _, _ = torch.ops.attention_ext.attention(query, query, query, None, self.dropout_p)
+        second, _, _ = torch.ops.attention_ext.attention(query, query, query, None, self.dropout_p)
+        return first, second
+
+
 def traced(module: nn.Module) -> torch.jit.ScriptModule:
     return torch.jit.trace(module, torch.randn(2, 3, 5, 4, dtype=double), check_trace=False)
 
@@ -256,7 +258,7 @@ FORMS: dict[str, Callable[[torch.nn.Module], Any]] = {
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", [Twice, TwicePacked])
+@pytest.mark.parametrize("kind", [Twice, TwicePacked, TwiceByOperator])
 def test_every_form_gives_what_the_module_gives(kind: type[Twice], form: str, dropout_p: float) -> None:
     module, query = kind(dropout_p), torch.randn(2, 3, 5, 4, dtype=double)
     graph = FORMS[form](module)

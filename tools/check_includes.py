@@ -30,7 +30,7 @@ PYTHON_LAYERS = [
     ["attention_ext.paths", "attention_ext._C"],
     ["attention_ext.ops"],
     ["attention_ext.arguments"],
-    ["attention_ext.folding", "attention_ext.functional", "attention_ext.script_forms", "attention_ext.introspection"],
+    ["attention_ext.functional", "attention_ext.script_forms", "attention_ext.introspection"],
     ["attention_ext.modules"],
     ["attention_ext.interop", "attention_ext.tutorials"],
 ]

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_ext.arguments import check_tensors
-from attention_ext.folding import Window, attention_with_state, window_sides
-from attention_ext.functional import attention_weights
+from attention_ext.arguments import Window, check_tensors, window_sides
 from attention_ext.modules.positional import RotaryPositions
 from attention_ext.ops.sharding import beside, is_dtensor, register, share_of
+
+ops = torch.ops.attention_ext
 
 __all__ = ["Attention", "KVCache", "alibi_slopes"]
 
@@ -274,6 +274,7 @@ class Attention(nn.Module):
             q, k = self.rotary(q, stored + max(apart, 0)), self.rotary(k, stored + max(-apart, 0))
         if cache is not None:
             k, v = cache.append(k, v)
+        window_left, window_right = window_sides(self.window)
         options: dict[str, Any] = {
             "attn_mask": attn_mask,
             "dropout_p": self.dropout if self.training else 0.0,
@@ -281,18 +282,19 @@ class Attention(nn.Module):
             "scale": self.scale,
             "enable_gqa": k.size(-3) != heads,
             "causal_alignment": self.causal_alignment if cache is None else "bottom_right",
-            "window": self.window,
+            "window_left": window_left,
+            "window_right": window_right,
             "softcap": self.softcap,
             "alibi_slopes": None if slopes is None else self._per_head("slopes", slopes, q),
             "sinks": None if self.sinks is None else self._per_head("sinks", self.sinks, q),
             "key_lengths": key_lengths,
         }
-        out, logsumexp, rng_state = attention_with_state(q, k, v, **options)
+        out, logsumexp, rng_state = ops.attention(q, k, v, **options)
         weights = None
         if need_weights:
             if not self._returns_dropped_weights:
                 options["dropout_p"] = 0.0
-            weights = attention_weights(q, k, logsumexp, average_heads=average_weights, rng_state=rng_state, **options)
+            weights = ops.attention_weights(q, k, logsumexp, rng_state, **options, average_heads=average_weights)
         return self.out_proj(out.transpose(-3, -2).flatten(-2)), weights
 
     @staticmethod

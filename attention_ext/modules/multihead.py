@@ -1,15 +1,12 @@
 """A drop-in for torch.nn.MultiheadAttention on the library's kernels.
 
-Projections, head views and masks are here; the attention itself is the operator, by way of `attention_ext.folding`. The
-argument checks are torch's own functions where it has them, so that errors keep their type and text.
+Projections, head views and masks are here; the attention itself is an operator. The argument
+checks are torch's own functions where it has them, so that errors keep their type and text.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from attention_ext.folding import attention_with_state
-from attention_ext.functional import attention_weights
 
 __all__ = ["MultiheadAttention"]
 
@@ -140,11 +137,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value, batch_first)
         mask = self._visible(attn_mask, key_padding_mask, q.size(0), q.size(2), k.size(2))
         dropout_p = self.dropout if self.training else 0.0
-        out, logsumexp, rng_state = attention_with_state(q, k, v, mask, dropout_p, is_causal)
+        out, logsumexp, rng_state = torch.ops.attention_ext.attention(q, k, v, mask, dropout_p, is_causal)
         weights: Tensor | None = None
         if need_weights:
-            weights = attention_weights(
-                q, k, logsumexp, mask, dropout_p, average_heads=average_attn_weights, rng_state=rng_state
+            weights = torch.ops.attention_ext.attention_weights(
+                q, k, logsumexp, rng_state, mask, dropout_p, average_heads=average_attn_weights
             )
             if not is_batched:
                 weights = weights.squeeze(0)

@@ -47,7 +47,7 @@ def saved_for_backward() -> Iterator[None]:
 
 def functionalize_attention(mode: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """AOTAutograd's view of a call: with dropout but no state, it becomes a draw and a call with that state."""
-    given = {name: argument(ops.attention, args, kwargs, name) for name in ("dropout_p", "rng_state")}
+    given = {name: argument(ops.attention_forward, args, kwargs, name) for name in ("dropout_p", "rng_state")}
     if given["dropout_p"] > 0 and given["rng_state"] is None:
         with mode:
             with saved_for_backward():
@@ -57,4 +57,6 @@ def functionalize_attention(mode: Any, func: Any, types: Any, args: tuple[Any, .
 
 
 def register() -> None:
-    torch.library.register_torch_dispatch("attention_ext::attention", FunctionalTensorMode, functionalize_attention)
+    torch.library.register_torch_dispatch(
+        "attention_ext::attention_forward", FunctionalTensorMode, functionalize_attention
+    )

@@ -35,9 +35,9 @@ def scores(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], query: Tensor
     return heads * sum(q * k for q, k in pairs)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **kwargs: Any) -> int:
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **kwargs: Any) -> int:
     """query key^T and prob value."""
-    count = scores(ops.attention, (query, key, value, *rest), kwargs, query, key)
+    count = scores(ops.attention_forward, (query, key, value, *rest), kwargs, query, key)
     return 2 * count * (query.shape[3] + value.shape[3])
 
 
@@ -72,7 +72,7 @@ def attention_double_backward(*args: Any, out_val: Any = None, **kwargs: Any) ->
     return 2 * count * (7 * query.shape[3] + value_products * value.shape[3])
 
 
-def attention_weights(query: Tensor, key: Tensor, *rest: Any, out_val: Any = None, **kwargs: Any) -> int:
+def attention_weights_forward(query: Tensor, key: Tensor, *rest: Any, out_val: Any = None, **kwargs: Any) -> int:
     """query key^T, for the rows asked for."""
     batch, heads = query.shape[:2]
     rows = out_val.shape[-2]
@@ -81,11 +81,11 @@ def attention_weights(query: Tensor, key: Tensor, *rest: Any, out_val: Any = Non
 
 def register() -> None:
     for op, formula in (
-        (ops.attention, attention),
+        (ops.attention_forward, attention_forward),
         (ops.attention_backward, attention_backward),
         (ops.attention_jvp, attention_jvp),
         (ops.attention_double_backward, attention_double_backward),
-        (ops.attention_weights, attention_weights),
+        (ops.attention_weights_forward, attention_weights_forward),
     ):
         if op not in flop_registry:
             register_flop_formula(op, get_raw=True)(formula)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ops = torch.ops.attention_ext
+from attention_ext.ops.schema import DIFFERENTIABLE, PER_HEAD
 
-DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+ops = torch.ops.attention_ext
 
 _registered = False
 
@@ -34,11 +34,11 @@ def register() -> None:
 
     propagator = DTensor._op_dispatcher.sharding_propagator
     operators = (
-        ops.attention,
+        ops.attention_forward,
         ops.attention_backward,
         ops.attention_jvp,
         ops.attention_double_backward,
-        ops.attention_weights,
+        ops.attention_weights_forward,
     )
     for op in (operator.default for operator in operators):
         register_sharding(op)(_Rule(op))
@@ -106,7 +106,8 @@ def _placement(name: str, spec: Any, sharded: int | None) -> Any:
 
     if sharded is None or name in ("rng_state", "cu_seqlens_q", "cu_seqlens_k"):
         return Replicate()
-    full_rank = {"attn_mask": 4, "alibi_slopes": 2, "sinks": 2}.get(name.removesuffix("_tangent"), len(spec.shape))
+    full_ranks = {"attn_mask": 4, **dict.fromkeys(PER_HEAD, 2)}
+    full_rank = full_ranks.get(name.removesuffix("_tangent"), len(spec.shape))
     dim = sharded - (full_rank - len(spec.shape))
     broadcasts = dim < 0 or dim >= len(spec.shape) or (name.startswith("attn_mask") and spec.shape[dim] == 1)
     return Replicate() if broadcasts else Shard(dim)

@@ -10,7 +10,7 @@ bits of a forward call must fold as it did: they run sample after sample where r
 call was not mapped at all, as when a Jacobian maps gradients only.
 """
 
-import functools
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -21,17 +21,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from attention_ext.ops.dropout import draw_rng_state, saved_for_backward
+from attention_ext.ops.schema import DIFFERENTIABLE, PER_HEAD
 
 ops = torch.ops.attention_ext
 
 LIBRARY = torch.library.Library("attention_ext", "FRAGMENT")  # keeps what is registered through it alive
-ARGUMENTS = [argument.name for argument in ops.attention.default._schema.arguments]
+ARGUMENTS = [argument.name for argument in ops.attention_forward.default._schema.arguments]
 DROPOUT, RNG_STATE = ARGUMENTS.index("dropout_p"), ARGUMENTS.index("rng_state")
 
-# arguments (B, H, L, ...)
-ROWS = {"query", "key", "value", "out", "logsumexp", "grad_out", "grad_logsumexp"}
-ROWS |= {"query_tangent", "key_tangent", "value_tangent"}
-KEY_ROWS = {"key", "value", "key_tangent", "value_tangent"}
+# arguments (B, H, L, ...), by the lengths that L counts
+QUERY_ROWS = ("query", "out", "logsumexp", "grad_out", "grad_logsumexp")
+KEY_ROWS = ("key", "value")
+CU_SEQLENS = ("cu_seqlens_q", "cu_seqlens_k")
 
 
 class Call:
@@ -54,11 +55,11 @@ class Call:
         # of packed rows, samples after one another: where those of the folded call lie; and back
         self.orders: dict[str, Tensor] = {}
         if self.packed and not self.can_read():
-            self.orders = {name: self.order(name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+            self.orders = {name: self.order(name) for name in CU_SEQLENS}
 
     def can_read(self) -> bool:
         """Whether cu_seqlens have values that cost no wait for a device."""
-        starts = (self.values["cu_seqlens_q"], self.values["cu_seqlens_k"])
+        starts = [self.values[name] for name in CU_SEQLENS]
         wrapped = any(isinstance(x, (FakeTensor, FunctionalTensor)) or is_functorch_wrapped_tensor(x) for x in starts)
         traced = wrapped or torch._C._len_torch_dispatch_stack() > 0  # make_fx traces with real tensors too
         return not traced and all(x.is_cpu for x in starts)
@@ -77,28 +78,23 @@ class Call:
         return value.expand(self.samples, *value.shape) if dim is None else value.movedim(dim, 0)
 
     # (samples, B, H, L, ...) to (samples * B, H, L, ...); packed, with B = 1, to (1, H, samples * L, ...)
-    def fold_rows(self, name: str) -> Tensor | None:
-        if self.values[name] is None:
-            return None
+    def fold_rows(self, name: str, lengths: str) -> Tensor:
         x = self.mapped(name)
         if not self.packed:
             return x.flatten(0, 1)
         x = x.squeeze(1).movedim(0, 1).flatten(1, 2).unsqueeze(0)
-        order = self.orders.get("cu_seqlens_k" if name in KEY_ROWS else "cu_seqlens_q")
-        return x if order is None else x.index_select(2, order)
+        return x.index_select(2, self.orders[lengths]) if lengths in self.orders else x
 
-    def unfold_rows(self, x: Tensor, name: str = "cu_seqlens_q") -> Tensor:
+    def unfold_rows(self, x: Tensor, lengths: str = "cu_seqlens_q") -> Tensor:
         if self.packed:
-            if name in self.orders:
-                x = x.index_select(2, self.orders[name].argsort())
+            if lengths in self.orders:
+                x = x.index_select(2, self.orders[lengths].argsort())
             return x.squeeze(0).unflatten(1, (self.samples, -1)).movedim(1, 0).unsqueeze(1)
         return x.unflatten(0, (self.samples, self.sequences))
 
     # 2-D to 4-D, samples apart, to (samples * sequences, H or 1, L or 1, S or 1)
-    def fold_mask(self, name: str, per_sample: bool) -> Tensor | None:
+    def fold_mask(self, name: str, per_sample: bool) -> Tensor:
         mask = self.values[name]
-        if mask is None:
-            return None
         if self.dims[name] is None and not per_sample and (mask.dim() < 4 or mask.shape[0] == 1):
             return mask
         mapped = self.mapped(name)
@@ -113,9 +109,9 @@ class Call:
         return (grad.sum(1) if shared else grad).reshape(shape)
 
     # (H,) or (sequences, H), samples apart, to (samples * sequences, H)
-    def fold_heads(self, name: str, per_sample: bool) -> Tensor | None:
+    def fold_heads(self, name: str, per_sample: bool) -> Tensor:
         value = self.values[name]
-        if value is None or (self.dims[name] is None and not per_sample and value.dim() == 1):
+        if self.dims[name] is None and not per_sample and value.dim() == 1:
             return value
         mapped = self.mapped(name)
         if mapped.dim() == 2:
@@ -126,49 +122,53 @@ class Call:
         grad = grad.unflatten(0, (self.samples, self.sequences))
         return grad.sum(1) if self.mapped(name).dim() == 2 else grad
 
-    def fold_cu_seqlens(self, name: str) -> Tensor | None:
-        if not self.packed:
-            return None
+    def fold_cu_seqlens(self, name: str) -> Tensor:
         lengths = self.mapped(name).long().diff(dim=1).flatten()
         return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
-    def folded(self, per_sample: tuple[bool, ...] = (False,) * 6) -> list[Any]:
-        """All arguments of the one call; per_sample: gradients that need a place of their own for each sample."""
-        values = dict(self.values)
-        for name in ROWS.intersection(values):
-            values[name] = self.fold_rows(name)
-        for name in ("attn_mask", "attn_mask_tangent"):
-            if name in values:
-                values[name] = self.fold_mask(name, per_sample[3])
-        for name, own in (("alibi_slopes", per_sample[4]), ("sinks", per_sample[5])):
-            values[name] = self.fold_heads(name, own)
-            if f"{name}_tangent" in values:
-                values[f"{name}_tangent"] = self.fold_heads(f"{name}_tangent", own)
-        if values["key_lengths"] is not None:
-            values["key_lengths"] = self.mapped("key_lengths").flatten()
-        for name in ("cu_seqlens_q", "cu_seqlens_k"):
-            values[name] = self.fold_cu_seqlens(name)
-        return list(values.values())
+    def fold(self, name: str, per_sample: Collection[str]) -> Any:
+        """An argument of the one call."""
+        like = name.removesuffix("_tangent")
+        if self.values[name] is None:
+            return None
+        if like in QUERY_ROWS or like in KEY_ROWS:
+            return self.fold_rows(name, "cu_seqlens_k" if like in KEY_ROWS else "cu_seqlens_q")
+        if like == "attn_mask":
+            return self.fold_mask(name, like in per_sample)
+        if like in PER_HEAD:
+            return self.fold_heads(name, like in per_sample)
+        if name == "key_lengths":
+            return self.mapped(name).flatten()
+        return self.fold_cu_seqlens(name) if name in CU_SEQLENS else self.values[name]
 
-    def unfold_gradients(self, gradients: list[Any]) -> tuple[list[Any], list[int | None]]:
-        """Those of the six that exist, with the samples in front; the others are empty."""
-        mask = self.values["attn_mask"]
-        dims: list[int | None] = [None] * 6
-        exists = [True, True, True, mask is not None and mask.is_floating_point()]
-        exists += [self.values[name] is not None for name in ("alibi_slopes", "sinks")]
-        of_keys = functools.partial(self.unfold_rows, name="cu_seqlens_k")
-        unfold: list[Any] = [self.unfold_rows, of_keys, of_keys, self.unfold_mask]
-        unfold += [functools.partial(self.unfold_heads, name) for name in ("alibi_slopes", "sinks")]
-        for i in range(6):
-            if exists[i] and self.values["output_mask"][i]:
-                gradients[i], dims[i] = unfold[i](gradients[i]), 0
-        return gradients, dims
+    def folded(self, per_sample: Collection[str] = ()) -> list[Any]:
+        """All arguments of the one call; per_sample: inputs whose gradients need a place for each sample."""
+        return [self.fold(name, per_sample) for name in self.values]
+
+    def wanted(self) -> list[str]:
+        """Inputs whose gradients are asked for and exist."""
+        asked = [name for name, wants in zip(DIFFERENTIABLE, self.values["output_mask"], strict=True) if wants]
+        return [name for name in asked if self.values[name] is not None and self.values[name].is_floating_point()]
+
+    def unfold_gradient(self, name: str, grad: Tensor) -> Tensor:
+        if name in PER_HEAD:
+            return self.unfold_heads(name, grad)
+        if name == "attn_mask":
+            return self.unfold_mask(grad)
+        return self.unfold_rows(grad, "cu_seqlens_k" if name in KEY_ROWS else "cu_seqlens_q")
+
+    def unfold_gradients(self, gradients: Iterable[Any]) -> tuple[list[Any], list[int | None]]:
+        """Those that exist, with the samples in front; the others are empty."""
+        wanted = self.wanted()
+        named = list(zip(DIFFERENTIABLE, gradients, strict=True))
+        unfolded = [self.unfold_gradient(name, grad) if name in wanted else grad for name, grad in named]
+        return unfolded, [0 if name in wanted else None for name, _ in named]
 
     def has_unowned_rows(self) -> bool:
         """Whether cu_seqlens are known to leave rows to no sequence, or are wrong, which the operator is to say."""
         if not self.packed or not self.can_read():
             return False
-        starts = {name: self.mapped(name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+        starts = {name: self.mapped(name) for name in CU_SEQLENS}
         return not all((x[:, 0] == 0).all() and (x[:, -1] == self.total(name)).all() for name, x in starts.items())
 
     def repeats_single_samples(self, from_forward: str) -> bool:
@@ -194,8 +194,8 @@ class Call:
         return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
 
 
-def attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    call = Call(ops.attention.default, info, in_dims, args)
+def attention_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    call = Call(ops.attention_forward.default, info, in_dims, args)
     if call.values["dropout_p"] > 0 and call.values["rng_state"] is not None:
         if call.samples > 0:
             return call.one_by_one()
@@ -209,7 +209,7 @@ def attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any
 def attention_in_vmap(keyset: Any, *args: Any) -> Any:
     """Comes before the rule, also where no argument is mapped: such a call draws too, and obeys `randomness` too."""
     interpreter: Any = retrieve_current_functorch_interpreter()
-    arguments: list[Any] = [argument.default_value for argument in ops.attention.default._schema.arguments]
+    arguments: list[Any] = [argument.default_value for argument in ops.attention_forward.default._schema.arguments]
     arguments[: len(args)] = args
     if arguments[DROPOUT] > 0 and arguments[RNG_STATE] is None:
         level = interpreter.level()
@@ -221,14 +221,14 @@ def attention_in_vmap(keyset: Any, *args: Any) -> Any:
             query = arguments[0].expand(interpreter.batch_size(), *arguments[0].shape)
             arguments[0] = torch._C._functorch._add_batch_dim(query, 0, level)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)):
-        return ops.attention.default(*arguments)
+        return ops.attention_forward.default(*arguments)
 
 
 def attention_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     call = Call(ops.attention_backward.default, info, in_dims, args)
     if call.repeats_single_samples("out"):
         return call.one_by_one()
-    gradients, dims = call.unfold_gradients(list(call.run(call.folded(call.values["output_mask"]))))
+    gradients, dims = call.unfold_gradients(call.run(call.folded(call.wanted())))
     return tuple(gradients), tuple(dims)
 
 
@@ -243,7 +243,7 @@ def attention_double_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -
     call = Call(ops.attention_double_backward.default, info, in_dims, args)
     if call.repeats_single_samples("out"):
         return call.one_by_one()
-    out_tangent, logsumexp_tangent, *gradients = call.run(call.folded(call.values["output_mask"]))
+    out_tangent, logsumexp_tangent, *gradients = call.run(call.folded(call.wanted()))
     gradients, dims = call.unfold_gradients(gradients)
     out_dim = 0 if call.values["compute_out_tangent"] else None
     if out_dim is not None:
@@ -251,14 +251,23 @@ def attention_double_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -
     return (out_tangent, call.unfold_rows(logsumexp_tangent), *gradients), (out_dim, 0, *dims)
 
 
-def attention_weights(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    call = Call(ops.attention_weights.default, info, in_dims, args)
+def attention_weights_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    call = Call(ops.attention_weights_forward.default, info, in_dims, args)
     if call.repeats_single_samples("logsumexp"):
         return call.one_by_one()
     return call.run(call.folded()).unflatten(0, (call.samples, call.sequences)), 0
 
 
+RULES = (
+    attention_forward,
+    attention_backward,
+    attention_jvp,
+    attention_double_backward,
+    attention_weights_forward,
+)
+
+
 def register() -> None:
-    for rule in (attention, attention_backward, attention_jvp, attention_double_backward, attention_weights):
+    for rule in RULES:
         torch.library.register_vmap(f"attention_ext::{rule.__name__}", rule)
-    LIBRARY.impl("attention", attention_in_vmap, "FuncTorchVmapMode", with_keyset=True)
+    LIBRARY.impl("attention_forward", attention_in_vmap, "FuncTorchVmapMode", with_keyset=True)

@@ -28,25 +28,26 @@ c10::impl::ExcludeDispatchKeyGuard below_autocast() {
 }
 
 template <c10::DeviceType device>
-ops::Forward attention_autocast(const Tensor& query, const Tensor& key, const Tensor& value,
-                                const AttentionOptions& options, const std::optional<Tensor>& rng_state) {
+ops::Forward attention_forward_autocast(const Tensor& query, const Tensor& key, const Tensor& value,
+                                        const AttentionOptions& options, const std::optional<Tensor>& rng_state) {
   const auto below = below_autocast<device>();
-  return ops::attention(cast<device>(query), cast<device>(key), cast<device>(value), cast<device>(options), rng_state);
+  return ops::attention_forward(cast<device>(query), cast<device>(key), cast<device>(value), cast<device>(options),
+                                rng_state);
 }
 
 template <c10::DeviceType device>
-Tensor attention_weights_autocast(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
-                                  const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
-                                  std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
+Tensor attention_weights_forward_autocast(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
+                                          const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
+                                          std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
   const auto below = below_autocast<device>();
-  return ops::attention_weights(cast<device>(query), cast<device>(key), logsumexp, rng_state, cast<device>(options),
-                                average_heads, row_begin, row_end);
+  return ops::attention_weights_forward(cast<device>(query), cast<device>(key), logsumexp, rng_state,
+                                        cast<device>(options), average_heads, row_begin, row_end);
 }
 
 template <c10::DeviceType device>
 void implement(torch::Library& m) {
-  m.impl("attention", flat_kernel<attention_autocast<device>>);
-  m.impl("attention_weights", flat_kernel<attention_weights_autocast<device>>);
+  m.impl("attention_forward", flat_kernel<attention_forward_autocast<device>>);
+  m.impl("attention_weights_forward", flat_kernel<attention_weights_forward_autocast<device>>);
 }
 
 TORCH_LIBRARY_IMPL(attention_ext, AutocastCPU, m) { implement<c10::DeviceType::CPU>(m); }

@@ -115,11 +115,11 @@ struct AttentionRule {
   }
 };
 
-ops::Forward attention_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
-                                const AttentionOptions& options, const std::optional<Tensor>& given_state) {
+ops::Forward attention_forward_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
+                                        const AttentionOptions& options, const std::optional<Tensor>& given_state) {
   auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return ops::attention(query, key, value, options, given_state);
+    return ops::attention_forward(query, key, value, options, given_state);
   }();
   const auto& [out, logsumexp, rng_state] = outputs;
   const auto inputs = differentiable(query, key, value, options);
@@ -356,12 +356,12 @@ struct WeightsRule {
   }
 };
 
-Tensor attention_weights_autograd(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
-                                  const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
-                                  std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
+Tensor attention_weights_forward_autograd(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
+                                          const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
+                                          std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
   Tensor weights = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return ops::attention_weights(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
+    return ops::attention_weights_forward(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
   }();
   const auto inputs = std::tie(query, key, logsumexp, options.attn_mask, options.alibi_slopes);
   if (any_requires_grad(inputs)) {
@@ -380,11 +380,11 @@ Tensor attention_weights_autograd(const Tensor& query, const Tensor& key, const 
 }
 
 TORCH_LIBRARY_IMPL(attention_ext, Autograd, m) {
-  m.impl("attention", flat_kernel<attention_autograd>);
+  m.impl("attention_forward", flat_kernel<attention_forward_autograd>);
   m.impl("attention_backward", flat_kernel<attention_backward_autograd>);
   m.impl("attention_jvp", flat_kernel<attention_jvp_autograd>);
   m.impl("attention_double_backward", flat_kernel<attention_double_backward_autograd>);
-  m.impl("attention_weights", flat_kernel<attention_weights_autograd>);
+  m.impl("attention_weights_forward", flat_kernel<attention_weights_forward_autograd>);
 }
 
 }  // namespace

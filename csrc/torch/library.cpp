@@ -1,4 +1,5 @@
-// The schema of every operator, and nothing else. Conventions:
+// The schema of every operator, and nothing else. attention and attention_weights take any number of leading dimensions
+// (composite.cpp), the others the shapes that kernels take. Conventions:
 //   query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), out (B, Hq, Lq, Dv) with (B, Lq, Hq, Dv) memory,
 //   logsumexp (B, Hq, Lq) in float32, or float64 for float64;
 //   rng_state int64 [seed, offset], empty without dropout; as an argument of attention: none draws one from the
@@ -35,15 +36,20 @@ const std::string kGradients =
 }  // namespace
 
 TORCH_LIBRARY(attention_ext, m) {
-  const auto define = [&](const std::string& schema, std::vector<at::Tag> tags = {}) {
-    // Outputs do not depend on input strides, but speed does: compilers keep the order of dimensions in memory.
-    tags.insert(tags.end(), {at::Tag::pt2_compliant_tag, at::Tag::needs_fixed_stride_order});
-    m.def(schema.c_str(), std::as_const(tags));
+  // Outputs do not depend on input strides, but speed does: compilers keep the order of dimensions in memory.
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag, at::Tag::needs_fixed_stride_order};
+  const auto define = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
+  const auto define_random = [&](const std::string& schema) {
+    std::vector<at::Tag> all(tags);
+    all.push_back(at::Tag::nondeterministic_seeded);
+    // TorchScript merges equal calls of an operator, unless it has side effects.
+    m.def(torch::schema(schema.c_str(), c10::AliasAnalysisKind::CONSERVATIVE), std::as_const(all));
   };
 
-  define("attention(Tensor query, Tensor key, Tensor value, " + kOptions +
-             ", Tensor? rng_state=None) -> (Tensor out, Tensor logsumexp, Tensor rng_state)",
-         {at::Tag::nondeterministic_seeded});
+  const std::string forward = "(Tensor query, Tensor key, Tensor value, " + kOptions +
+                              ", Tensor? rng_state=None) -> (Tensor out, Tensor logsumexp, Tensor rng_state)";
+  define_random("attention" + forward);
+  define_random("attention_forward" + forward);
 
   define(
       "attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
@@ -60,8 +66,10 @@ TORCH_LIBRARY(attention_ext, m) {
          ", bool compute_out_tangent=True) -> (Tensor out_tangent, Tensor logsumexp_tangent, " + kGradients + ")");
 
   // (B, Hq, rows, Lk), or (B, rows, Lk) with average_heads, in the dtype of query
-  define("attention_weights(Tensor query, Tensor key, Tensor logsumexp, Tensor rng_state, " + kOptions +
-         ", bool average_heads=False, SymInt? row_begin=None, SymInt? row_end=None) -> Tensor");
+  const std::string weights =
+      kOptions + ", bool average_heads=False, SymInt? row_begin=None, SymInt? row_end=None) -> Tensor";
+  define("attention_weights(Tensor query, Tensor key, Tensor? logsumexp=None, Tensor? rng_state=None, " + weights);
+  define("attention_weights_forward(Tensor query, Tensor key, Tensor logsumexp, Tensor rng_state, " + weights);
 
   // which: "forward", "backward", "weights", "jvp" or "double_backward"
   define("attention_explain(Tensor query, Tensor key, Tensor value, " + kOptions + ", str which=\"forward\") -> str");

@@ -10,8 +10,8 @@ namespace {
 
 using at::Tensor;
 
-ops::Forward attention_meta(const Tensor& query, const Tensor& key, const Tensor& value,
-                            const AttentionOptions& options, const std::optional<Tensor>& rng_state) {
+ops::Forward attention_forward_meta(const Tensor& query, const Tensor& key, const Tensor& value,
+                                    const AttentionOptions& options, const std::optional<Tensor>& rng_state) {
   const char* op = "attention";
   const Sizes sizes = check_forward(op, query, key, value, options, rng_state);
   return empty_forward(query, sizes, empty_rng_state(query, options));
@@ -65,9 +65,9 @@ ops::SecondOrder attention_double_backward_meta(const ops::InputTangents& tangen
                         empty_gradients(query, key, value, options, output_mask));
 }
 
-Tensor attention_weights_meta(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
-                              const AttentionOptions& options, bool average_heads, std::optional<c10::SymInt> row_begin,
-                              std::optional<c10::SymInt> row_end) {
+Tensor attention_weights_forward_meta(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
+                                      const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
+                                      std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
   const char* op = "attention_weights";
   const Sizes sizes = check_attention(op, query, key, nullptr, options);
   const Rows rows = check_weights(op, sizes, query, logsumexp, rng_state, options, row_begin, row_end);
@@ -75,11 +75,11 @@ Tensor attention_weights_meta(const Tensor& query, const Tensor& key, const Tens
 }
 
 TORCH_LIBRARY_IMPL(attention_ext, Meta, m) {
-  m.impl("attention", flat_kernel<attention_meta>);
+  m.impl("attention_forward", flat_kernel<attention_forward_meta>);
   m.impl("attention_backward", flat_kernel<attention_backward_meta>);
   m.impl("attention_jvp", flat_kernel<attention_jvp_meta>);
   m.impl("attention_double_backward", flat_kernel<attention_double_backward_meta>);
-  m.impl("attention_weights", flat_kernel<attention_weights_meta>);
+  m.impl("attention_weights_forward", flat_kernel<attention_weights_forward_meta>);
 }
 
 }  // namespace

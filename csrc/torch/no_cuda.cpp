@@ -14,8 +14,8 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
 }
 
 TORCH_LIBRARY_IMPL(attention_ext, CUDA, m) {
-  for (const char* name : {"attention", "attention_backward", "attention_jvp", "attention_double_backward",
-                           "attention_weights", "attention_explain"}) {
+  for (const char* name : {"attention_forward", "attention_backward", "attention_jvp", "attention_double_backward",
+                           "attention_weights_forward", "attention_explain"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
   }
 }

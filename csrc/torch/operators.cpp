@@ -6,6 +6,7 @@
 
 #include "torch/device.h"
 #include "torch/gradients.h"
+#include "torch/leading_dims.h"
 #include "torch/logsumexp_low.h"
 
 namespace attention_ext {
@@ -52,8 +53,8 @@ Tensor make_rng_state(const Tensor& query, const AttentionOptions& options, cons
   return given ? given->clone(at::MemoryFormat::Contiguous) : drawn_rng_state(query);
 }
 
-ops::Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
-                       const std::optional<Tensor>& given_state) {
+ops::Forward attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                               const AttentionOptions& options, const std::optional<Tensor>& given_state) {
   const char* op = "attention";
   count_call(Pass::kForward);
   const Sizes sizes = check_forward(op, query, key, value, options, given_state);
@@ -140,9 +141,9 @@ ops::SecondOrder attention_double_backward(const ops::InputTangents& tangents, c
   return std::tuple_cat(outputs, gradients.results());
 }
 
-Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
-                         const AttentionOptions& options, bool average_heads, std::optional<c10::SymInt> row_begin,
-                         std::optional<c10::SymInt> row_end) {
+Tensor attention_weights_forward(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
+                                 const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
+                                 std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
   const char* op = "attention_weights";
   count_call(Pass::kWeights);
   const Sizes sizes = check_attention(op, query, key, nullptr, options);
@@ -164,6 +165,10 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
 std::string attention_explain(const Tensor& query, const Tensor& key, const Tensor& value,
                               const AttentionOptions& options, std::string_view which) {
   const char* op = "attention_explain";
+  if (needs_folding(query, key, value, options)) {
+    const FoldedCall call(op, query, key, value, options);
+    return attention_explain(call.query, call.key, call.value, call.options, which);
+  }
   const Pass pass = pass_of(which);
   const Tensor* values = pass == Pass::kWeights ? nullptr : &value;  // which weights are made without
   const Sizes sizes = check_attention(op, query, key, values, options);
@@ -178,11 +183,11 @@ std::string attention_explain(const Tensor& query, const Tensor& key, const Tens
 }  // namespace
 
 void implement_operators(torch::Library& m) {
-  m.impl("attention", flat_kernel<attention>);
+  m.impl("attention_forward", flat_kernel<attention_forward>);
   m.impl("attention_backward", flat_kernel<attention_backward>);
   m.impl("attention_jvp", flat_kernel<attention_jvp>);
   m.impl("attention_double_backward", flat_kernel<attention_double_backward>);
-  m.impl("attention_weights", flat_kernel<attention_weights>);
+  m.impl("attention_weights_forward", flat_kernel<attention_weights_forward>);
   m.impl("attention_explain", flat_kernel<attention_explain>);
 }
 

@@ -2,9 +2,9 @@
 
 namespace attention_ext::ops {
 
-Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
-                  const std::optional<Tensor>& rng_state) {
-  static const Operator<decltype(attention)> op("attention_ext::attention");
+Forward attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
+                          const std::optional<Tensor>& rng_state) {
+  static const Operator<decltype(attention_forward)> op("attention_ext::attention_forward");
   return op(query, key, value, options, rng_state);
 }
 
@@ -15,10 +15,10 @@ Gradients attention_backward(const Tensor& grad_out, const std::optional<Tensor>
   return op(grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, options, output_mask);
 }
 
-Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
-                         const AttentionOptions& options, bool average_heads, std::optional<c10::SymInt> row_begin,
-                         std::optional<c10::SymInt> row_end) {
-  static const Operator<decltype(attention_weights)> op("attention_ext::attention_weights");
+Tensor attention_weights_forward(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
+                                 const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
+                                 std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
+  static const Operator<decltype(attention_weights_forward)> op("attention_ext::attention_weights_forward");
   return op(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
 }
 

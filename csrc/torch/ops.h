@@ -18,17 +18,17 @@ enum Input : size_t { kQuery, kKey, kValue, kAttnMask, kAlibiSlopes, kSinks, kIn
 
 using OutputMask = std::array<bool, kInputs>;  // which gradients to compute
 
-Forward attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
-                  const std::optional<Tensor>& rng_state);
+Forward attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
+                          const std::optional<Tensor>& rng_state);
 
 Gradients attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp, const Tensor& query,
                              const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& logsumexp,
                              const Tensor& rng_state, const AttentionOptions& options, OutputMask output_mask);
 
 // row_begin and row_end: the queries whose weights are made, all if absent.
-Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Tensor& rng_state,
-                         const AttentionOptions& options, bool average_heads, std::optional<c10::SymInt> row_begin,
-                         std::optional<c10::SymInt> row_end);
+Tensor attention_weights_forward(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
+                                 const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
+                                 std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end);
 
 // Tangents of the differentiable inputs, each like its input; absent means a zero tangent.
 struct InputTangents {

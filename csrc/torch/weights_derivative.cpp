@@ -107,8 +107,8 @@ std::vector<RowBlock> WeightsCall::blocks() const {
 }
 
 Tensor WeightsCall::prob(const RowBlock& block) const {
-  return ops::attention_weights(query, key, logsumexp, rng_state, options, /*average_heads=*/false, block.begin,
-                                block.begin + block.size);
+  return ops::attention_weights_forward(query, key, logsumexp, rng_state, options, /*average_heads=*/false, block.begin,
+                                        block.begin + block.size);
 }
 
 std::vector<SymInt> WeightsCall::score_sizes(const RowBlock& block) const {

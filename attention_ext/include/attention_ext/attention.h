@@ -8,13 +8,13 @@
 namespace attention_ext {
 
 struct AttentionResult {
-  at::Tensor out;        // (batch, heads, seqlen_q, head_dim_v)
-  at::Tensor logsumexp;  // (batch, heads, seqlen_q), natural logarithm, differentiable
+  at::Tensor out;        // (..., heads, seqlen_q, head_dim_v)
+  at::Tensor logsumexp;  // (..., heads, seqlen_q), natural logarithm, differentiable
   at::Tensor rng_state;  // the state of dropout: seed and offset
 };
 
-// query (batch, heads, seqlen_q, head_dim), key (batch, kv_heads, seqlen_k, head_dim), value (batch, kv_heads,
-// seqlen_k, head_dim_v), any strides. rng_state: of another call, to repeat its dropout; none: drawn. Throws c10::Error
+// query (..., heads, seqlen_q, head_dim), key (..., kv_heads, seqlen_k, head_dim), value (..., kv_heads, seqlen_k,
+// head_dim_v), any strides; leading dimensions broadcast. rng_state: of another call, to repeat its dropout; none: drawn. Throws c10::Error
 // where an argument is not as it should be.
 inline AttentionResult attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                  const AttentionOptions& options = {},
