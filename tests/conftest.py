@@ -1,4 +1,4 @@
-"""Options, fixtures and the accuracy summary that the tests share."""
+"""Command-line options, fixtures, and the summary of accuracy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attention_ext")
-    group.addoption("--device", default="cpu", help="where the operators run; cuda: only the tests that run anywhere")
-    group.addoption("--every", type=int, default=1, help="run only every n-th of the tests chosen otherwise")
+    group.addoption("--device", default="cpu", help="where the operators run; cuda: only tests that take a device")
+    group.addoption("--every", type=int, default=1, help="run only every n-th of the selected tests")
     group.addoption("--isa-every", type=int, default=9, help="the same for narrower instruction sets; 1: all tests")
-    group.addoption("--fuzz-examples", type=int, default=0, help="examples per property test, 0 for the short default")
+    group.addoption("--fuzz-examples", type=int, default=0, help="examples of each property test, 0: the default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def why_not(device: str) -> str | None:
-    """The reason why nothing runs on a device, or None."""
+    """The reason why tests cannot run on a device, or None."""
     if torch.device(device).type != "cuda":
         return None
     if not _C.build_info()["cuda"]:
@@ -52,9 +52,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the operators run. On the CPU every ``torch.empty`` is full of NaN, so that what nobody writes shows."""
+    """Where the operators run. On the CPU ``torch.empty`` is filled with NaN, so that unwritten results fail."""
     chosen = request.config.getoption("--device")
-    torch.use_deterministic_algorithms(chosen == "cpu")  # elsewhere it refuses some of what tests compare with
+    torch.use_deterministic_algorithms(chosen == "cpu")  # on GPUs torch refuses some operators of the references then
     yield chosen
     torch.use_deterministic_algorithms(False)
 
@@ -66,22 +66,22 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def check_accuracy(request: pytest.FixtureRequest) -> Callable[[Sample, dict[str, torch.Tensor]], None]:
-    """Hold outputs to the tolerance rule and remember how close they came."""
+    """Check outputs by the tolerance rule and record their ratios for the summary."""
 
     def check(sample: Sample, actual: dict[str, torch.Tensor]) -> None:
         for x in assert_accurate(sample, actual):
-            fact = (str(sample.query.dtype).removeprefix("torch."), x.name, x.ratio, sample.name)
-            request.node.user_properties.append(("accuracy", fact))
+            entry = (str(sample.query.dtype).removeprefix("torch."), x.name, x.ratio, sample.name)
+            request.node.user_properties.append(("accuracy", entry))
 
     return check
 
 
 @pytest.fixture
 def far_apart(device: str) -> Callable[[Tensor, int], Tensor]:
-    """A copy whose ends along a dimension lie more than 2^31 elements apart, in memory not touched in between."""
+    """A copy that spans more than 2^31 elements along a dimension; the memory in between is never touched."""
 
     def copy(x: Tensor, dim: int) -> Tensor:
-        torch.use_deterministic_algorithms(False)  # it would fill the memory, which so far is only virtual
+        torch.use_deterministic_algorithms(False)  # it would fill the memory, of which most is only reserved
         gap = 2**31 // (x.shape[dim] - 1) + 64
         strides = list(x.contiguous().stride())
         strides[dim] = gap
@@ -95,7 +95,7 @@ def far_apart(device: str) -> Callable[[Tensor, int], Tensor]:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """``torch.set_num_threads`` for the time of a test."""
+    """``torch.set_num_threads``, undone after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -104,11 +104,11 @@ def threads() -> Iterator[Callable[[int], None]]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     worst: dict[tuple[str, str], tuple[float, str]] = collections.defaultdict(lambda: (0.0, ""))
     for report in terminalreporter.getreports("passed"):
-        for name, fact in report.user_properties:
+        for name, entry in report.user_properties:
             if name == "accuracy":
-                dtype, output, ratio, sample = fact
+                dtype, output, ratio, sample = entry
                 worst[dtype, output] = max(worst[dtype, output], (ratio, sample))
     if worst:
-        terminalreporter.section("accuracy: the worst error as a share of what is allowed")
+        terminalreporter.section("accuracy: the largest error relative to its bound")
         for (dtype, output), (ratio, sample) in sorted(worst.items()):
             terminalreporter.line(f"{dtype:10} {output:20} {ratio:.2f}  {sample}")

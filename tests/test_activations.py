@@ -1,4 +1,4 @@
-"""Queries, keys, values and gradients of a trained model, whose scores are far from those of random numbers."""
+"""Accuracy on queries, keys, values and gradients of a trained model, whose scores differ from random ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH, LENGTH, HEADS, WIDTH, TOKENS, STEPS = 3, 80, 4, 64, 16, 150
 
 
 class Layer(nn.Module):
-    """Causal attention, whose inputs and output are kept."""
+    """Causal attention that keeps its inputs and its output."""
 
     inputs: tuple[Tensor, ...]
     result: Tensor
@@ -36,20 +36,21 @@ class Layer(nn.Module):
 
 @pytest.fixture(scope="session")
 def trained() -> list[Sample]:
-    """One sample for each layer, float64, of a model that learned to look back; takes two seconds, always the same."""
+    """One float64 sample per layer of a model trained to recall an earlier token; deterministic, takes two seconds."""
     random = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         embed, layers, head = nn.Embedding(TOKENS, WIDTH), [Layer(), Layer()], nn.Linear(WIDTH, TOKENS)
-        places = nn.Parameter(0.5 * torch.randn(LENGTH, WIDTH))
-    optimizer = torch.optim.AdamW([places, *(p for m in (embed, *layers, head) for p in m.parameters())], lr=1e-2)
+        positions = nn.Parameter(0.5 * torch.randn(LENGTH, WIDTH))
+    optimizer = torch.optim.AdamW([positions, *(p for m in (embed, *layers, head) for p in m.parameters())], lr=1e-2)
     losses = []
     for _ in range(STEPS):
         tokens = torch.randint(TOKENS, (BATCH, LENGTH), generator=random)
-        x = embed(tokens) + places
+        x = embed(tokens) + positions
         for layer in layers:
             x = layer(x)
-        loss = F.cross_entropy(head(x[:, 3:]).flatten(0, 1), tokens[:, :-3].flatten())  # the token three places back
+        token_three_back = tokens[:, :-3].flatten()
+        loss = F.cross_entropy(head(x[:, 3:]).flatten(0, 1), token_three_back)
         optimizer.zero_grad()
         grads = torch.autograd.grad(loss, [layer.result for layer in layers], retain_graph=True)
         loss.backward()
@@ -59,7 +60,7 @@ def trained() -> list[Sample]:
     samples = []
     for i, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
         query, key, value = (x.detach().double() for x in layer.inputs)
-        # Gradients of a mean over tokens are small: brought to where loss scaling brings them.
+        # Gradients of a mean over tokens are small; they are scaled up as loss scaling would.
         options = {"is_causal": True}
         samples.append(Sample(f"layer {i}", query, key, value, options, grad.double() / grad.abs().max(), None, i))
     return samples
@@ -82,10 +83,11 @@ def sample_of(trained: list[Sample], layer: int, change: str, dtype: torch.dtype
     return CHANGES[change](trained[layer]).map(lambda x: x.to(device, dtype).contiguous())
 
 
-def assert_points_the_same_way(actual: dict[str, Tensor], oracle: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """In every batch entry: one that is wrong alone must not hide among the others.
+def assert_same_direction(actual: dict[str, Tensor], oracle: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Checks each batch entry, so that a single wrong one is noticed.
 
-    Not in every head: gradients of a head that the loss hardly asks cancel to less than rounding out to 16 bits leaves.
+    Heads are not checked one by one: where the loss hardly depends on a head, its gradients are below the rounding
+    error of a 16-bit out.
     """
     allowed = 1e-4 if dtype in (torch.float16, torch.bfloat16) else 1e-9
     for name, x in oracle.items():
@@ -102,7 +104,7 @@ def test_activations(
     sample = sample_of(trained, layer, change, dtype, device)
     actual = evaluate(sample, operator)
     check_accuracy(sample, actual)
-    assert_points_the_same_way(actual, evaluate(sample.map(torch.Tensor.double), reference.attention), dtype)
+    assert_same_direction(actual, evaluate(sample.map(torch.Tensor.double), reference.attention), dtype)
 
 
 @pytest.mark.parametrize("change", ["as_captured", "low_rank_keys"])
@@ -114,12 +116,12 @@ def test_second_order(change: str, dtype: torch.dtype, device: str, trained: lis
     assert not failed, "\n".join(failed)
 
 
-def test_the_rule_sees_a_wrong_batch_entry(trained: list[Sample]) -> None:
-    """That of batch entry 0 in the place of another's: such a gradient would be right for a batch of one alone."""
+def test_direction_check_sees_a_wrong_batch_entry(trained: list[Sample]) -> None:
+    """Batch entries 1 and later get the gradients of batch entry 0."""
     sample = sample_of(trained, 1, "as_captured", torch.bfloat16, "cpu")
     right = evaluate(sample, operator)
     for name, x in right.items():
         wrong = x.clone()
         wrong[1:] = x[:1]
         with pytest.raises(AssertionError, match=name):
-            assert_points_the_same_way({**right, name: wrong}, right, torch.bfloat16)
+            assert_same_direction({**right, name: wrong}, right, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Python arguments are judged as torch judges them; torch.fx records a call whole; nested tensors get an answer."""
+"""Python arguments are accepted and refused as by torch; torch.fx records calls as one node; nested tensors raise."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def outcome(function: Callable[..., Any], name: str, value: Any) -> Exception | 
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_arguments_are_judged_as_torch_judges_them(case: str) -> None:
+def test_arguments_are_accepted_and_refused_as_by_torch(case: str) -> None:
     name, value = CHANGES[case]
     expected, actual = outcome(F.scaled_dot_product_attention, name, value), outcome(attention, name, value)
     assert type(actual) is type(expected)
     if actual is not None:
-        assert f"`{name}`" in str(actual) or name in ("query", "key")  # two that do not fit each other: either is named
+        assert f"`{name}`" in str(actual) or name in ("query", "key")  # either of two that do not match may be named
         assert "expected " in str(actual)
         assert ", got " in str(actual)
     if isinstance(actual, TypeError | OverflowError):
@@ -80,19 +80,19 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_calls_that_torch_answers_without_sense_are_refused(name: str) -> None:
-    """sdpa() leaves them to torch."""
+def test_calls_that_torch_accepts_but_are_meaningless_raise(name: str) -> None:
+    """sdpa() hands such calls to torch."""
     with pytest.raises(RuntimeError, match=f"^attention: expected `{name}` to .*, got "):
         attention(**{"query": x(), "key": x(), "value": x(), **REFUSED[name]})
 
 
 @pytest.mark.parametrize("function", [attention_varlen, attention_weights])
 @pytest.mark.parametrize("name", ["query", "key", "attn_mask", "sinks", "scale", "softcap", "is_causal"])
-def test_the_other_functions_judge_alike(function: Callable[..., Any], name: str) -> None:
-    packed, ends = torch.randn(4, 2, 8), torch.tensor([0, 4])
+def test_other_functions_check_types_alike(function: Callable[..., Any], name: str) -> None:
+    packed, cu_seqlens = torch.randn(4, 2, 8), torch.tensor([0, 4])
     arguments: dict[str, Any] = {"query": packed, "key": packed}
     if function is attention_varlen:
-        arguments |= {"value": packed, "cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        arguments |= {"value": packed, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
     with pytest.raises(TypeError, match=f"^{function.__name__}: expected `{name}` to be a .*, got list"):
         function(**{**arguments, name: [1.0]})
 
@@ -113,12 +113,12 @@ class Traced(nn.Module):
             return out + logsumexp.unsqueeze(-1)
         if self.which == "weights":
             return attention_weights(query, key, attn_mask=mask, average_heads=True)
-        packed, ends = query[0].transpose(0, 1), torch.tensor([0, 1, 4])
-        return attention_varlen(packed, packed, packed, ends, ends, window=(1, 0))
+        packed, cu_seqlens = query[0].transpose(0, 1), torch.tensor([0, 1, 4])
+        return attention_varlen(packed, packed, packed, cu_seqlens, cu_seqlens, window=(1, 0))
 
 
 @pytest.mark.parametrize("which", ["attention", "mask alone", "logsumexp", "weights", "varlen"])
-def test_fx_records_the_call_whole(which: str) -> None:
+def test_fx_records_one_node(which: str) -> None:
     module = Traced(which)
     tensors = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8), torch.rand(4, 4) > 0.3
     traced = torch.fx.symbolic_trace(module)
@@ -130,21 +130,21 @@ def test_fx_records_the_call_whole(which: str) -> None:
 
 
 def nested(layout: torch.layout) -> Tensor:
-    rows = [torch.randn(3, 2, 4), torch.randn(5, 2, 4)]
-    return torch.nested.nested_tensor(rows, layout=layout).transpose(1, 2)
+    sequences = [torch.randn(3, 2, 4), torch.randn(5, 2, 4)]
+    return torch.nested.nested_tensor(sequences, layout=layout).transpose(1, 2)
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors_are_told_where_to_go(layout: torch.layout) -> None:
-    query, ends = nested(layout), torch.tensor([0, 8])
+def test_nested_tensors_raise_and_name_the_alternatives(layout: torch.layout) -> None:
+    query, cu_seqlens = nested(layout), torch.tensor([0, 8])
     dense = torch.randn(2, 2, 5, 4)
     message = "expected `{}` to be a dense tensor, got a nested tensor: .*attention_varlen.* or pad it .*`key_lengths`"
     for call in (
         lambda: attention(query, query, query),
         lambda: attention(query, dense, dense),
         lambda: attention_weights(query, dense),
-        lambda: attention_varlen(query, query, query, ends, ends),
+        lambda: attention_varlen(query, query, query, cu_seqlens, cu_seqlens),
     ):
         with pytest.raises(RuntimeError, match=message.format("query")):
             call()
@@ -156,8 +156,8 @@ def test_nested_tensors_are_told_where_to_go(layout: torch.layout) -> None:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_packed_values_of_a_nested_tensor() -> None:
-    rows = [torch.randn(3, 2, 4), torch.randn(5, 2, 4)]
-    packed = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    sequences = [torch.randn(3, 2, 4), torch.randn(5, 2, 4)]
+    packed = torch.nested.nested_tensor(sequences, layout=torch.jagged)
     values, offsets = packed.values(), cast(Any, packed).offsets()
-    expected = torch.cat([attention(*(row.transpose(0, 1),) * 3).transpose(0, 1) for row in rows])
+    expected = torch.cat([attention(*(x.transpose(0, 1),) * 3).transpose(0, 1) for x in sequences])
     torch.testing.assert_close(attention_varlen(values, values, values, offsets, offsets), expected)

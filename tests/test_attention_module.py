@@ -1,4 +1,4 @@
-"""attention_ext.modules.Attention against plain torch, and decoding against its cache."""
+"""attention_ext.modules.Attention against plain torch, and decoding with its cache."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(options: dict[str, Any], **more: Any) -> Attention:
 def reference(
     module: Attention, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output and weights per head from the module's parameters, with every matrix written out."""
+    """Output and weights per head from the module's parameters, with every score matrix materialised."""
     q, k, v = (
         projection(x).unflatten(-1, (heads, -1)).transpose(-3, -2)
         for projection, x, heads in (
@@ -124,7 +124,7 @@ def test_key_lengths() -> None:
     torch.testing.assert_close(module(x, key_lengths=lengths)[0], reference(module, x, x, x, mask)[0])
 
 
-def test_key_without_value_is_both() -> None:
+def test_value_defaults_to_key() -> None:
     module = build({})
     query, memory = torch.randn(2, 3, EMBED, dtype=torch.float64), torch.randn(2, 5, EMBED, dtype=torch.float64)
     torch.testing.assert_close(module(query, memory)[0], reference(module, query, memory, memory)[0])
@@ -132,7 +132,7 @@ def test_key_without_value_is_both() -> None:
 
 @pytest.mark.parametrize("name", [name for name, options in CASES.items() if options.get("is_causal")])
 @pytest.mark.parametrize("steps", [(1,) * 9, (4, 1, 1, 3)], ids=["one by one", "in chunks"])
-def test_decoding_equals_the_whole(name: str, steps: tuple[int, ...]) -> None:
+def test_decoding_equals_the_full_forward(name: str, steps: tuple[int, ...]) -> None:
     module = build(CASES[name]).eval()
     x = torch.randn(2, 9, EMBED, dtype=torch.float64)
     cache = KVCache(capacity=2)
@@ -144,12 +144,12 @@ def test_decoding_equals_the_whole(name: str, steps: tuple[int, ...]) -> None:
             cache.reset()
 
 
-def test_cache_is_for_inference() -> None:
+def test_cache_raises_under_autograd() -> None:
     with pytest.raises(RuntimeError, match="inference"):
         build({})(torch.randn(1, 2, EMBED, dtype=torch.float64), cache=KVCache())
 
 
-def test_cache_of_inference_mode_serves_outside_of_it() -> None:
+def test_cache_filled_in_inference_mode_works_outside_it() -> None:
     module, cache, x = Attention(EMBED, HEADS, is_causal=True).eval(), KVCache(), torch.randn(1, 5, EMBED)
     with torch.inference_mode():
         first = module(x[:, :3], cache=cache)[0]
@@ -160,7 +160,7 @@ def test_cache_of_inference_mode_serves_outside_of_it() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"alibi": "fixed"}, {"rotary": True}], ids=str)
-def test_last_queries_lie_at_the_last_keys(options: dict[str, Any]) -> None:
+def test_bottom_right_alignment(options: dict[str, Any]) -> None:
     if "rotary" in options:
         options = {"rotary": RotaryPositions(EMBED // HEADS)}
     module = Attention(EMBED, HEADS, is_causal=True, causal_alignment="bottom_right", **options).eval()
@@ -174,12 +174,12 @@ def stored(batch: int = 2, features: int = 6, dtype: torch.dtype = torch.float32
     return torch.randn(batch, HEADS, 3, features, dtype=dtype, device=device)
 
 
-OTHERS: list[dict[str, Any]] = [{"batch": 1}, {"features": 1}, {"dtype": torch.float64}, {"device": "meta"}]
+MISMATCHES: list[dict[str, Any]] = [{"batch": 1}, {"features": 1}, {"dtype": torch.float64}, {"device": "meta"}]
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("other", MISMATCHES, ids=str)
 @pytest.mark.parametrize("name", ["key", "value"])
-def test_cache_goes_on_as_it_began(other: dict[str, Any], name: str) -> None:
+def test_cache_keeps_its_shape_and_dtype(other: dict[str, Any], name: str) -> None:
     cache, first = KVCache(capacity=4), {"key": stored(), "value": stored()}
     cache.append(**first)
     with pytest.raises(RuntimeError, match=f"expected `{name}` to be .*2, 4, 'length', 6.* got "):
@@ -191,8 +191,8 @@ def test_cache_goes_on_as_it_began(other: dict[str, Any], name: str) -> None:
     assert cache.capacity == 8
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=str)
-def test_cache_begins_anew_after_a_reset(other: dict[str, Any]) -> None:
+@pytest.mark.parametrize("other", MISMATCHES, ids=str)
+def test_cache_takes_another_shape_after_reset(other: dict[str, Any]) -> None:
     cache = KVCache(capacity=4)
     cache.append(stored(), stored())
     cache.reset()
@@ -201,14 +201,14 @@ def test_cache_begins_anew_after_a_reset(other: dict[str, Any]) -> None:
     assert value.shape == stored().shape
 
 
-def test_cache_wants_as_many_values_as_keys() -> None:
+def test_cache_needs_as_many_values_as_keys() -> None:
     cache = KVCache()
     with pytest.raises(RuntimeError, match="as many values as keys, 3, got 2"):
         cache.append(stored(), stored()[..., :2, :])
     assert cache.length == 0
 
 
-def test_dropout_is_for_training() -> None:
+def test_dropout_applies_in_training_only() -> None:
     module = build({}, dropout=0.5)
     x = torch.randn(2, 16, EMBED, dtype=torch.float64)
     out, weights = module(x, need_weights=True, average_weights=False)
@@ -222,16 +222,16 @@ def test_dropout_is_for_training() -> None:
     torch.testing.assert_close(module.eval()(x)[0], reference(module, x, x, x)[0])
 
 
-def test_cosine_similarity_ignores_length_of_the_input() -> None:
+def test_cosine_similarity_ignores_norm_of_the_input() -> None:
     module = build({"similarity": "cosine", "bias": False})
     x = torch.randn(1, 5, EMBED, dtype=torch.float64)
     torch.testing.assert_close(module(3 * x)[0], 3 * module(x)[0])
     with torch.no_grad():
         assert module.log_temperature is not None
         module.log_temperature.fill_(50.0)
-        hottest = module(x)[0]
+        clamped = module(x)[0]
         module.log_temperature.fill_(math.log(100.0))
-        torch.testing.assert_close(hottest, module(x)[0])
+        torch.testing.assert_close(clamped, module(x)[0])
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_alibi_slopes(heads: int, expected: list[float]) -> None:
         ({"alibi": "learned"}, "alibi"),
     ],
 )
-def test_wrong_constructors(options: dict[str, Any], message: str) -> None:
+def test_invalid_constructor_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Attention(EMBED, HEADS, **options)
     with pytest.raises(ValueError, match="head_dim"):
@@ -260,7 +260,7 @@ def test_wrong_constructors(options: dict[str, Any], message: str) -> None:
         Attention(EMBED, HEADS, window=cast(Any, 4))
 
 
-def test_state_dict_has_what_is_trained() -> None:
+def test_state_dict_has_the_trained_parameters() -> None:
     names = set(build(CASES["all"]).state_dict())
     assert names >= {"slopes", "sinks", "log_temperature", "q_proj.weight", "out_proj.bias"}
     assert not {"slopes", "sinks", "log_temperature"} & set(build({"alibi": "fixed"}).state_dict())
@@ -268,7 +268,7 @@ def test_state_dict_has_what_is_trained() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("assign", [False, True])
-def test_made_on_meta_and_loaded(name: str, assign: bool) -> None:
+def test_built_on_meta_and_loaded(name: str, assign: bool) -> None:
     source, module = build(CASES[name]), build(CASES[name], device="meta")
     if not assign:
         module.to_empty(device="cpu")
@@ -277,7 +277,7 @@ def test_made_on_meta_and_loaded(name: str, assign: bool) -> None:
     torch.testing.assert_close(module(x), source(x), rtol=0, atol=0)
 
 
-def test_reset_gives_what_the_constructor_gives() -> None:
+def test_reset_parameters_equals_construction() -> None:
     expected = build({**CASES["all"], "sinks": False}).state_dict()
     module = build({**CASES["all"], "sinks": False}, device="meta").to_empty(device="cpu")
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Under autocast the operators cast as torch's own attention does, and gradients come back in the inputs' dtypes."""
+"""Autocast casts the operators' inputs as torch's own attention does; gradients have the inputs' dtypes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tensors(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
     return q, k, v
 
 
-def test_dtypes_are_those_of_torchs_attention(device: str, cast: torch.dtype) -> None:
+def test_dtypes_equal_torchs(device: str, cast: torch.dtype) -> None:
     q, k, v = tensors(device)
     with torch.autocast(device, dtype=cast):
         out, logsumexp, _ = ops.attention(q, k, v)
@@ -37,7 +37,7 @@ def test_dtypes_are_those_of_torchs_attention(device: str, cast: torch.dtype) ->
     assert logsumexp.dtype == torch.float32
 
 
-def test_equals_a_cast_by_hand(device: str, cast: torch.dtype) -> None:
+def test_equals_manual_cast(device: str, cast: torch.dtype) -> None:
     q, k, v = tensors(device)
     mask = torch.randn(9, 9, device=device)
     slopes, sinks = torch.rand(3, device=device), torch.randn(3, device=device)
@@ -67,7 +67,7 @@ def test_gradients(device: str, cast: torch.dtype, backward_inside: bool) -> Non
         assert torch.equal(ours, theirs.float())
 
 
-def test_float64_and_bool_masks_stay(device: str, cast: torch.dtype) -> None:
+def test_float64_and_bool_masks_are_not_cast(device: str, cast: torch.dtype) -> None:
     q, k, v = tensors(device, torch.float64)
     mask = torch.rand(9, 9, device=device) > 0.3
     with torch.autocast(device, dtype=cast):
@@ -75,7 +75,7 @@ def test_float64_and_bool_masks_stay(device: str, cast: torch.dtype) -> None:
     assert out.dtype == logsumexp.dtype == torch.float64
 
 
-def test_mixed_inputs_become_one_dtype(device: str, cast: torch.dtype) -> None:
+def test_mixed_inputs_are_cast_to_one_dtype(device: str, cast: torch.dtype) -> None:
     q, k, v = tensors(device)
     with torch.autocast(device, dtype=cast):
         out = ops.attention(q, k.to(cast), v.half())[0]
@@ -99,10 +99,12 @@ def test_weights(device: str, cast: torch.dtype) -> None:
     lowered = [x.detach().to(cast).requires_grad_() for x in (q, k)]
     expected = ops.attention_weights(*lowered, logsumexp, state)
     assert torch.equal(weights, expected)
-    logsumexp_by_hand = ops.attention(*lowered, v.to(cast))[1]
-    expected = ops.attention_weights(*lowered, logsumexp_by_hand, state)
-    by_hand = torch.autograd.grad(expected.float().square().sum(), lowered[0])[0]
-    torch.testing.assert_close(gradient, by_hand.float(), rtol=4 * torch.finfo(cast).eps, atol=torch.finfo(cast).eps)
+    own_logsumexp = ops.attention(*lowered, v.to(cast))[1]
+    expected = ops.attention_weights(*lowered, own_logsumexp, state)
+    expected_gradient = torch.autograd.grad(expected.float().square().sum(), lowered[0])[0]
+    torch.testing.assert_close(
+        gradient, expected_gradient.float(), rtol=4 * torch.finfo(cast).eps, atol=torch.finfo(cast).eps
+    )
 
 
 def test_second_derivatives(device: str, cast: torch.dtype) -> None:
@@ -129,10 +131,10 @@ def test_forward_over_forward_is_as_accurate_as_kernels(device: str, cast: torch
     along = tuple(x.roll(1, 2) for x in at)
 
     def second(function: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
-        made = jvp_of_jvp(
+        outputs = jvp_of_jvp(
             lambda *x: function(*x, softcap=5.0)[:2], tuple(x.to(dtype) for x in at), tuple(x.to(dtype) for x in along)
         )
-        return dict(zip(("out", "logsumexp"), made, strict=True))
+        return dict(zip(("out", "logsumexp"), outputs, strict=True))
 
     with torch.autocast(device, dtype=cast):
         actual = second(ops.attention, torch.float32)
@@ -145,7 +147,7 @@ def test_forward_over_forward_is_as_accurate_as_kernels(device: str, cast: torch
 
 
 @pytest.mark.parametrize("average_heads", [False, True])
-def test_forward_mode_of_weights_equals_a_cast_by_hand(device: str, cast: torch.dtype, average_heads: bool) -> None:
+def test_forward_mode_of_weights_equals_manual_cast(device: str, cast: torch.dtype, average_heads: bool) -> None:
     def weights(q: Tensor, k: Tensor) -> Tensor:
         return attention_weights(q, k, softcap=2.0, average_heads=average_heads)
 

@@ -1,4 +1,4 @@
-"""Every gradient is as accurate as the tolerance rule demands, and is made for exactly the inputs that ask."""
+"""Gradients pass the tolerance rule, and are computed for exactly the inputs that require grad."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_features(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: C
 
 
 @pytest.mark.parametrize("spec", HARD, ids=lambda x: x.name)
-def test_hard_numbers(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
+def test_hard_inputs(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
     check_backward(spec, dtype, device, check_accuracy)
 
 
@@ -70,7 +70,7 @@ def test_head_dims(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: 
 @pytest.mark.parametrize("spec", EMPTY, ids=lambda x: x.name)
 def test_empty(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
     sample = spec.build(dtype, device=device)
-    if spec.head_dims == (3, 0):  # no value: gradients of logsumexp are what is left
+    if spec.head_dims == (3, 0):  # no value: only logsumexp has a gradient
         return check_backward(spec, dtype, device, check_accuracy)
     gradients = evaluate(sample, operator)
     for name, x in sample.inputs().items():
@@ -81,20 +81,20 @@ def test_empty(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Chec
 
 @pytest.mark.parametrize("wanted", range(1, 64))
 def test_every_subset_of_inputs(wanted: int, device: str) -> None:
-    """Asking for fewer gradients changes none of them: bit-equal, and None for the others."""
+    """The gradients of any subset are bit-equal to those of all inputs; the others are None."""
     sample = ALL_INPUTS.build(torch.float32, device=device)
     expected = evaluate(sample, operator)
     names = [name for i, name in enumerate(DIFFERENTIABLE) if wanted >> i & 1]
-    asking = sample.requiring(*names)
-    out, logsumexp, _ = asking.call(operator)
+    with_grad = sample.requiring_grad(*names)
+    out, logsumexp, _ = with_grad.call(operator)
     torch.autograd.backward([out, logsumexp], [sample.grad_out, sample.grad_logsumexp])
-    for name, x in asking.inputs().items():
+    for name, x in with_grad.inputs().items():
         assert (x.grad is not None) == (name in names)
         assert x.grad is None or torch.equal(x.grad, expected[f"grad_{name}"]), name
 
 
 @pytest.mark.parametrize("output_mask", list(itertools.product([False, True], repeat=6))[::5])
-def test_backward_operator_makes_what_is_asked(output_mask: tuple[bool, ...], device: str) -> None:
+def test_output_mask(output_mask: tuple[bool, ...], device: str) -> None:
     sample = ALL_INPUTS.build(torch.bfloat16, device=device)
     forward = sample.call(operator)
     gradients = torch.ops.attention_ext.attention_backward(
@@ -106,11 +106,11 @@ def test_backward_operator_makes_what_is_asked(output_mask: tuple[bool, ...], de
         assert gradient.dtype == x.dtype
 
 
-def test_only_one_output_gets_a_gradient(device: str) -> None:
+def test_gradient_of_one_output_only(device: str) -> None:
     sample = ALL_INPUTS.build(device=device)
-    asking = sample.requiring()
-    inputs = list(asking.inputs().values())
-    out, logsumexp, _ = asking.call(operator)
+    with_grad = sample.requiring_grad()
+    inputs = list(with_grad.inputs().values())
+    out, logsumexp, _ = with_grad.call(operator)
     both = torch.autograd.grad([out, logsumexp], inputs, [sample.grad_out, sample.grad_logsumexp], retain_graph=True)
     from_out = torch.autograd.grad(out, inputs, sample.grad_out, retain_graph=True)
     from_logsumexp = torch.autograd.grad(logsumexp, inputs, sample.grad_logsumexp, materialize_grads=True)
@@ -139,19 +139,19 @@ def test_bias_of_another_dtype(mask: str, device: str) -> None:
     torch.testing.assert_close(bias.grad.double(), expected["grad_attn_mask"], rtol=eps, atol=eps)
 
 
-def test_changed_inputs_are_noticed(device: str) -> None:
+def test_inplace_change_of_an_input_raises(device: str) -> None:
     for name in ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks"):
-        asking = ALL_INPUTS.build(torch.float32, device=device).requiring()
-        out = asking.call(operator)[0]
+        with_grad = ALL_INPUTS.build(torch.float32, device=device).requiring_grad()
+        out = with_grad.call(operator)[0]
         with torch.no_grad():
-            asking.inputs()[name].mul_(2)
+            with_grad.inputs()[name].mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
 
 
-def test_changed_out_is_noticed(device: str) -> None:
-    asking = ALL_INPUTS.build(torch.float32, device=device).requiring()
-    out = asking.call(operator)[0]
+def test_inplace_change_of_out_raises(device: str) -> None:
+    with_grad = ALL_INPUTS.build(torch.float32, device=device).requiring_grad()
+    out = with_grad.call(operator)[0]
     loss = out.sum()
     with torch.no_grad():
         out.zero_()
@@ -159,21 +159,21 @@ def test_changed_out_is_noticed(device: str) -> None:
         loss.backward()
 
 
-def test_graph_can_be_kept_and_is_freed(device: str) -> None:
-    asking = ALL_INPUTS.build(torch.float32, device=device).requiring("query")
-    loss = asking.call(operator)[0].sum()
-    first = torch.autograd.grad(loss, asking.query, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(loss, asking.query)[0])
+def test_retain_graph(device: str) -> None:
+    with_grad = ALL_INPUTS.build(torch.float32, device=device).requiring_grad("query")
+    loss = with_grad.call(operator)[0].sum()
+    first = torch.autograd.grad(loss, with_grad.query, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, with_grad.query)[0])
     with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, asking.query)
+        torch.autograd.grad(loss, with_grad.query)
 
 
-def test_no_graph_without_a_need(device: str) -> None:
+def test_no_graph_unless_an_input_requires_grad(device: str) -> None:
     sample = ALL_INPUTS.build(torch.float32, device=device)
     assert not any(x.requires_grad for x in sample.call(operator))
     with torch.no_grad():
-        assert not any(x.requires_grad for x in sample.requiring().call(operator))
-    out, logsumexp, rng_state = sample.requiring().call(operator)
+        assert not any(x.requires_grad for x in sample.requiring_grad().call(operator))
+    out, logsumexp, rng_state = sample.requiring_grad().call(operator)
     assert out.requires_grad
     assert logsumexp.requires_grad
     assert not rng_state.requires_grad
@@ -195,16 +195,16 @@ def test_saved_tensor_hooks(device: str) -> None:
 
 
 def test_gradients_accumulate(device: str) -> None:
-    asking = ALL_INPUTS.build(torch.float32, device=device).requiring()
+    with_grad = ALL_INPUTS.build(torch.float32, device=device).requiring_grad()
     for _ in range(2):
-        asking.call(operator)[0].sum().backward()
-    once = torch.autograd.grad(asking.call(operator)[0].sum(), asking.query)[0]
-    assert asking.query.grad is not None
-    torch.testing.assert_close(asking.query.grad, 2 * once)
+        with_grad.call(operator)[0].sum().backward()
+    once = torch.autograd.grad(with_grad.call(operator)[0].sum(), with_grad.query)[0]
+    assert with_grad.query.grad is not None
+    torch.testing.assert_close(with_grad.query.grad, 2 * once)
 
 
 def _vm_flags(address: int) -> list[str]:
-    """The kernel's flags of the memory mapping that holds an address."""
+    """The VmFlags of the memory mapping that contains an address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -216,7 +216,7 @@ def _vm_flags(address: int) -> list[str]:
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with huge pages")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_results_ask_for_huge_pages(dtype: torch.dtype) -> None:
+def test_large_results_are_advised_as_huge_pages(dtype: torch.dtype) -> None:
     query = torch.randn(1, 2, 1600, 8, dtype=dtype)
     mask = torch.zeros(2, 1600, 1600, dtype=dtype, requires_grad=True)
     (grad_mask,) = torch.autograd.grad(attention_ext.attention(query, query, query, mask).sum(), mask)

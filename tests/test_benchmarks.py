@@ -1,4 +1,4 @@
-"""The benchmark program runs and counts rightly; its files can be printed, compared and drawn. No time is judged."""
+"""The benchmarks run and count operations correctly; their files can be compared and plotted. No time is asserted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_rows_say_what_was_measured(measured: Path) -> None:
+def test_result_rows(measured: Path) -> None:
     content = json.loads(measured.read_text())
     assert {"commit", "dirty", "cpu", "build", "torch", "threads"} <= set(content["facts"])
     timed = [row for row in content["results"] if row["group"] == "main"]
@@ -42,13 +42,13 @@ def test_rows_say_what_was_measured(measured: Path) -> None:
     assert [row["length"] for row in content["results"] if row["group"] == "memory"] == [1024]
 
 
-def test_files_are_compared(measured: Path) -> None:
+def test_compare(measured: Path) -> None:
     text = run("compare.py", measured, measured)
     assert "B8 H8 L128 d64" in text
     assert "1.00x" in text
 
 
-def test_files_are_drawn(measured: Path, tmp_path: Path) -> None:
+def test_plot(measured: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run("plot.py", measured, "--out", tmp_path)
     for name in ("overview.png", "speed.png"):
@@ -56,7 +56,7 @@ def test_files_are_drawn(measured: Path, tmp_path: Path) -> None:
 
 
 def test_parts_add_up_to_a_limit() -> None:
-    """Every part of every pass is timed, and the limit is what they add up to."""
+    """Every part of every pass is timed, and the limit follows from their sum."""
     lines = [
         line.strip("| ").split(" | ") for line in run("parts.py", "--dtype", "float32", "--repeats", 1).splitlines()
     ]
@@ -92,7 +92,7 @@ def test_names_are_unique(cases: Any) -> None:
 
 @torch.compiler.set_stance("force_eager")
 def test_every_case_agrees_with_torch(modules: Any) -> None:
-    """Small twins of the cases: ours and each of torch's ways compute the same, in every pass."""
+    """Our call and each of torch's equivalents agree in every pass, on smaller sizes of every case."""
     for case in modules["cases"].CASES:
         if case.group not in ("main", "derivatives", "flex") or case.dtype != torch.float32 or case.dropout_p:
             continue

@@ -1,4 +1,4 @@
-"""What is built and how: binaries that stand alone, a bootstrap that does only what is missing, rules that hold."""
+"""The build: stand-alone binaries, dependencies, compiler checks, source distributions, bootstrap and include rules."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_operator_library_contains_no_python() -> None:
 
 
 def test_instruction_sets_share_no_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function that two object files offer could be linked from the one that this CPU cannot run."""
+    """The linker could pick the copy of a shared function that uses instructions which this CPU lacks."""
     objects = sorted(setup_script(monkeypatch).TEMP.glob("csrc/cpu/isa/*.o"))
     if not objects or shutil.which("nm") is None:
         pytest.skip("no object files, or no nm to read them")
@@ -76,12 +76,12 @@ assert query.grad.isfinite().all() and "attention_ext" not in sys.modules
     call(sys.executable, "-c", code, attention_ext.library_path())
 
 
-def test_paths_lead_to_files() -> None:
+def test_paths_exist() -> None:
     assert (Path(attention_ext.include_path()) / "attention_ext" / "attention.h").is_file()
     assert (Path(attention_ext.cmake_prefix()) / "attention_ext" / "attention_ext-config.cmake").is_file()
 
 
-def test_includes_and_imports_keep_their_direction() -> None:
+def test_includes_and_imports_follow_the_layers() -> None:
     call(sys.executable, ROOT / "tools" / "check_includes.py")
 
 
@@ -102,7 +102,7 @@ def test_include_checker_finds(path: str, text: str) -> None:
     assert tool("check_includes").breaches(path, text)
 
 
-def test_each_torch_has_its_own_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_torch_version_has_its_own_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = []
     for version in ("2.12.0+cpu", "2.13.0+cpu", "2.13.0+cu130"):
         monkeypatch.setattr(torch, "__version__", version)
@@ -128,7 +128,7 @@ def test_build_facts_need_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (facts["kCommit"], facts["kDirty"], facts["kTorch"]) == ('"unknown"', "false", f'"{torch.__version__}"')
 
 
-def test_compiler_may_be_of_two_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiler_with_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "env c++")
     setup = setup_script(monkeypatch)
     monkeypatch.setattr(setup, "ROOT", tmp_path)
@@ -145,7 +145,7 @@ def test_compiler_may_be_of_two_words(tmp_path: Path, monkeypatch: pytest.Monkey
         ("", False),
     ],
 )
-def test_build_names_the_compiler_it_needs(
+def test_build_names_the_required_compiler(
     macros: str, accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = tmp_path / "compiler"
@@ -159,15 +159,15 @@ def test_build_names_the_compiler_it_needs(
         check()
 
 
-def test_build_says_that_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SystemExit, match=r"needs GCC.*no-such-compiler is not there"):
         setup_script(monkeypatch).check_compiler()
 
 
-def test_source_distribution_holds_what_the_build_reads(tmp_path: Path) -> None:
+def test_source_distribution_is_complete(tmp_path: Path) -> None:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("no git checkout, whose files are what there should be")
+        pytest.skip("no git checkout to compare with")
     listed = call("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     files = [file for file in listed if (ROOT / file).is_file()]
     tree = tmp_path / "tree"

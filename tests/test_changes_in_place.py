@@ -1,4 +1,4 @@
-"""Changing a tensor in place between forward and backward is noticed, whatever it is, in every operator's backward."""
+"""Modifying any saved tensor in place between forward and backward raises, for every operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHANGED = "one of the variables needed for gradient computation has been modifie
 
 
 def tensors(kind: str, requires_grad: bool = True) -> dict[str, Tensor]:
-    """What the operators take, by name; kind: "float", "bool" (mask and key_lengths) or "packed"."""
+    """The operators' tensor arguments by name; kind: "float", "bool" (mask and key_lengths) or "packed"."""
     torch.manual_seed(0)
     batch = 1 if kind == "packed" else 2
     shapes = {"query": (batch, 2, 5, 4), "key": (batch, 2, 6, 4), "value": (batch, 2, 6, 3), "attn_mask": (2, 5, 6)}
@@ -36,55 +36,59 @@ def options(given: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def attend(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With dropout, so that rng_state counts too."""
+    """With dropout, so that rng_state is saved too."""
     results = ops.attention(given["query"], given["key"], given["value"], dropout_p=0.2, **options(given))
     return dict(zip(("out", "logsumexp", "rng_state"), results, strict=True))
 
 
-def asking(given: dict[str, Tensor]) -> list[Tensor]:
+def requiring_grad(given: dict[str, Tensor]) -> list[Tensor]:
     return [x for x in given.values() if x.requires_grad]
 
 
 def attention(kind: str) -> Call:
     given = tensors(kind)
-    made = attend(given)
-    return given | made, made["out"].sum() + made["logsumexp"].sum(), asking(given)
+    outputs = attend(given)
+    return given | outputs, outputs["out"].sum() + outputs["logsumexp"].sum(), requiring_grad(given)
 
 
 def attention_backward(kind: str) -> Call:
     given = tensors(kind)
-    made = attend(given)
-    grads = {f"grad_{name}": torch.ones_like(made[name], requires_grad=True) for name in ("out", "logsumexp")}
-    outputs = (made["out"], made["logsumexp"])
-    gradients = torch.autograd.grad(outputs, asking(given), tuple(grads.values()), create_graph=True)
+    outputs = attend(given)
+    grads = {f"grad_{name}": torch.ones_like(outputs[name], requires_grad=True) for name in ("out", "logsumexp")}
+    differentiable = outputs["out"], outputs["logsumexp"]
+    gradients = torch.autograd.grad(differentiable, requiring_grad(given), tuple(grads.values()), create_graph=True)
     total = torch.stack([x.square().sum() for x in gradients]).sum()
-    return given | made | grads, total, [*asking(given), *grads.values()]
+    return given | outputs | grads, total, [*requiring_grad(given), *grads.values()]
 
 
 def attention_jvp(kind: str) -> Call:
     given = tensors(kind)
-    made = {name: x.detach() for name, x in attend(given).items()}
+    outputs = {name: x.detach() for name, x in attend(given).items()}
     names = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
-    along = {
+    tangents_by_name = {
         f"{name}_tangent": torch.ones_like(given[name], requires_grad=True)
         for name in names
         if given[name].is_floating_point()
     }
-    rows = [given[name] for name in ("query", "key", "value")]
-    tangents = [along.get(f"{name}_tangent") for name in names]
-    out, logsumexp = ops.attention_jvp(*rows, *made.values(), *tangents, dropout_p=0.2, **options(given))
-    return given | made | along, out.sum() + logsumexp.sum(), asking(given) + asking(along)
+    inputs = [given[name] for name in ("query", "key", "value")]
+    tangents = [tangents_by_name.get(f"{name}_tangent") for name in names]
+    out, logsumexp = ops.attention_jvp(*inputs, *outputs.values(), *tangents, dropout_p=0.2, **options(given))
+    return (
+        given | outputs | tangents_by_name,
+        out.sum() + logsumexp.sum(),
+        requiring_grad(given) + requiring_grad(tangents_by_name),
+    )
 
 
 def attention_weights(kind: str) -> Call:
     given = tensors(kind)
-    made = attend(given)
-    del made["out"], given["value"]
-    # attention's own backward would notice as well
-    made = {name: x.detach() for name, x in made.items()}
-    made["logsumexp"].requires_grad_()
-    weights = ops.attention_weights(given["query"], given["key"], *made.values(), dropout_p=0.2, **options(given))
-    return given | made, weights.sum(), [given["query"], made["logsumexp"]]
+    outputs = attend(given)
+    del outputs["out"], given["value"]
+    # else attention's own backward would raise instead
+    outputs = {name: x.detach() for name, x in outputs.items()}
+    outputs["logsumexp"].requires_grad_()
+    weights = ops.attention_weights(given["query"], given["key"], *outputs.values(), dropout_p=0.2, **options(given))
+    return given | outputs, weights.sum(), [given["query"], outputs["logsumexp"]]
 
 
 def double_backward_of_weights(kind: str) -> Call:
@@ -115,7 +119,7 @@ def test_every_tensor(call: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["attn_mask", "key_lengths", "alibi_slopes", "sinks", "key", "value"])
-def test_what_needs_no_gradient(name: str) -> None:
+def test_inputs_that_do_not_require_grad(name: str) -> None:
     given = tensors("bool", requires_grad=False)
     given["query"].requires_grad_()
     total = attend(given)["out"].sum()

@@ -78,7 +78,7 @@ class TestCompile:
         actual = torch.autograd.grad(compiled(*inputs), inputs)
         assert_same(actual, torch.autograd.grad(oracle_loss(*inputs), inputs))
 
-    def test_a_new_length_compiles_nothing_new(self) -> None:
+    def test_a_new_length_does_not_recompile(self) -> None:
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
         for length, keys in ((6, 9), (7, 11), (33, 12), (5, 70)):
             inputs = tensors(length, keys)
@@ -108,7 +108,7 @@ class TestCompile:
         compiled = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=True)
         assert_same(torch.autograd.grad(compiled(x), [x]), torch.autograd.grad(packed(x), [x]))
 
-    def test_dropout_runs_and_repeats_by_seed(self) -> None:
+    def test_dropout_follows_the_seed(self) -> None:
         x = torch.randn(1, 2, 16, 8, requires_grad=True)
         compiled = torch.compile(lambda y: ops.attention(y, y, y, None, 0.5)[0], fullgraph=True, backend="aot_eager")
         torch.manual_seed(1)
@@ -150,7 +150,7 @@ class TestCompile:
                 assert_same(torch.autograd.grad(value, inputs), expected)
 
 
-class Attends(torch.nn.Module):
+class CausalAttention(torch.nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention_ext.attention(q, k, v, is_causal=True, softcap=2.0)
 
@@ -165,15 +165,15 @@ class TestExport:
     def test_dynamic_length(self, strict: bool) -> None:
         length = torch.export.Dim("length", min=2, max=4096)
         shapes = {name: {2: length} for name in ("q", "k", "v")}
-        program = torch.export.export(Attends(), exportable(), dynamic_shapes=shapes, strict=strict)
+        program = torch.export.export(CausalAttention(), exportable(), dynamic_shapes=shapes, strict=strict)
         assert any(node.target is ops.attention.default for node in program.graph.nodes)
         for n in (12, 31, 600):
             inputs = [torch.randn(2, 3, n, 8) for _ in range(3)]
-            assert torch.equal(program.module()(*inputs), Attends()(*inputs))
+            assert torch.equal(program.module()(*inputs), CausalAttention()(*inputs))
 
     @pytest.mark.parametrize("rank", [3, 4])
     @pytest.mark.parametrize("lengths", [(6, 6), (6, 7)])
-    def test_lengths_of_queries_and_keys_are_not_tied(self, lengths: tuple[int, int], rank: int) -> None:
+    def test_lengths_of_queries_and_keys_are_independent(self, lengths: tuple[int, int], rank: int) -> None:
         class Both(torch.nn.Module):
             def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
                 return attention_ext.attention(q, k, k), attention_ext.attention_weights(q, k)
@@ -188,19 +188,19 @@ class TestExport:
             torch.testing.assert_close(program.module()(*given), Both()(*given), rtol=0, atol=0)
 
     def test_decompositions_keep_the_operator(self) -> None:
-        program = torch.export.export(Attends(), exportable()).run_decompositions()
+        program = torch.export.export(CausalAttention(), exportable()).run_decompositions()
         assert any(node.target is ops.attention_forward.default for node in program.graph.nodes)
 
     def test_save_and_load(self, tmp_path: Path) -> None:
         path = tmp_path / "program.pt2"
-        torch.export.save(torch.export.export(Attends(), exportable()), path)
-        assert torch.equal(torch.export.load(path).module()(*exportable()), Attends()(*exportable()))
+        torch.export.save(torch.export.export(CausalAttention(), exportable()), path)
+        assert torch.equal(torch.export.load(path).module()(*exportable()), CausalAttention()(*exportable()))
 
     def test_compiled_package_runs_in_a_fresh_process(self, tmp_path: Path) -> None:
         package = torch._inductor.aoti_compile_and_package(
-            torch.export.export(Attends(), exportable()), package_path=str(tmp_path / "package.pt2")
+            torch.export.export(CausalAttention(), exportable()), package_path=str(tmp_path / "package.pt2")
         )
-        torch.save((exportable(), Attends()(*exportable())), tmp_path / "data.pt")
+        torch.save((exportable(), CausalAttention()(*exportable())), tmp_path / "data.pt")
         code = (
             "import sys, torch\n"
             "package, data, library = sys.argv[1:]\n"
@@ -215,7 +215,7 @@ class TestExport:
 
 
 class TestFakeTensors:
-    def test_results_have_the_layout_of_real_ones(self) -> None:
+    def test_results_match_real_ones_in_shape_stride_and_dtype(self) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         for dtype in (torch.float32, torch.bfloat16):
@@ -273,7 +273,7 @@ class TestSavedTensors:
         assert attention_ext._C.call_count("forward") == before + 1
         torch.testing.assert_close(actual, torch.autograd.grad(attend(x).sum(), x)[0])
 
-    def test_hooks_see_and_restore_what_is_saved(self) -> None:
+    def test_saved_tensor_hooks(self) -> None:
         inputs = tensors()
         expected = torch.autograd.grad(loss(*inputs), inputs)
         packed = []
@@ -295,7 +295,7 @@ class TestSavedTensors:
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             torch.autograd.grad(value, inputs)
 
-    def test_only_wanted_gradients_are_made(self) -> None:
+    def test_only_required_gradients_are_computed(self) -> None:
         q, k, v = (x.detach() for x in tensors()[:3])
         v.requires_grad_()
         out = ops.attention(q, k, v, enable_gqa=True)[0]

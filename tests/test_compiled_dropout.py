@@ -1,4 +1,4 @@
-"""Dropout in graphs: every call is a draw of its own, by the generator, as in eager mode, and backward has its bits."""
+"""Dropout in graphs: every call draws its own mask from torch's generator, as in eager mode, and backward reuses it."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def operator(q: Tensor) -> Tensor:
 
 
 def varlen(q: Tensor) -> Tensor:
-    packed, ends = q.flatten(0, 1), torch.tensor([0, 1, 4])
-    return attention_ext.attention_varlen(packed, packed, packed, ends, ends, dropout_p=0.5)
+    packed, cu_seqlens = q.flatten(0, 1), torch.tensor([0, 1, 4])
+    return attention_ext.attention_varlen(packed, packed, packed, cu_seqlens, cu_seqlens, dropout_p=0.5)
 
 
 def weights(q: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def layers() -> list[nn.Module]:
 
 
 def twice(function: Callable[..., Any], q: Tensor) -> Outputs:
-    """Two views by dropout of one input."""
+    """Two calls on one input, which draw different dropout masks."""
     return function(q), function(q)
 
 
@@ -104,7 +104,7 @@ GRAD_MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inferen
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_functions(function: Callable[[Tensor], Tensor], mode: str) -> None:
     if mode != "no_grad" and function is second_order:
-        pytest.skip("a graph with grad is of third order; there are no derivatives in inference mode")
+        pytest.skip("with grad the graph is of third order; inference mode has no derivatives")
     compiled = torch.compile(twice, backend="aot_eager", fullgraph=function is not sdpa)
     with GRAD_MODES[mode]():
         assert_draws_like_eager(compiled, twice, function, x().requires_grad_(mode == "grad"))
@@ -143,8 +143,8 @@ def chain(q: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.01, 0.0])
-def test_recomputation_repeats_the_bits(budget: float) -> None:
-    """A low memory budget runs attention again in the backward graph, with the state that was drawn before."""
+def test_recomputation_repeats_the_dropout_mask(budget: float) -> None:
+    """With a low memory budget the backward graph recomputes attention, with the rng_state of the forward."""
     q = x().double().requires_grad_()
     (expected,) = torch.autograd.grad(seeded(chain, q).sum(), q)
     with functorch_config.patch(activation_memory_budget=budget):
@@ -229,8 +229,8 @@ class TestVmap:
             compiled(self.samples())
 
 
-class TestGivenState:
-    def test_repeats_the_bits(self, device: str) -> None:
+class TestGivenRngState:
+    def test_repeats_the_dropout_mask(self, device: str) -> None:
         q = x().to(device)
         out, _, drawn = ops.attention(q, q, q, dropout_p=0.5)
         before = torch.get_rng_state()
@@ -240,7 +240,7 @@ class TestGivenState:
         assert state.data_ptr() != drawn.data_ptr()
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_is_one_for_each_mapped_sample(self) -> None:
+    def test_one_state_per_vmapped_sample(self) -> None:
         q = x()
         states = torch.tensor([[1, 2], [3, 4], [1, 2]])
         attend = lambda state: ops.attention(q, q, q, dropout_p=0.5, rng_state=state)[0]  # noqa: E731

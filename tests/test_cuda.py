@@ -1,4 +1,4 @@
-"""What only a GPU can show: the CPU's numbers, graphs, streams, and that nothing waits for the device."""
+"""Tests that need a GPU: agreement with the CPU, CUDA graphs, streams, no synchronization with the host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _cuda(device: str) -> None:
 
 
 @contextlib.contextmanager
-def waiting_is_an_error() -> Iterator[None]:
+def synchronization_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -33,15 +33,15 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 def attend(sample: Sample) -> tuple[Tensor, ...]:
-    """All outputs and gradients, with dropout from wherever the generator stands."""
-    sample = sample.requiring()
+    """All outputs and gradients, without seeding the generator of dropout."""
+    sample = sample.requiring_grad()
     out, logsumexp, rng_state = operator(sample.query, sample.key, sample.value, **sample.options)
     gradients = torch.autograd.grad(out, list(sample.inputs().values()), sample.grad_out, materialize_grads=True)
     return out.detach(), logsumexp.detach(), rng_state, *gradients
 
 
 def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the call, and what each replay writes to."""
+    """A graph of the call, and the outputs that each replay overwrites."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -67,21 +67,21 @@ def test_agrees_with_the_cpu(spec: Spec, device: str) -> None:
 @pytest.mark.parametrize(
     "name", ["everything", "varlen_bias", "varlen_causal", "key_lengths", "dropout", "bias_padding"]
 )
-def test_nothing_waits(name: str, device: str) -> None:
+def test_no_synchronization(name: str, device: str) -> None:
     sample = NAMED[name].build(torch.bfloat16, "large", device)
-    with waiting_is_an_error():
+    with synchronization_is_an_error():
         attend(sample)
 
 
 @pytest.mark.parametrize("name", ["causal_grouped", "bias_hiding", "varlen", "sinks"])
-def test_a_replay_is_the_call(name: str, device: str) -> None:
+def test_replay_equals_the_call(name: str, device: str) -> None:
     sample = NAMED[name].build(torch.float16, "large", device)
     graph, actual = captured(lambda: attend(sample))
     graph.replay()
     assert all_equal(actual, attend(sample))
 
 
-def test_each_replay_drops_other_weights(device: str) -> None:
+def test_each_replay_draws_a_new_dropout_mask(device: str) -> None:
     sample = DROPPING.build(torch.float64, device=device)
     graph, outputs = captured(lambda: attend(sample))
     torch.manual_seed(3)
@@ -98,7 +98,7 @@ def test_each_replay_drops_other_weights(device: str) -> None:
 
 @pytest.fixture
 def allow_tf32() -> Iterator[Callable[[str, bool], None]]:
-    """Switches by the name of one of torch's two settings, which cannot be mixed."""
+    """Sets one of torch's two settings, named by its attribute; they cannot be mixed."""
 
     def switch(setting: str, on: bool) -> None:
         if setting == "allow_tf32":
@@ -111,7 +111,7 @@ def allow_tf32() -> Iterator[Callable[[str, bool], None]]:
 
 
 @pytest.mark.parametrize("setting", ["allow_tf32", "fp32_precision"])
-def test_tf32_where_torch_allows_it(setting: str, allow_tf32: Callable[[str, bool], None], device: str) -> None:
+def test_tf32_follows_torchs_settings(setting: str, allow_tf32: Callable[[str, bool], None], device: str) -> None:
     sample = NAMED["plain"].build(torch.float32, "large", device)
     allow_tf32(setting, True)
     assert "sm80_tf32/forward: chosen" in explain(sample.query, sample.key, sample.value)
@@ -137,8 +137,8 @@ def test_two_streams(device: str) -> None:
         assert all(all_equal(result, wanted) for result in results)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
-def test_a_device_that_is_not_the_current_one() -> None:
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_that_is_not_current() -> None:
     sample = NAMED["causal_grouped"].build(torch.float32, "large", "cuda:1")
     with torch.cuda.device(0):
         actual = attend(sample)
@@ -147,7 +147,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
         assert all_equal(actual, attend(sample))
 
 
-def test_a_thousand_repeats(device: str) -> None:
+def test_repeats_are_bit_equal(device: str) -> None:
     sample = Spec("again", lengths=(130, 257), head_dims=(64, 64), heads=(4, 2), mask="float 1hqk").build(
         torch.bfloat16, device=device
     )
@@ -155,16 +155,16 @@ def test_a_thousand_repeats(device: str) -> None:
     assert all(all_equal(attend(sample), expected) for _ in range(1000))
 
 
-WILD = [[3, 1, 10**12, -5], [-(2**62), 2**62, 0, 7], [7, 7, 7, 7]]
+INVALID = [[3, 1, 10**12, -5], [-(2**62), 2**62, 0, 7], [7, 7, 7, 7]]
 
 
-@pytest.mark.parametrize("starts", WILD)
-def test_wild_lengths_stay_in_memory(starts: list[int], device: str) -> None:
-    """Nobody reads them on the host, so nothing may go wrong but the numbers."""
+@pytest.mark.parametrize("starts", INVALID)
+def test_invalid_lengths_read_no_other_memory(starts: list[int], device: str) -> None:
+    """Lengths on a GPU are not validated: results are undefined, but every access stays within the tensors."""
     packed = Spec("packed", lengths=(7, 9), batch=1).build(torch.float32, device=device)
-    wild = torch.tensor(starts, device=device)
-    attend(packed.replace(cu_seqlens_q=wild, cu_seqlens_k=wild.flip(0)))
-    attend(packed.replace(cu_seqlens_q=wild, cu_seqlens_k=wild, attn_mask=torch.zeros(5, 4, device=device)))
+    invalid = torch.tensor(starts, device=device)
+    attend(packed.replace(cu_seqlens_q=invalid, cu_seqlens_k=invalid.flip(0)))
+    attend(packed.replace(cu_seqlens_q=invalid, cu_seqlens_k=invalid, attn_mask=torch.zeros(5, 4, device=device)))
     dense = Spec("dense", lengths=(7, 9), batch=4).build(torch.float32, device=device)
-    attend(dense.replace(key_lengths=wild))
+    attend(dense.replace(key_lengths=invalid))
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The gates that CUDA kernels pass where there is no GPU: what ptxas says is read rightly and judged."""
+"""The checks of CUDA code without a GPU: ptxas reports are parsed and compared with the budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="binutils are not installed")
-def test_report_is_read(gates: ModuleType) -> None:
+def test_parse(gates: ModuleType) -> None:
     assert gates.parse(REPORT) == {
         "sm_80 forward<64, float>": gates.Use(168, 8, 12, 1024),
         "sm_90a delta": gates.Use(20, 0, 0, 0),
@@ -53,7 +53,7 @@ def test_report_is_read(gates: ModuleType) -> None:
         ("jvp_float16 sm_80 x", None, (32, 0, 0, 0), "budget only"),
     ],
 )
-def test_kernels_are_judged(gates: ModuleType, kernel: str, use: object, budget: object, complaint: str | None) -> None:
+def test_complaints(gates: ModuleType, kernel: str, use: object, budget: object, complaint: str | None) -> None:
     def uses(numbers: object) -> object:
         return {kernel: gates.Use(*numbers)} if isinstance(numbers, tuple) else {}
 
@@ -61,7 +61,7 @@ def test_kernels_are_judged(gates: ModuleType, kernel: str, use: object, budget:
     assert (complaint is None and not found) or complaint in found[kernel]
 
 
-def test_budget_is_read_as_it_is_written(gates: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_round_trip(gates: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "BUDGET", tmp_path / "budget.json")
     for uses in ({}, {"b": gates.Use(1, 2, 3, 4), "a": gates.Use(5, 6, 7, 8)}):
         gates.write_budget(uses)
@@ -69,7 +69,7 @@ def test_budget_is_read_as_it_is_written(gates: ModuleType, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("tool", ["cuda_gates", "check_cuda_binding"])
-def test_a_gate_that_cannot_run_fails_in_ci_alone(
+def test_gate_that_cannot_run_fails_in_ci_only(
     tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "tools")

@@ -1,5 +1,5 @@
-"""Nothing is lost in silence: each operator of the chain, with a tangent or a gradient asked for at each input, up to
-third order, either equals the same derivative of plain torch or raises one clear error."""
+"""No derivative is silently dropped: up to third order, each operator's derivative with respect to each argument, in
+forward and reverse mode, either equals that of plain torch or raises `NotImplementedError`."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ Function = Callable[[Arguments], tuple[Tensor, ...]]
 
 
 class Link:
-    """One operator of the chain as a function of all its differentiable arguments, by name, and the same in torch."""
+    """One operator as a function of all its differentiable arguments by name, and the same function in plain torch."""
 
     def __init__(self, name: str, spec: Spec, device: str) -> None:
         self.sample = spec.build(device=device)
         self.rng_state = self.sample.call(operator)[2]
-        self.kept = with_keep(self.sample, self.rng_state)
+        self.with_keep = with_keep(self.sample, self.rng_state)
         inputs = dict(self.sample.inputs())
         tangents = {f"{name}_tangent": x for name, x in tangents_of(self.sample).items()}
         assert self.sample.grad_logsumexp is not None
         grads = {"grad_out": self.sample.grad_out, "grad_logsumexp": self.sample.grad_logsumexp}
         weights_inputs = {k: x for k, x in inputs.items() if k not in ("value", "sinks")}
-        logsumexp = {"logsumexp": self.kept.call(reference.attention).logsumexp}
+        logsumexp = {"logsumexp": self.with_keep.call(reference.attention).logsumexp}
         self.ours, self.torch, self.arguments = {
             "attention": (self.attention, self.torch_attention, inputs),
             "attention_backward": (self.backward, self.torch_backward, inputs | grads),
@@ -83,11 +83,11 @@ class Link:
         return (ops.attention_weights(*arguments, **self.options(x)),)
 
     def torch_attention(self, x: Arguments) -> tuple[Tensor, ...]:
-        return self.kept.replace(**{name: x[name] for name in DIFFERENTIABLE}).call(reference.attention)[:2]
+        return self.with_keep.replace(**{name: x[name] for name in DIFFERENTIABLE}).call(reference.attention)[:2]
 
     def torch_backward(self, x: Arguments) -> tuple[Tensor, ...]:
-        pull = torch.func.vjp(lambda *inputs: self.torch_attention(named(inputs)), *(x[n] for n in DIFFERENTIABLE))[1]
-        return pull((x["grad_out"], x["grad_logsumexp"]))
+        vjp = torch.func.vjp(lambda *inputs: self.torch_attention(named(inputs)), *(x[n] for n in DIFFERENTIABLE))[1]
+        return vjp((x["grad_out"], x["grad_logsumexp"]))
 
     def torch_jvp(self, x: Arguments) -> tuple[Tensor, ...]:
         inputs, tangents = (tuple(x[name + end] for name in DIFFERENTIABLE) for end in ("", "_tangent"))
@@ -95,14 +95,14 @@ class Link:
 
     def torch_double(self, x: Arguments) -> tuple[Tensor, ...]:
         names = ("grad_out", "grad_logsumexp", *DIFFERENTIABLE)
-        pull = torch.func.vjp(
+        vjp = torch.func.vjp(
             lambda *inputs: self.torch_backward(dict(zip(names, inputs, strict=True))), *(x[name] for name in names)
         )[1]
-        return pull(tuple(x[f"{name}_tangent"] for name in DIFFERENTIABLE))
+        return vjp(tuple(x[f"{name}_tangent"] for name in DIFFERENTIABLE))
 
     def torch_weights(self, x: Arguments) -> tuple[Tensor, ...]:
         changed = {name: x[name] for name in ("query", "key", "attn_mask", "alibi_slopes")}
-        result = self.kept.replace(**changed).call(reference.attention)
+        result = self.with_keep.replace(**changed).call(reference.attention)
         return (result.weights * torch.exp(result.logsumexp - x["logsumexp"])[..., None],)
 
 
@@ -128,7 +128,7 @@ def cases() -> list[Any]:
 
 
 def or_refused(function: Callable[[], Any]) -> Any:
-    """None where the operator says that it has no such derivative."""
+    """None where the operator raises that this derivative is not implemented."""
     try:
         return function()
     except RuntimeError as error:  # NotImplementedError is one
@@ -143,24 +143,24 @@ def random_like(tensors: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def is_refused(link: str, sample: str, argument: str, forward: bool) -> bool:
-    """Third order, and forward over forward of packed sequences; both are there where the operator is linear."""
+    """Third order, and forward over forward of packed sequences; operators are linear in tangents."""
     if argument in TANGENTS:
         return False
     return link == "attention_double_backward" or (forward and link == "attention_jvp" and sample == "packed")
 
 
 @pytest.mark.parametrize(("link", "sample", "argument"), cases())
-def test_a_tangent_at_each_argument(link: str, sample: str, argument: str, device: str) -> None:
+def test_forward_mode_in_each_argument(link: str, sample: str, argument: str, device: str) -> None:
     chain = Link(link, SAMPLES[sample], device)
     direction = random_like((chain.arguments[argument],))[0]
 
-    def moved(function: Function) -> list[Tensor]:
+    def tangents(function: Function) -> list[Tensor]:
         with forward_ad.dual_level():
             dual = chain.arguments | {argument: forward_ad.make_dual(chain.arguments[argument], direction)}
             outputs = [forward_ad.unpack_dual(x) for x in function(dual)]
             return [torch.zeros_like(x.primal) if x.tangent is None else x.tangent for x in outputs]
 
-    actual = or_refused(lambda: moved(chain.ours))
+    actual = or_refused(lambda: tangents(chain.ours))
     assert (actual is None) == is_refused(link, sample, argument, forward=True)
     if actual is not None:
         expected = torch.func.jvp(
@@ -170,17 +170,17 @@ def test_a_tangent_at_each_argument(link: str, sample: str, argument: str, devic
 
 
 @pytest.mark.parametrize(("link", "sample", "argument"), cases())
-def test_a_gradient_at_each_argument(link: str, sample: str, argument: str, device: str) -> None:
+def test_reverse_mode_in_each_argument(link: str, sample: str, argument: str, device: str) -> None:
     chain = Link(link, SAMPLES[sample], device)
     random = random_like(tuple(chain.torch(chain.arguments)))
 
     def gradient(function: Function) -> Tensor:
         leaf = chain.arguments[argument].clone().requires_grad_()
         outputs = function(chain.arguments | {argument: leaf})
-        moving = [i for i, x in enumerate(outputs) if x.requires_grad]
-        if not moving:
+        pairs = [(x, grad) for x, grad in zip(outputs, random, strict=True) if x.requires_grad]
+        if not pairs:
             return torch.zeros_like(leaf)
-        return torch.autograd.grad([outputs[i] for i in moving], leaf, [random[i] for i in moving])[0]
+        return torch.autograd.grad([x for x, _ in pairs], leaf, [grad for _, grad in pairs])[0]
 
     actual = or_refused(lambda: gradient(chain.ours))
     assert (actual is None) == is_refused(link, sample, argument, forward=False)
@@ -189,17 +189,17 @@ def test_a_gradient_at_each_argument(link: str, sample: str, argument: str, devi
 
 
 def derivative(chain: Link, function: Function, modes: str) -> Callable[..., Tensor]:
-    """A number, differentiated as often as there are modes: f forward along a direction, r reverse, innermost first."""
+    """A scalar function, differentiated once per mode, innermost first: f forward along a direction, r reverse."""
     names = tuple(chain.arguments)
     values = tuple(chain.arguments[name] for name in names)
     directions = tuple(random_like(values))
     outputs = random_like(tuple(chain.torch(chain.arguments)))
 
-    def number(*x: Tensor) -> Tensor:
-        made = function(dict(zip(names, x, strict=True)))
-        return torch.stack([(y * z).sum() for y, z in zip(made, outputs, strict=True)]).sum()
+    def scalar(*x: Tensor) -> Tensor:
+        results = function(dict(zip(names, x, strict=True)))
+        return torch.stack([(y * z).sum() for y, z in zip(results, outputs, strict=True)]).sum()
 
-    step: Callable[..., Tensor] = number
+    step: Callable[..., Tensor] = scalar
     for mode in modes:
         step = along(step, mode, directions)
     return lambda: step(*values)
@@ -227,12 +227,12 @@ def test_higher_orders(link: str, modes: str, device: str) -> None:
     order = len(modes) + {"attention_backward": 1, "attention_jvp": 1, "attention_double_backward": 2}.get(link, 0)
     assert actual is not None or order > 2, "up to second order everything works"
     if link == "attention_weights":
-        assert actual is not None, "composed, to any order"
+        assert actual is not None, "composed of differentiable operators, so of any order"
     if actual is not None:
         torch.testing.assert_close(actual, derivative(chain, chain.torch, modes)())
 
 
-def test_third_order_says_so(device: str) -> None:
+def test_third_order_raises(device: str) -> None:
     chain = Link("attention", SAMPLES["all_inputs"], device)
     with pytest.raises(RuntimeError, match="attention_double_backward: third-order derivatives are not implemented"):
         derivative(chain, chain.ours, "rrr")()

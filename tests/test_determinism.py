@@ -1,4 +1,4 @@
-"""The same call gives the same bits: again, on any number of threads, and in any company of other batch entries."""
+"""Results are bit-equal when repeated, on any number of threads, and whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def test_repeats(spec: Spec, device: str, threads: Callable[[int], None]) -> Non
 
 
 @pytest.mark.parametrize("spec", SINGLE, ids=lambda x: x.name)
-def test_every_feature_twice(spec: Spec, device: str) -> None:
+def test_every_feature_repeats(spec: Spec, device: str) -> None:
     sample = spec.build(torch.bfloat16, "large", device)
     assert_equal(evaluate_all(sample), evaluate_all(sample))
 
 
-COMPANY = [
+BATCHED = [
     Spec("plain", lengths=(130, 400), head_dims=(32, 32), batch=5),
     Spec("causal", lengths=(257, 257), head_dims=(32, 32), batch=5, causal="top_left", heads=(4, 2)),
     Spec("bias", lengths=(70, 210), head_dims=(32, 32), batch=5, mask="float bhqk"),
@@ -87,7 +87,7 @@ COMPANY = [
 
 
 def entries(sample: Sample, chosen: list[int]) -> Sample:
-    """The call on some batch entries."""
+    """The call on the chosen batch entries."""
     per_batch = {"attn_mask", "key_lengths"} & sample.options.keys()
     options = {**sample.options, **{name: sample.options[name][chosen] for name in per_batch}}
     assert sample.grad_logsumexp is not None
@@ -97,16 +97,16 @@ def entries(sample: Sample, chosen: list[int]) -> Sample:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", COMPANY, ids=lambda x: x.name)
-def test_company_of_other_batch_entries(spec: Spec, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("spec", BATCHED, ids=lambda x: x.name)
+def test_results_independent_of_batch(spec: Spec, dtype: torch.dtype, device: str) -> None:
     sample = spec.build(dtype, "large", device)
     expected = evaluate_all(sample)
     for chosen in ([0], [3], [4, 1], [2, 0, 3]):
         assert_equal(evaluate_all(entries(sample, chosen)), {name: x[chosen] for name, x in expected.items()})
 
 
-def test_company_of_rows_far_from_zero(dtype: torch.dtype) -> None:
-    """Which are computed otherwise."""
+def test_results_independent_of_batch_entries_with_large_logsumexp(dtype: torch.dtype) -> None:
+    """Calls with a logsumexp beyond 1024 compute its low-order part, by which other rows must not change."""
     sample = Spec("far company", lengths=(40, 40), head_dims=(32, 32)).build(dtype)
     mask = torch.zeros(2, 1, 1, 40, dtype=dtype)
     near = evaluate_all(sample.replace(attn_mask=mask))
@@ -116,9 +116,9 @@ def test_company_of_rows_far_from_zero(dtype: torch.dtype) -> None:
     assert_equal({name: x[:1] for name, x in far.items()}, {name: x[:1] for name, x in near.items()})
 
 
-@pytest.mark.parametrize("spec", COMPANY, ids=lambda x: x.name)
-def test_company_of_other_heads(spec: Spec, dtype: torch.dtype, device: str) -> None:
-    """Each key head with its query heads is a call of its own."""
+@pytest.mark.parametrize("spec", BATCHED, ids=lambda x: x.name)
+def test_results_independent_of_other_heads(spec: Spec, dtype: torch.dtype, device: str) -> None:
+    """Each key head with its group of query heads gives the same as a call of its own."""
     sample = spec.build(dtype, "large", device)
     expected = evaluate_all(sample)
     group = sample.query.shape[1] // sample.key.shape[1]
@@ -131,8 +131,9 @@ def test_company_of_other_heads(spec: Spec, dtype: torch.dtype, device: str) -> 
             sample.name, sample.query[:, queries], sample.key[:, [head]], sample.value[:, [head]], options,
             sample.grad_out[:, queries], sample.grad_logsumexp[:, queries], sample.seed,
         )  # fmt: skip
-        few = {"grad_key", "grad_value"}
-        assert_equal(evaluate_all(one), {k: x[:, [head]] if k in few else x[:, queries] for k, x in expected.items()})
+        of_keys = {"grad_key", "grad_value"}
+        chosen = {name: x[:, [head] if name in of_keys else queries] for name, x in expected.items()}
+        assert_equal(evaluate_all(one), chosen)
 
 
 def test_memory_layout_changes_no_bit(dtype: torch.dtype, device: str) -> None:

@@ -1,4 +1,4 @@
-"""What the documents show runs, what they link to exists, and the README's table is that of the library."""
+"""Code in the documents runs, links and names in them exist, and the README's kernel table is up to date."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def blocks(document: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("document", [x for x in DOCUMENTS if blocks(x, "python")], ids=lambda path: path.name)
 def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
-    """In one process per document, in order, in one namespace, where they may write files."""
-    script = tmp_path / "blocks.py"  # TorchScript reads source files
+    """In order, in one namespace and one process per document, in a temporary folder."""
+    script = tmp_path / "blocks.py"  # TorchScript needs a source file
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks(document, "python")))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_exist(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", document.read_text())
     missing = [x for x in targets if not x.startswith("https://") and not (document.parent / x).exists()]
     assert not missing
@@ -45,8 +45,8 @@ def test_files_named_in_text_exist(document: Path) -> None:
     assert not [x for x in named if "NAME" not in x and not (ROOT / x).exists()]
 
 
-def test_functions_named_beside_their_file_are_there() -> None:
-    """As in "`csrc/gpu/kernels/forward.h`: `mainloop`"; a bare name means a kernel's header."""
+def test_functions_named_beside_their_file_exist() -> None:
+    """As in "`csrc/gpu/kernels/forward.h`: `mainloop`"; a bare file name is a header of csrc/gpu/kernels."""
     named = re.findall(r"`([\w./]+\.(?:h|cpp|cu|py))`: `(\w+)", (ROOT / "docs" / "architecture.md").read_text())
     assert len(named) > 6
     for file, name in named:
@@ -55,10 +55,10 @@ def test_functions_named_beside_their_file_are_there() -> None:
 
 
 def test_commands_exist() -> None:
-    """Every Python file and executable that a shell block starts."""
+    """Every Python file and executable that a shell block runs."""
     for document in DOCUMENTS:
         for word in re.findall(r"(?:^|\s)(\.?/?[\w./]+\.py|\./\w+|\.ci/run)", "\n".join(blocks(document, "sh"))):
-            assert (ROOT / word).exists(), f"{document.name} starts {word}"
+            assert (ROOT / word).exists(), f"{document.name} runs {word}"
 
 
 def test_readme_shows_the_kernel_table() -> None:
@@ -67,8 +67,8 @@ def test_readme_shows_the_kernel_table() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(bool(attention_ext._C.build_info()["cuda"]), reason="this build has CUDA kernels of its own")
-def test_kernel_table_says_what_cuda_kernels_were_tested_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(bool(attention_ext._C.build_info()["cuda"]), reason="this build has CUDA kernels")
+def test_kernel_table_lists_cuda_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "tools")
     support_table = importlib.import_module("support_table")
     listed = tmp_path / "kernels.json"

@@ -1,5 +1,5 @@
-"""Second derivatives of the real kernels in double agree with finite differences and the reference, in every order of
-the modes, for each feature and pair."""
+"""Second derivatives of the kernels in float64 agree with finite differences and the reference, in every order of
+the modes, for each feature and pair of features."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 @pytest.mark.every_isa
 @pytest.mark.parametrize("spec", CHECKABLE, ids=lambda x: x.name)
 def test_fast(spec: Spec, device: str) -> None:
-    function, inputs = function_of(spec.build(device=device).requiring())
+    function, inputs = function_of(spec.build(device=device).requiring_grad())
     assert gradgradcheck(
         function, inputs, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True,
         check_undefined_grad=True, check_grad_dtypes=True, nondet_tol=0.0, atol=1e-4,
@@ -52,7 +52,7 @@ def test_fast(spec: Spec, device: str) -> None:
 @pytest.mark.parametrize("name", ["decode", "softcap", "alibi_per_batch", "sinks_hidden_rows", "bias_hiding", "dropout",
                                   "varlen_bias"])  # fmt: skip
 def test_slow(name: str, device: str) -> None:
-    function, inputs = function_of(NAMED[name].build(device=device).requiring())
+    function, inputs = function_of(NAMED[name].build(device=device).requiring_grad())
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_batched_grad=True, atol=1e-4)
 
 
@@ -63,8 +63,8 @@ def test_equals_the_reference(spec: Spec, device: str) -> None:
     tangents = tangents_of(sample)
     kept = with_keep(sample, sample.call(operator)[2])
     expected = double_backward(kept, tangents, reference.attention)
-    for grads_move in (True, False):
-        assert_equal(double_backward(sample, tangents, operator, grads_move=grads_move), expected)
+    for grads_require_grad in (True, False):
+        assert_equal(double_backward(sample, tangents, operator, grads_require_grad=grads_require_grad), expected)
 
 
 @pytest.mark.parametrize("spec", EMPTY, ids=lambda x: x.name)
@@ -82,7 +82,7 @@ def test_many_tiles(size: tuple[int, int], device: str) -> None:
 
 
 def test_every_subset_of_inputs(device: str) -> None:
-    """Any inputs may require gradients: each second derivative is that of the reference, or zero where none is left."""
+    """Any subset of inputs may require grad: each second derivative is that of the reference, or zero without one."""
     sample = ALL_INPUTS.build(device=device)
     for wanted in range(1, 64):
         names = tuple(name for i, name in enumerate(DIFFERENTIABLE) if wanted >> i & 1)
@@ -91,10 +91,10 @@ def test_every_subset_of_inputs(device: str) -> None:
         assert_equal(double_backward(sample, tangents, operator, names), expected)
 
 
-@pytest.mark.parametrize("moving", DIFFERENTIABLE)
-def test_one_gradient_moves_every_input(moving: str, device: str) -> None:
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_tangent_of_one_input(name: str, device: str) -> None:
     sample = ALL_INPUTS.build(device=device)
-    tangents = tangents_of(sample, moving)
+    tangents = tangents_of(sample, name)
     assert_equal(double_backward(sample, tangents, operator), double_backward(sample, tangents, reference.attention))
 
 
@@ -110,8 +110,8 @@ def raw_double_backward(
     )  # fmt: skip
 
 
-def test_operator_makes_what_is_asked(device: str) -> None:
-    """Asking for fewer gradients changes none of them, bit for bit; without out's tangent they may round otherwise."""
+def test_output_mask(device: str) -> None:
+    """The gradients of any subset are bit-equal to those of all; without out's tangent they may round differently."""
     sample = ALL_INPUTS.build(torch.float32, device=device)
     for compute_out_tangent in (True, False):
         everything = raw_double_backward(sample, [True] * 6, compute_out_tangent)
@@ -119,12 +119,12 @@ def test_operator_makes_what_is_asked(device: str) -> None:
         for wanted in range(64):
             mask = [bool(wanted >> i & 1) for i in range(6)]
             outputs = raw_double_backward(sample, mask, compute_out_tangent)
-            for x, whole, asked in zip(outputs, everything, [True, True, *mask], strict=True):
-                assert torch.equal(x, whole) if asked else x.shape == (0,)
+            for x, whole, requested in zip(outputs, everything, [True, True, *mask], strict=True):
+                assert torch.equal(x, whole) if requested else x.shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_outputs_look_like_inputs(dtype: torch.dtype, device: str) -> None:
+def test_outputs_have_shapes_and_dtypes_of_inputs(dtype: torch.dtype, device: str) -> None:
     sample = ALL_INPUTS.build(dtype, device=device)
     out, logsumexp, _ = sample.call(operator)
     outputs = raw_double_backward(sample, [True] * 6)
@@ -132,8 +132,8 @@ def test_outputs_look_like_inputs(dtype: torch.dtype, device: str) -> None:
         assert (x.shape, x.dtype) == (like.shape, like.dtype)
 
 
-def test_a_row_without_keys_gives_nothing(device: str) -> None:
-    """Whatever arrives there, even infinities: a hidden row has no derivative of any order."""
+def test_fully_masked_row_has_zero_derivatives(device: str) -> None:
+    """Of any order, however large its incoming gradients are."""
     for name in ("bool_mask", "bias_hiding", "causal_bottom_right_hidden_rows", "varlen"):
         sample = NAMED[name].build(device=device)
         tangents = tangents_of(sample)
@@ -145,11 +145,11 @@ def test_a_row_without_keys_gives_nothing(device: str) -> None:
         assert (expected["second_query"][hidden] == 0).all()
         grad_out = sample.grad_out.masked_fill(hidden[..., None], 1e30)
         assert sample.grad_logsumexp is not None
-        loud = sample.replace(grad_out=grad_out, grad_logsumexp=sample.grad_logsumexp.masked_fill(hidden, 1e30))
-        assert_equal(double_backward(loud, tangents, operator), expected)
+        large = sample.replace(grad_out=grad_out, grad_logsumexp=sample.grad_logsumexp.masked_fill(hidden, 1e30))
+        assert_equal(double_backward(large, tangents, operator), expected)
 
 
-def test_what_is_hidden_is_not_read(device: str) -> None:
+def test_keys_past_key_lengths_are_not_read(device: str) -> None:
     sample = NAMED["key_lengths"].build(device=device)
     past = torch.arange(sample.key.shape[2], device=device) >= sample.options["key_lengths"][:, None]
     past = past[:, None, :, None]
@@ -161,7 +161,7 @@ def test_what_is_hidden_is_not_read(device: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_dropout_of_everything(device: str) -> None:
+def test_dropout_p_of_one(device: str) -> None:
     sample = Spec("dropped", dropout_p=1.0).build(device=device)
     tangents = tangents_of(sample)
     assert sample.grad_logsumexp is not None
@@ -170,8 +170,8 @@ def test_dropout_of_everything(device: str) -> None:
     assert_equal(double_backward(sample, tangents, operator), expected)
 
 
-def test_no_gradient_of_logsumexp(device: str) -> None:
-    """Absent is zero; so is the gradient of out when only logsumexp is used."""
+def test_absent_gradient_is_zero(device: str) -> None:
+    """That of logsumexp, and that of out where only logsumexp is used."""
     sample = ALL_INPUTS.build(device=device)
     tangents = tangents_of(sample)
     absent = double_backward(sample.replace(grad_logsumexp=None), tangents, operator)
@@ -180,9 +180,9 @@ def test_no_gradient_of_logsumexp(device: str) -> None:
     assert_equal(absent, zero)
 
     def penalty(function: Callable[..., object]) -> list[Tensor]:
-        asking = sample.requiring()
-        inputs = list(asking.inputs().values())
-        logsumexp = asking.call(function)[1]
+        with_grad = sample.requiring_grad()
+        inputs = list(with_grad.inputs().values())
+        logsumexp = with_grad.call(function)[1]
         first = torch.autograd.grad(logsumexp.sum(), inputs, create_graph=True, materialize_grads=True)
         return list(
             torch.autograd.grad(torch.stack([x.square().sum() for x in first]).sum(), inputs, materialize_grads=True)
@@ -237,26 +237,28 @@ def test_modes_agree(name: str, device: str) -> None:
         duals = [forward_ad.make_dual(x, t) for x, t in zip(leaves, tangents, strict=True)]
         gradients = torch.autograd.grad(loss(*duals), duals)
         forward_reverse = [forward_ad.unpack_dual(x).tangent for x in gradients]
-        moved = forward_ad.unpack_dual(loss(*duals)).tangent
-    reverse_forward = torch.autograd.grad(moved, leaves)
+        tangent = forward_ad.unpack_dual(loss(*duals)).tangent
+    reverse_forward = torch.autograd.grad(tangent, leaves)
     for x, y, z in zip(reverse_reverse, forward_reverse, reverse_forward, strict=True):
         torch.testing.assert_close(x, y)
         torch.testing.assert_close(x, z)
 
 
-def test_jvp_is_differentiated(device: str) -> None:
-    """Reverse over forward, checked by differences: with respect to the inputs and their tangents."""
+def test_gradcheck_of_jvp(device: str) -> None:
+    """Reverse over forward, with respect to the inputs and their tangents."""
     for name in ("plain", "softcap", "sinks_hidden_rows", "dropout"):
-        function, inputs = function_of(NAMED[name].build(device=device).requiring())
+        function, inputs = function_of(NAMED[name].build(device=device).requiring_grad())
         tangents = tuple(torch.randn_like(x, requires_grad=True) for x in inputs)
 
-        def moved(*both: Tensor, function: Callable[..., tuple[Tensor, ...]] = function) -> tuple[Tensor, ...]:
+        def output_tangents(
+            *both: Tensor, function: Callable[..., tuple[Tensor, ...]] = function
+        ) -> tuple[Tensor, ...]:
             half = len(both) // 2
             with forward_ad.dual_level():
                 duals = [forward_ad.make_dual(x, t) for x, t in zip(both[:half], both[half:], strict=True)]
                 return tuple(forward_ad.unpack_dual(x).tangent for x in function(*duals))
 
-        assert gradcheck(moved, inputs + tangents, fast_mode=True, check_undefined_grad=True)
+        assert gradcheck(output_tangents, inputs + tangents, fast_mode=True, check_undefined_grad=True)
 
 
 @pytest.mark.parametrize("more", [{}, {"average_heads": True}, {"row_begin": 1, "row_end": 3}],
@@ -264,15 +266,15 @@ def test_jvp_is_differentiated(device: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "grouped", "bias_per_batch", "softcap", "alibi_per_batch", "dropout",
                                   "key_lengths", "sinks_hidden_rows", "bool_mask", "everything"])  # fmt: skip
 def test_weights(name: str, more: dict[str, object], device: str) -> None:
-    function, inputs = weights_function_of(NAMED[name].build(device=device).requiring(), **more)
+    function, inputs = weights_function_of(NAMED[name].build(device=device).requiring_grad(), **more)
     assert gradgradcheck(
         function, inputs, fast_mode=True, check_fwd_over_rev=True, check_batched_grad=True, check_undefined_grad=True
     )
 
 
-def test_released_graphs_say_so(device: str) -> None:
-    asking = NAMED["plain"].build(device=device).requiring()
-    (gradient,) = torch.autograd.grad(asking.call(operator)[0].sum(), asking.query, create_graph=True)
+def test_released_graph_raises(device: str) -> None:
+    with_grad = NAMED["plain"].build(device=device).requiring_grad()
+    (gradient,) = torch.autograd.grad(with_grad.call(operator)[0].sum(), with_grad.query, create_graph=True)
     gradient.square().sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         gradient.square().sum().backward()

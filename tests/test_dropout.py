@@ -1,4 +1,4 @@
-"""Dropout: the bits are those of the Philox twin in every pass, and depend on nothing but state and position."""
+"""Dropout: every pass has the mask of the reference's Philox, which depends on rng_state and position only."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def sample_of(lengths: tuple[int, int], dtype: torch.dtype, device: str, p: floa
     return Spec(name, lengths=lengths, head_dims=(16, 16), dropout_p=p, **spec).build(dtype, device=device)
 
 
-def bits_of(sample: Sample) -> tuple[Tensor, Tensor]:
-    """The weights kept, read off out with equal weights and unit values; and rng_state."""
+def mask_of(sample: Sample) -> tuple[Tensor, Tensor]:
+    """The dropout mask, read from out with equal weights and one-hot values; and rng_state."""
     seqlen_k = sample.key.shape[2]
     unit = torch.eye(seqlen_k, dtype=sample.query.dtype, device=sample.query.device)
     probe = sample.replace(query=sample.query * 0, value=unit.expand(*sample.key.shape[:2], seqlen_k, seqlen_k))
@@ -32,17 +32,17 @@ def bits_of(sample: Sample) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("lengths", SHAPES)
-def test_forward_bits(lengths: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+def test_forward_mask(lengths: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     sample = sample_of(lengths, dtype, device)
-    kept, rng_state = bits_of(sample)
+    kept, rng_state = mask_of(sample)
     expected = reference.dropout_keep(rng_state, kept.shape, 0.3)
     assert torch.equal(kept, expected)
 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("lengths", SHAPES)
-def test_backward_bits(lengths: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    """With equal weights and one unit of grad_out per query, grad_value holds the kept weights transposed."""
+def test_backward_mask(lengths: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """With equal weights and a one-hot grad_out per query, grad_value is the transposed dropout mask, scaled."""
     sample = sample_of(lengths, dtype, device)
     seqlen_q = lengths[0]
     unit = torch.eye(seqlen_q, dtype=dtype, device=device).expand(*sample.query.shape[:2], seqlen_q, seqlen_q)
@@ -54,7 +54,7 @@ def test_backward_bits(lengths: tuple[int, int], dtype: torch.dtype, device: str
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("lengths", SHAPES)
-def test_weights_bits(lengths: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+def test_weights_mask(lengths: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     sample = sample_of(lengths, dtype, device)
     _, logsumexp, rng_state = sample.replace(query=sample.query * 0).call(operator)
     weights = torch.ops.attention_ext.attention_weights(
@@ -67,7 +67,7 @@ def test_weights_bits(lengths: tuple[int, int], dtype: torch.dtype, device: str)
     "options",
     [{"heads": (4, 2)}, {"mask": "float bhqk"}, {"causal": "bottom_right"}, {"window": (40, 9)}, {"sinks": "heads"}],
 )
-def test_accurate_with_the_same_bits(options: dict[str, Any], device: str) -> None:
+def test_equals_the_reference_with_the_same_mask(options: dict[str, Any], device: str) -> None:
     sample = sample_of((70, 200), torch.float64, device, **options)
     actual = evaluate(sample, operator)
     expected = evaluate(with_keep(sample, sample.call(operator)[2]), reference.attention)
@@ -75,28 +75,28 @@ def test_accurate_with_the_same_bits(options: dict[str, Any], device: str) -> No
         torch.testing.assert_close(actual[name], expected[name])
 
 
-def test_same_bits_in_every_tiling(device: str) -> None:
-    """Fewer queries, fewer keys or a window choose other tiles, another kernel, other blocks, but no other bits."""
+def test_mask_is_independent_of_tiling(device: str) -> None:
+    """Fewer queries or keys change tiles, blocks and the kernel, but not the mask."""
     whole = sample_of((200, 400), torch.float32, device)
-    kept, rng_state = bits_of(whole)
+    kept, rng_state = mask_of(whole)
     for lengths in ((1, 400), (3, 250), (200, 17), (64, 192), (65, 193)):
-        fewer, state = bits_of(sample_of(lengths, torch.float32, device).replace(seed=whole.seed))
+        fewer, state = mask_of(sample_of(lengths, torch.float32, device).replace(seed=whole.seed))
         assert torch.equal(state, rng_state)
         assert torch.equal(fewer, kept[:, :, : lengths[0], : lengths[1]])
 
 
-def test_same_bits_for_every_dtype_and_thread_count(device: str, threads: Callable[[int], None]) -> None:
-    expected = bits_of(sample_of((130, 200), torch.float32, device))[0]
+def test_mask_is_independent_of_dtype_and_thread_count(device: str, threads: Callable[[int], None]) -> None:
+    expected = mask_of(sample_of((130, 200), torch.float32, device))[0]
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert torch.equal(bits_of(sample_of((130, 200), dtype, device))[0], expected)
+        assert torch.equal(mask_of(sample_of((130, 200), dtype, device))[0], expected)
     for count in (1, 2, 3):
         threads(count)
-        assert torch.equal(bits_of(sample_of((130, 200), torch.float32, device))[0], expected)
+        assert torch.equal(mask_of(sample_of((130, 200), torch.float32, device))[0], expected)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.999, 1 - 2**-16, 1 - 1e-9, 1e-9, 1.0])
-def test_factor_belongs_to_the_rounded_probability(p: float, device: str) -> None:
-    """The weights of one query and one key are 1 before dropout, so out is the factor, or 0."""
+def test_scale_is_that_of_the_rounded_probability(p: float, device: str) -> None:
+    """A single key has weight 1 before dropout, so out is the scale of kept weights, or 0."""
     ones = torch.ones(1 << 10, 1 << 8, 1, 1, device=device, dtype=torch.float64)
     factors = set(operator(ones, ones, ones, dropout_p=p)[0].unique().tolist())
     threshold = 65536 if p == 1 else min(round(p * 65536), 65535)
@@ -106,16 +106,16 @@ def test_factor_belongs_to_the_rounded_probability(p: float, device: str) -> Non
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.75, 1 / 65536, 1e-9, 0.999])
 def test_rate(p: float, device: str) -> None:
-    kept = bits_of(sample_of((256, 1024), torch.float32, device, p))[0].double()
+    kept = mask_of(sample_of((256, 1024), torch.float32, device, p))[0].double()
     tolerance = 5 * math.sqrt(max(p * (1 - p), 1e-9) / kept.numel())
     assert abs(kept.mean().item() - (1 - p)) < tolerance + 2**-17
-    if 0.05 < p < 0.95:  # per key and per query too: no stripes
+    if 0.05 < p < 0.95:  # per key and per query too
         for dims, count in (((0, 1, 2), 4 * 256), ((0, 1, 3), 4 * 1024)):
             assert (kept.mean(dims) - (1 - p)).abs().max() < 6 * math.sqrt(p * (1 - p) / count)
 
 
-def test_neighbours_are_independent(device: str) -> None:
-    kept = bits_of(sample_of((256, 512), torch.float32, device, 0.5))[0].double() * 2 - 1
+def test_adjacent_positions_are_independent(device: str) -> None:
+    kept = mask_of(sample_of((256, 512), torch.float32, device, 0.5))[0].double() * 2 - 1
     for shift in range(1, 9):
         bound = 6 / math.sqrt(kept.numel())
         assert (kept[..., shift:] * kept[..., :-shift]).mean().abs() < bound
@@ -125,7 +125,7 @@ def test_neighbours_are_independent(device: str) -> None:
 
 def test_kept_weights_are_scaled(device: str) -> None:
     sample = sample_of((4, 8), torch.float64, device, 0.25)
-    kept, rng_state = bits_of(sample)
+    kept, rng_state = mask_of(sample)
     _, logsumexp, _ = sample.call(operator)
     weights = torch.ops.attention_ext.attention_weights(
         sample.query, sample.key, logsumexp, rng_state, **operator_options(sample.options)
@@ -134,7 +134,7 @@ def test_kept_weights_are_scaled(device: str) -> None:
     torch.testing.assert_close(weights, prob / 0.75 * kept)
 
 
-def test_nothing_is_kept_at_one(dtype: torch.dtype, device: str) -> None:
+def test_dropout_p_of_one(dtype: torch.dtype, device: str) -> None:
     sample = sample_of((33, 65), dtype, device, 1.0)
     gradients = evaluate(sample, operator)
     assert (gradients["out"] == 0).all()
@@ -145,7 +145,7 @@ def test_nothing_is_kept_at_one(dtype: torch.dtype, device: str) -> None:
     assert (evaluate(from_out, operator)["grad_query"] == 0).all()
 
 
-def test_zero_draws_nothing(device: str) -> None:
+def test_dropout_p_of_zero_draws_nothing(device: str) -> None:
     sample = sample_of((5, 7), torch.float32, device, 0.0)
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -175,15 +175,15 @@ def test_follows_torchs_generator(device: str) -> None:
     assert torch.equal(draw()[0], second[0])
 
 
-def test_logsumexp_knows_no_dropout(device: str) -> None:
+def test_logsumexp_ignores_dropout(device: str) -> None:
     sample = sample_of((33, 65), torch.float64, device, 0.5)
     expected = operator(sample.query, sample.key, sample.value)[1]
     assert torch.equal(sample.call(operator)[1], expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_repeats_the_bits(reentrant: bool, device: str) -> None:
-    sample = sample_of((33, 65), torch.float32, device, 0.5).requiring()
+def test_checkpoint_repeats_the_mask(reentrant: bool, device: str) -> None:
+    sample = sample_of((33, 65), torch.float32, device, 0.5).requiring_grad()
 
     def attend(*inputs: Tensor) -> Tensor:
         return operator(*inputs, dropout_p=0.5)[0]

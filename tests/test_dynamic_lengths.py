@@ -1,4 +1,4 @@
-"""One graph serves every length: derivatives of weights, jvp of jvp, loss on returned weights, export and make_fx."""
+"""One compiled graph for all lengths: derivatives of weights, jvp of jvp, losses on weights, export and make_fx."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ def inputs(length: int, requires_grad: bool = False) -> tuple[Tensor, ...]:
 
 
 def assert_one_graph(function: Function, make: Function, backend: str = "aot_eager") -> None:
-    """`function` of inputs of any length, with the gradients of those that ask for one, compiles once."""
+    """`function` and the gradients of inputs that require grad compile once for all lengths."""
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     for length in LENGTHS:
         given = make(length)
-        asking = [x for x in given if x.requires_grad]
+        leaves = [x for x in given if x.requires_grad]
         with torch.compiler.set_stance("default" if length == LENGTHS[0] else "fail_on_recompile"):
             actual = compiled(*given)
-            gradients = torch.autograd.grad(actual, asking) if asking else ()
+            gradients = torch.autograd.grad(actual, leaves) if leaves else ()
         expected = function(*given)
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
-        expected_gradients = torch.autograd.grad(expected, asking) if asking else ()
+        expected_gradients = torch.autograd.grad(expected, leaves) if leaves else ()
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-8, atol=1e-10)
 
 
 def weights(average_heads: bool, **options: Any) -> Function:
-    def made(q: Tensor, k: Tensor, mask: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
+    def function(q: Tensor, k: Tensor, mask: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
         lengths = torch.full((2,), k.shape[-2] - 1, device=q.device)
         return attention_weights(
             q, k, attn_mask=mask, alibi_slopes=slopes, sinks=sinks, key_lengths=lengths, enable_gqa=True,
             average_heads=average_heads, **options,
         )  # fmt: skip
 
-    return made
+    return function
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -66,8 +66,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["heads", "average"])
 def test_gradients_of_weights(options: dict[str, Any]) -> None:
-    made = weights(**options)
-    assert_one_graph(lambda *x: made(*x).square().sum(), lambda length: inputs(length, requires_grad=True))
+    function = weights(**options)
+    assert_one_graph(lambda *x: function(*x).square().sum(), lambda length: inputs(length, requires_grad=True))
 
 
 def test_gradients_of_weights_by_inductor() -> None:
@@ -78,8 +78,8 @@ def test_gradients_of_weights_by_inductor() -> None:
 
 
 def test_jvp_of_weights() -> None:
-    made = weights(**OPTIONS[0])
-    assert_one_graph(lambda *x: func.jvp(made, x, x)[1], inputs)
+    function = weights(**OPTIONS[0])
+    assert_one_graph(lambda *x: func.jvp(function, x, x)[1], inputs)
 
 
 def jvp_of_jvp(function: Function, along: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -102,7 +102,7 @@ def test_jvp_of_jvp(given: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "average"), [("MultiheadAttention", False), ("MultiheadAttention", True), ("Attention", True)]
 )
-def test_a_loss_on_the_weights_of_a_module(kind: str, average: bool) -> None:
+def test_loss_on_the_weights_of_a_module(kind: str, average: bool) -> None:
     if kind == "MultiheadAttention":
         heads = attention_ext.MultiheadAttention(12, 4, batch_first=True, dtype=torch.float64)
         function = lambda x: heads(x, x, x, average_attn_weights=average)[1].square().sum()  # noqa: E731
@@ -118,31 +118,31 @@ def test_a_loss_on_the_weights_of_a_module(kind: str, average: bool) -> None:
     assert_one_graph(function, make)
 
 
-def within_half(q: Tensor, k: Tensor) -> Tensor:
-    """A window whose sides depend on lengths, in attention and in its weights."""
+def half_window(q: Tensor, k: Tensor) -> Tensor:
+    """attention and its weights with a window that depends on the lengths."""
     options: dict[str, Any] = {"enable_gqa": True, "window": (q.shape[-2] // 2, k.shape[-2] // 3)}
     out = attention_ext.attention(q, k, k, **options)
     return out.square().sum() + attention_weights(q, k, **options).square().sum()
 
 
-def test_a_window_that_depends_on_the_length() -> None:
-    assert_one_graph(within_half, lambda length: inputs(length, requires_grad=True)[:2])
+def test_window_that_depends_on_the_length() -> None:
+    assert_one_graph(half_window, lambda length: inputs(length, requires_grad=True)[:2])
 
 
-class WithinHalf(nn.Module):
+class HalfWindow(nn.Module):
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return within_half(q, k)
+        return half_window(q, k)
 
 
 def test_export_of_a_window_that_depends_on_the_length() -> None:
     shapes = {"q": {2: torch.export.Dim("queries", min=2)}, "k": {2: torch.export.Dim("keys", min=2)}}
-    program = torch.export.export(WithinHalf(), inputs(5)[:2], dynamic_shapes=shapes)
+    program = torch.export.export(HalfWindow(), inputs(5)[:2], dynamic_shapes=shapes)
     for length in LENGTHS:
         given = inputs(length)[:2]
-        torch.testing.assert_close(program.module()(*given), within_half(*given), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(program.module()(*given), half_window(*given), rtol=1e-8, atol=1e-10)
 
 
-class Moves(nn.Module):
+class Tangents(nn.Module):
     """Tangents of attention and of its weights."""
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,18 +155,18 @@ class Moves(nn.Module):
 
 def test_export_of_a_jvp() -> None:
     shapes = {"q": {2: torch.export.Dim("queries", min=2)}, "k": {2: torch.export.Dim("keys", min=2)}}
-    program = torch.export.export(Moves(), inputs(5)[:2], dynamic_shapes=shapes)
+    program = torch.export.export(Tangents(), inputs(5)[:2], dynamic_shapes=shapes)
     for length in LENGTHS:
         given = inputs(length)[:2]
-        torch.testing.assert_close(program.module()(*given), Moves()(*given), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(program.module()(*given), Tangents()(*given), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["heads", "average"])
 def test_symbolic_make_fx(options: dict[str, Any]) -> None:
-    made = weights(**options)
+    function = weights(**options)
 
     def derivatives(*x: Tensor) -> Any:
-        return func.grad(lambda *y: made(*y).square().sum(), (0, 1, 2, 3, 4))(*x), func.jvp(made, x, x)[1]
+        return func.grad(lambda *y: function(*y).square().sum(), (0, 1, 2, 3, 4))(*x), func.jvp(function, x, x)[1]
 
     traced = make_fx(derivatives, tracing_mode="symbolic")(*inputs(5))
     for length in LENGTHS:

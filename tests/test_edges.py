@@ -1,4 +1,4 @@
-"""Where attention breaks: hidden rows, NaN and infinity, memory that must not be read, huge strides, subnormals."""
+"""Edge cases: fully masked rows, NaN and infinity, memory that must not be read, large scores, subnormal numbers."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def assert_equal(actual: Outputs, expected: Outputs) -> None:
     assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
 
 
-# Hidden rows: out 0, logsumexp -inf, gradients and weights 0.
+# Fully masked rows: out 0, logsumexp -inf, gradients and weights 0.
 
-HIDING: dict[str, dict[str, Any]] = {
+MASKING: dict[str, dict[str, Any]] = {
     "bool_mask": {"mask": "bool bhqk"},
     "float_mask": {"mask": "float bhqk inf"},
     "whole_batch": {"mask": "bool b11k hidden"},
@@ -50,13 +50,13 @@ HIDING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("hiding", HIDING)
+@pytest.mark.parametrize("masking", MASKING)
 @pytest.mark.parametrize(
     "more", [{}, {"dropout_p": 0.3}, {"softcap": 2.0, "alibi": "heads"}], ids=["", "dropout", "mods"]
 )
-def test_hidden_rows(hiding: str, more: dict[str, Any], dtype: torch.dtype, device: str) -> None:
-    changes: dict[str, Any] = {"lengths": (70, 70), **HIDING[hiding], **more}
-    sample = Spec(f"hidden {hiding}", head_dims=(32, 16), **changes).build(dtype, "large", device)
+def test_masked_rows(masking: str, more: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    changes: dict[str, Any] = {"lengths": (70, 70), **MASKING[masking], **more}
+    sample = Spec(f"hidden {masking}", head_dims=(32, 16), **changes).build(dtype, "large", device)
     outputs = all_outputs(sample)
     hidden = outputs["logsumexp"] == -math.inf
     assert hidden.any()
@@ -72,7 +72,7 @@ def test_hidden_rows(hiding: str, more: dict[str, Any], dtype: torch.dtype, devi
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_every_row_hidden(kind: str, dtype: torch.dtype, device: str) -> None:
+def test_every_row_masked(kind: str, dtype: torch.dtype, device: str) -> None:
     mask = torch.zeros(70, 200, dtype=torch.bool, device=device)
     bias = mask if kind == "bool" else torch.full((70, 200), -math.inf, dtype=dtype, device=device)
     sample = Spec("all hidden", lengths=(70, 200)).build(dtype, device=device).replace(attn_mask=bias)
@@ -82,8 +82,8 @@ def test_every_row_hidden(kind: str, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e30, -10000.0])
-def test_very_negative_bias_is_no_hiding(lowest: float, device: str) -> None:
-    """A row whose keys all have the same huge negative bias still sees them equally."""
+def test_very_negative_bias_is_no_mask(lowest: float, device: str) -> None:
+    """A row whose keys all have the same finite bias attends to them equally, however negative it is."""
     sample = Spec("negative", lengths=(33, 70)).build(torch.float32, device=device)
     sample = sample.replace(attn_mask=torch.full((33, 70), lowest, device=device), query=sample.query * 0)
     outputs = evaluate(sample, operator)
@@ -92,24 +92,24 @@ def test_very_negative_bias_is_no_hiding(lowest: float, device: str) -> None:
     assert all(x.isfinite().all() for x in outputs.values())
 
 
-FAR = [torch.finfo(torch.float32).min, -1e9, -1e7, -1e5, -1e4, 3e4]
+LARGE_BIASES = [torch.finfo(torch.float32).min, -1e9, -1e7, -1e5, -1e4, 3e4]
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("distance", FAR)
+@pytest.mark.parametrize("bias", LARGE_BIASES)
 @pytest.mark.parametrize("name", ["plain", "grouped", "causal", "decode"])
-def test_weights_of_rows_far_from_zero_sum_to_one(name: str, distance: float, dtype: torch.dtype) -> None:
-    """logsumexp, one rounded number, does not say so. On a CPU: CUDA kernels go by logsumexp alone."""
+def test_weights_with_a_large_bias_sum_to_one(name: str, bias: float, dtype: torch.dtype) -> None:
+    """They would not by a rounded logsumexp alone, which is what CUDA kernels use: so on a CPU only."""
     sample = NAMED[name].build(dtype, "large")
-    distance = max(distance, torch.finfo(dtype).min)
-    assert_weights_sum_to_one(sample.replace(attn_mask=torch.full((1, sample.key.shape[2]), distance, dtype=dtype)))
+    bias = max(bias, torch.finfo(dtype).min)
+    assert_weights_sum_to_one(sample.replace(attn_mask=torch.full((1, sample.key.shape[2]), bias, dtype=dtype)))
 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("scale", [300.0, 1000.0])
 @pytest.mark.parametrize("name", ["plain", "grouped", "causal", "decode"])
 def test_weights_of_peaked_rows_sum_to_one(name: str, scale: float, dtype: torch.dtype) -> None:
-    """Every pass rounds a score alike: else the largest weight of a row is off by what rounding took from its score."""
+    """Every pass rounds a score in the same way: else its rounding error would scale the largest weight of a row."""
     sample = NAMED[name].build(dtype, "large").replace(scale=scale)
     assert (sample.call(operator)[1] > 1024).any()
     assert_weights_sum_to_one(sample)
@@ -117,39 +117,39 @@ def test_weights_of_peaked_rows_sum_to_one(name: str, scale: float, dtype: torch
 
 def assert_weights_sum_to_one(sample: Sample) -> None:
     eps = torch.finfo(sample.query.dtype).eps
-    eps *= 2 if eps > 1e-4 else 64  # 16-bit results are rounded once, wider ones gather what summing them rounds
+    eps *= 2 if eps > 1e-4 else 64  # 16-bit results are rounded once; wider ones accumulate the errors of the sum
     sums = all_outputs(sample)["weights"].double().sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=eps, atol=eps)
     ones = sample.replace(value=torch.ones_like(sample.value), grad_out=torch.ones_like(sample.grad_out))
-    given = evaluate(ones, operator)["grad_value"].double().sum((1, 2))
+    total = evaluate(ones, operator)["grad_value"].double().sum((1, 2))
     queries = sample.query.shape[1] * sample.query.shape[2]
-    torch.testing.assert_close(given, torch.full_like(given, queries), rtol=eps, atol=eps)
+    torch.testing.assert_close(total, torch.full_like(total, queries), rtol=eps, atol=eps)
 
 
-@pytest.mark.parametrize("distance", [torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("bias", [torch.finfo(torch.float32).min, -1e9])
 @pytest.mark.parametrize("sinks", [None, "heads"])
-def test_second_order_of_rows_far_from_zero(distance: float, sinks: str | None) -> None:
-    """The mask leaves nothing of the dot products; a mask that cancels them does the same near zero."""
+def test_second_order_with_a_large_bias(bias: float, sinks: str | None) -> None:
+    """Dot products vanish in the rounding of such scores; the reference call cancels them by its mask."""
     sample = Spec("far", lengths=(33, 70), sinks=sinks).build(torch.float32)
-    far = sample.replace(attn_mask=torch.full((33, 70), distance))
+    large = sample.replace(attn_mask=torch.full((33, 70), bias))
     near = sample.map(torch.Tensor.double)
     near = near.replace(attn_mask=-near.query @ near.key.mT / math.sqrt(near.query.shape[-1]))
     if sinks:
-        far = far.replace(sinks=torch.full_like(far.options["sinks"], distance))
+        large = large.replace(sinks=torch.full_like(large.options["sinks"], bias))
         near = near.replace(sinks=torch.zeros_like(near.options["sinks"]))
     names = ("query", "key", "value")
-    actual = double_backward(far, tangents_of(far, *names), operator, names)
-    expected = double_backward(near, {k: x.double() for k, x in tangents_of(far, *names).items()}, operator, names)
+    actual = double_backward(large, tangents_of(large, *names), operator, names)
+    expected = double_backward(near, {k: x.double() for k, x in tangents_of(large, *names).items()}, operator, names)
     for name, x in actual.items():
         torch.testing.assert_close(x.double(), expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("scale", [1e-37, 1e-44, 1e-46])  # the last two times log2(e) are not float32's
+@pytest.mark.parametrize("scale", [1e-37, 1e-44, 1e-46])  # the last two, times log2(e), are subnormal and 0 in float32
 @pytest.mark.parametrize(
     "changes", [{"causal": "top_left"}, {"window": (3, 3)}, {"causal": "top_left", "dropout_p": 0.2}]
 )
-def test_scales_that_vanish(scale: float, changes: dict[str, Any], device: str) -> None:
+def test_scales_that_underflow(scale: float, changes: dict[str, Any], device: str) -> None:
     sample = Spec("vanishing", lengths=(70, 70), scale=0.0, **changes).build(torch.float32, device=device)
     torch.manual_seed(0)
     expected = evaluate(sample, operator)
@@ -160,8 +160,8 @@ def test_scales_that_vanish(scale: float, changes: dict[str, Any], device: str) 
 
 
 @pytest.mark.parametrize("softcap", [1e-30, 1e-20, 1e30, 1e37, torch.finfo(torch.float32).max])
-def test_softcaps_far_from_scores(softcap: float, device: str) -> None:
-    """A tiny one makes scores equal, a huge one leaves them."""
+def test_tiny_and_huge_softcaps(softcap: float, device: str) -> None:
+    """A tiny softcap makes all scores equal, a huge one is a no-op."""
     names = ("query", "key", "value")
     sample = Spec("far cap", lengths=(20, 33)).build(torch.float32, device=device)
     capped = sample.replace(softcap=softcap)
@@ -174,13 +174,13 @@ def test_softcaps_far_from_scores(softcap: float, device: str) -> None:
         torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-# NaN and infinity come out where they are seen, and nowhere else.
+# NaN and infinity propagate to the rows that see them, and to no others.
 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("length", [1, 16])
-def test_values_of_blocks_that_a_mask_hides_are_not_read(length: int, dtype: torch.dtype) -> None:
-    """On a CPU: a GPU's kernels read a mask and values side by side."""
+def test_values_of_masked_blocks_are_not_read(length: int, dtype: torch.dtype) -> None:
+    """On a CPU only: GPU kernels load values before they know the mask."""
     sample = Spec("hidden blocks", lengths=(length, 800), head_dims=(16, 16)).build(dtype)
     mask = torch.ones(800, dtype=torch.bool)
     mask[192:384] = False
@@ -192,7 +192,7 @@ def test_values_of_blocks_that_a_mask_hides_are_not_read(length: int, dtype: tor
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_values_have_no_say_in_logsumexp(number: float, device: str) -> None:
+def test_logsumexp_ignores_values(number: float, device: str) -> None:
     sample = Spec("say", lengths=(20, 33)).build(torch.float64, device=device)
     gradients = []
     for value in (sample.value, torch.full_like(sample.value, number)):
@@ -210,7 +210,7 @@ def test_values_have_no_say_in_logsumexp(number: float, device: str) -> None:
 @pytest.mark.every_isa
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 @pytest.mark.parametrize("spec", ["plain", "causal", "bias", "softcap", "grouped", "decode"])
-def test_seen_query_comes_out(number: float, spec: str, dtype: torch.dtype, device: str) -> None:
+def test_nonfinite_query_propagates(number: float, spec: str, dtype: torch.dtype, device: str) -> None:
     sample = NAMED[spec].build(dtype, "large", device)
     query = sample.query.clone()
     query[0, 1, 2, 3] = number
@@ -227,7 +227,7 @@ def test_seen_query_comes_out(number: float, spec: str, dtype: torch.dtype, devi
 @pytest.mark.every_isa
 @pytest.mark.parametrize("part", ["key", "value"])
 @pytest.mark.parametrize("spec", ["plain", "bias", "softcap", "decode"])
-def test_seen_key_and_value_come_out(part: str, spec: str, dtype: torch.dtype, device: str) -> None:
+def test_nan_in_a_visible_key_or_value_propagates(part: str, spec: str, dtype: torch.dtype, device: str) -> None:
     sample = NAMED[spec].build(dtype, "large", device)
     changed = getattr(sample, part).clone()
     changed[1, 0, -1, 2] = math.nan
@@ -239,7 +239,7 @@ def test_seen_key_and_value_come_out(part: str, spec: str, dtype: torch.dtype, d
     assert logsumexp[1, 0].isnan().all() == (part == "key")
 
 
-def test_infinite_values_pass(device: str) -> None:
+def test_infinite_values_propagate(device: str) -> None:
     sample = Spec("infinite", lengths=(33, 70)).build(torch.float32, device=device)
     value = sample.value.clone()
     value[0, 0, 5, 1], value[0, 0, 6, 2] = math.inf, -math.inf
@@ -261,7 +261,7 @@ def test_nan_gradient_stays_in_its_row(device: str) -> None:
     assert torch.equal(actual["grad_key"][0, 0], expected["grad_key"][0, 0])
 
 
-# Keys that no query may see are not read: NaN there changes no bit.
+# Keys that no query can see are not read: NaN there changes no bit.
 
 UNREAD: dict[str, tuple[dict[str, Any], slice]] = {
     "causal": ({"causal": "top_left", "lengths": (70, 300)}, slice(70, 300)),
@@ -280,16 +280,16 @@ UNREAD: dict[str, tuple[dict[str, Any], slice]] = {
 @pytest.mark.parametrize("case", UNREAD)
 @pytest.mark.parametrize("head_dims", [(64, 64), (33, 40)])
 def test_hidden_keys_are_not_read(case: str, head_dims: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    changes, unseen = UNREAD[case]
+    changes, unread = UNREAD[case]
     sample = Spec(f"unread {case}", head_dims=head_dims, **changes).build(dtype, device=device)
     expected = all_outputs(sample)
     key, value = sample.key.clone(), sample.value.clone()
-    key[:, :, unseen] = value[:, :, unseen] = math.nan
+    key[:, :, unread] = value[:, :, unread] = math.nan
     assert_equal(all_outputs(sample.replace(key=key, value=value)), expected)
 
 
 @pytest.mark.parametrize("spec", ["key_lengths", "key_lengths_zero", "key_lengths_bottom_right"])
-def test_mask_past_the_length_is_not_read(spec: str, device: str) -> None:
+def test_mask_past_key_lengths_is_not_read(spec: str, device: str) -> None:
     sample = NAMED[spec].build(torch.float32, "large", device)
     bias = torch.randn(*sample.query.shape[:3], sample.key.shape[2], device=device)
     past = torch.arange(bias.shape[3], device=device) >= sample.options["key_lengths"][:, None, None, None]
@@ -299,8 +299,8 @@ def test_mask_past_the_length_is_not_read(spec: str, device: str) -> None:
     assert (actual["grad_attn_mask"][past.expand_as(bias)] == 0).all()
 
 
-def test_hidden_blocks_of_a_mask_are_not_read(device: str) -> None:
-    """Whole blocks of keys (well over a tile) hidden by a bool mask may hold anything."""
+def test_keys_of_masked_blocks_are_not_read(device: str) -> None:
+    """Nor values: whole blocks (well over a tile) that a bool mask hides."""
     sample = Spec("blocks", lengths=(130, 1200)).build(torch.float32, device=device)
     mask = torch.ones(130, 1200, dtype=torch.bool, device=device)
     mask[:, 200:1000] = False
@@ -314,14 +314,14 @@ def test_hidden_blocks_of_a_mask_are_not_read(device: str) -> None:
 
 
 def test_fresh_memory_is_full_of_nan(device: str) -> None:
-    """Here and wherever a test takes a device; else what a kernel leaves unwritten could look right."""
+    """As in every test with the device fixture: elements that a kernel leaves unwritten then fail."""
     assert device != "cpu" or torch.empty(1000).isnan().all()
 
 
 @pytest.mark.parametrize(
     "spec", [dataclasses.replace(x, name=f"unaligned {x.name}") for x in PAIRS[:12]], ids=lambda x: x.name
 )
-def test_inputs_are_left_alone(spec: Spec, device: str) -> None:
+def test_inputs_are_not_modified(spec: Spec, device: str) -> None:
     sample = spec.build(torch.float32, "large", device)
     before = [x.clone() for x in (*sample.inputs().values(), sample.grad_out)]
     all_outputs(sample)
@@ -348,7 +348,7 @@ X86_64 = platform.machine() in ("x86_64", "AMD64")
 @pytest.mark.parametrize("flush", [False, True])
 @pytest.mark.parametrize("length", [5, 33])
 def test_subnormal_numbers(length: int, flush: bool, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
-    """Subnormal inputs count as they are, unless torch is told to flush them; float16's are normal in float32."""
+    """Subnormal inputs keep their values unless torch is set to flush them; those of float16 are normal in float32."""
     threads(1)
     tiny = torch.finfo(dtype).tiny
     sample = Spec("subnormal", lengths=(length, 70), head_dims=(16, 16), grad_logsumexp=False).build(dtype)
@@ -372,11 +372,11 @@ def test_subnormal_numbers(length: int, flush: bool, dtype: torch.dtype, threads
         torch.testing.assert_close(actual[name].double(), expected[name], rtol=eps, atol=eps, msg=name)
 
 
-@pytest.mark.skipif(not X86_64, reason="only there subnormal results are 0")
+@pytest.mark.skipif(not X86_64, reason="subnormal results are flushed on x86-64 only")
 @pytest.mark.parametrize("flush", [False, True])
 @pytest.mark.parametrize("length", [5, 33])
 def test_subnormal_results(length: int, flush: bool, dtype: torch.dtype) -> None:
-    """They are 0, but those of float16, which are normal where they are computed."""
+    """They are 0, except those of float16, which are computed as normal float32 numbers."""
     tiny = torch.finfo(dtype).tiny
     sample = Spec("subnormal results", lengths=(length, 70), head_dims=(16, 16)).build(dtype)
     sample = sample.replace(value=sample.value * (tiny / 64))
@@ -394,11 +394,11 @@ def test_subnormal_results(length: int, flush: bool, dtype: torch.dtype) -> None
 
 
 @pytest.mark.every_isa
-@pytest.mark.skipif(not X86_64, reason="only there are subnormal results slow, and 0")
+@pytest.mark.skipif(not X86_64, reason="subnormal results are flushed on x86-64 only")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [5, 70])
 def test_no_weight_is_subnormal(length: int, dtype: torch.dtype) -> None:
-    """Weights from 1 to far below the smallest number, with out and gradients of a value of 1."""
+    """Weights from 1 to far below the smallest normal number, with values of 1."""
     smallest = torch.finfo(dtype).tiny
     scores = torch.linspace(0.0, 1.1 * math.log(smallest), 192, dtype=dtype).expand(1, 1, length, 192)
     query, value = torch.zeros(1, 1, length, 16, dtype=dtype), torch.ones(1, 1, 192, 16, dtype=dtype)
@@ -413,16 +413,16 @@ def test_no_weight_is_subnormal(length: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(x, exact, rtol=1e-5, atol=length * smallest)
 
 
-def test_subnormal_numbers_of_the_caller_stay(threads: Callable[[int], None]) -> None:
+def test_flush_mode_of_the_caller_is_restored(threads: Callable[[int], None]) -> None:
     threads(2)
     x = torch.randn(1, 4, 256, 64)
     operator(x, x, x)
-    for count in (1, 1 << 20):  # by this thread, by all
+    for count in (1, 1 << 20):  # on this thread, on all threads
         assert (torch.full((count,), 1e-40) * 0.5 > 0).all()
 
 
 @pytest.mark.parametrize("shift", [-1e4, -300.0, 300.0, 1e4])
-def test_scores_far_from_zero(shift: float, device: str) -> None:
+def test_constant_shift_of_scores(shift: float, device: str) -> None:
     sample = NAMED["plain"].build(torch.float64, "large", device)
     shifted = sample.replace(attn_mask=torch.full((1, 1), shift, dtype=torch.float64, device=device))
     actual, expected = shifted.call(operator), sample.call(operator)
@@ -431,7 +431,7 @@ def test_scores_far_from_zero(shift: float, device: str) -> None:
 
 
 def test_one_key(dtype: torch.dtype, device: str) -> None:
-    """The only key has weight 1, whatever its score."""
+    """A single key has weight 1, whatever its score."""
     sample = Spec("one key", lengths=(70, 1), head_dims=(64, 64)).build(dtype, device=device)
     outputs = all_outputs(sample)
     eps = torch.finfo(dtype).eps

@@ -1,4 +1,4 @@
-"""GPU kernels on the emulated warp layer give right results, the same bits under every schedule of their threads."""
+"""GPU kernels on the emulated warp layer: accuracy, and bit-equal results under every schedule of their threads."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="GPU kern
 
 @pytest.fixture(scope="session")
 def emulated() -> dict[str, Any]:
-    """The emulated kernels, in a library of their own, which is compiled once: minutes."""
+    """The emulated kernels, from a library of their own that is compiled once, in minutes."""
     folder = CSRC.parent / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "one_at_a_time", "w") as lock:  # load() would wait for ever for the lock of a killed process
+    with open(folder / "one_at_a_time", "w") as lock:  # load() would wait forever for the lock of a killed process
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         load_emulator(folder)
@@ -66,7 +66,7 @@ def load_emulator(folder: Path) -> None:
 
 @pytest.fixture
 def emulate(emulated: dict[str, Any]) -> Iterator[Any]:
-    """From now on every pass that has an emulated kernel runs it, one of the tiled rows unless told."""
+    """Forces every pass onto its emulated kernel: of the tiled rows, or of those named, until the test ends."""
 
     def force(rows: str = "emulated_sm80") -> None:
         for name, row in emulated.items():
@@ -129,7 +129,7 @@ def test_backward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: 
 @pytest.mark.parametrize("rows", ["emulated_sm80", "emulated_simt"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_uneven_sequences(dtype: torch.dtype, rows: str, emulate: Any, check_accuracy: Any) -> None:
-    """Packed so unevenly that there are fewer blocks of threads than sequences times tiles of the longest."""
+    """Lengths so uneven that there are fewer thread blocks than sequences times tiles of the longest sequence."""
     spec = Spec("uneven", varlen=True, lengths="more_keys", causal="bottom_right", alibi="heads", head_dims=(16, 16))
     lengths = torch.tensor([(1, 130, 0, 2, 1, 1, 0, 0), (2, 70, 4, 1, 0, 200, 1, 0)], dtype=torch.int32)
     starts_q, starts_k = torch.nn.functional.pad(lengths, (1, 0)).cumsum(1, dtype=torch.int32)
@@ -140,7 +140,7 @@ def test_uneven_sequences(dtype: torch.dtype, rows: str, emulate: Any, check_acc
 
 @pytest.mark.parametrize("spec", [NAMED["everything"], NAMED["bias"], SIZES[0], SIZES[1]], ids=lambda x: x.name)
 def test_tf32(spec: Spec, emulate: Any, check_accuracy: Any) -> None:
-    """Inputs of float16 are TF32 numbers, so that nothing is rounded but what float16's kernels round too."""
+    """float16 inputs are exact in TF32, so only the intermediates that float16 kernels round are rounded."""
     half = spec.build(torch.float16, "small")
     single = half.map(torch.Tensor.float)
     emulate("emulated_sm80_tf32")
@@ -151,7 +151,7 @@ def test_tf32(spec: Spec, emulate: Any, check_accuracy: Any) -> None:
 
 
 def test_tf32_rounds_once(emulate: Any) -> None:
-    """One product of rounded numbers, not the three that make up float32."""
+    """TF32 makes one product of rounded inputs, float32 three."""
     sample = Spec("plain", lengths=(33, 65), head_dims=(64, 64)).build(torch.float32, "small")
     exact = sample.map(torch.Tensor.double).call(operator)[0]
 
@@ -165,7 +165,7 @@ def test_tf32_rounds_once(emulate: Any) -> None:
         sample.map(torch.Tensor.half).call(operator)
 
 
-# Derivatives of second order, and the weights
+# Second derivatives, and the weights
 
 
 SECOND = [
@@ -200,9 +200,9 @@ def check_second_order(sample: Sample) -> None:
     sample = with_keep(sample, sample.call(operator)[2])
     tangents = tangents_of(sample)
     actual = double_backward(without_keep(sample), tangents, operator)
-    for name, moved in jvp(without_keep(sample), tangents, operator).items():
-        assert name not in actual or torch.equal(actual[name], moved), f"{name} of jvp and of double backward differ"
-    without_out = double_backward(without_keep(sample), tangents, operator, grads_move=False)
+    for name, x in jvp(without_keep(sample), tangents, operator).items():
+        assert name not in actual or torch.equal(actual[name], x), f"{name} of jvp and of double backward differ"
+    without_out = double_backward(without_keep(sample), tangents, operator, grads_require_grad=False)
     failed = [x.report for x in compare_second_order(sample, tangents, actual, without_out) if not x.ratio <= 1]
     assert not failed, f"{sample.name}, {sample.query.dtype}:\n" + "\n".join(failed)
 
@@ -265,14 +265,14 @@ def check_weights(sample: Sample, average_heads: bool, force: Callable[[], None]
     )
 
 
-# The plain rows, which serve what the tiled ones leave
+# The simt kernels, the fallback for what the tiled kernels do not serve
 
 
-def eight(spec: Spec) -> Spec:
+def with_head_dim_8(spec: Spec) -> Spec:
     return dataclasses.replace(spec, head_dims=(8, 8)) if spec.head_dims == "same" else spec
 
 
-LEFT = [
+FALLBACK = [
     Spec("few_columns", lengths=(9, 37), head_dims=(72, 40), heads=(2, 1), causal="bottom_right"),
     Spec("beyond_tiles", lengths=(5, 9), head_dims=(264, 264), batch=1, mask="float 1hqk", layout="offset"),
     Spec("beyond_tiles_and_odd", lengths=(6, 7), head_dims=(300, 9), batch=1, layout="strided", sinks="heads"),
@@ -285,7 +285,7 @@ LEFT = [
 ]
 
 
-@pytest.mark.parametrize("spec", [*map(eight, [*SINGLE, *HARD]), *LEFT, *EMPTY], ids=lambda x: x.name)
+@pytest.mark.parametrize("spec", [*map(with_head_dim_8, [*SINGLE, *HARD]), *FALLBACK, *EMPTY], ids=lambda x: x.name)
 def test_simt_backward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
     sample = spec.build(dtype, "small")
     emulate("emulated_simt")
@@ -293,7 +293,7 @@ def test_simt_backward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accur
     check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator))
 
 
-@pytest.mark.parametrize("spec", [*map(eight, SECOND[:-2]), *LEFT], ids=lambda x: x.name)
+@pytest.mark.parametrize("spec", [*map(with_head_dim_8, SECOND[:-2]), *FALLBACK], ids=lambda x: x.name)
 def test_simt_second_order(spec: Spec, dtype: torch.dtype, emulate: Any) -> None:
     sample = spec.build(dtype, "small")
     emulate("emulated_simt")
@@ -301,13 +301,17 @@ def test_simt_second_order(spec: Spec, dtype: torch.dtype, emulate: Any) -> None
 
 
 @pytest.mark.parametrize("average_heads", [False, True])
-@pytest.mark.parametrize("spec", [*(eight(x) for x in SINGLE if not x.varlen), *LEFT], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "spec", [*(with_head_dim_8(x) for x in SINGLE if not x.varlen), *FALLBACK], ids=lambda x: x.name
+)
 def test_simt_weights(spec: Spec, average_heads: bool, dtype: torch.dtype, emulate: Any) -> None:
     check_weights(spec.build(dtype, "small"), average_heads, functools.partial(emulate, "emulated_simt"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_simt_rows_that_repeat_gather_no_rounding_of_out(dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
+def test_simt_repeated_rows_accumulate_no_rounding_of_out(
+    dtype: torch.dtype, emulate: Any, check_accuracy: Any
+) -> None:
     spec = Spec("repeated", lengths=(64, 9), head_dims=(8, 8), batch=1, mask="float h1k", alibi="heads")
     sample = spec.build(dtype)
     query, grad_out = (x[:, :, :1].expand_as(x).contiguous() for x in (sample.query, sample.grad_out))
@@ -316,7 +320,7 @@ def test_simt_rows_that_repeat_gather_no_rounding_of_out(dtype: torch.dtype, emu
     check_accuracy(sample, evaluate(sample, operator))
 
 
-def test_simt_masked_keys_may_hold_anything(emulate: Any) -> None:
+def test_simt_ignores_masked_keys(emulate: Any) -> None:
     sample = Spec("masked", lengths=(5, 9), head_dims=(8, 8), mask="bool b11k").build(torch.float32)
     hidden = ~sample.options["attn_mask"][:, 0, 0]
     assert hidden.any()
@@ -327,7 +331,7 @@ def test_simt_masked_keys_may_hold_anything(emulate: Any) -> None:
     assert [name for name, x in expected.items() if not torch.equal(x, actual[name])] == []
 
 
-def test_simt_serves_what_others_refuse(emulate: Any) -> None:
+def test_simt_serves_head_dims_beyond_tiles(emulate: Any) -> None:
     sample = Spec("refused", lengths=(3, 5), head_dims=(264, 8)).build(torch.float32)
     emulate()
     with pytest.raises(NotImplementedError, match="serves head_dim and head_dim_v up to 256"):
@@ -338,7 +342,7 @@ def test_simt_serves_what_others_refuse(emulate: Any) -> None:
 
 @pytest.mark.parametrize("name", ["table_main", "tiles_main"])
 def test_program(name: str, tmp_path: Path) -> None:
-    """The first line of each says what it checks."""
+    """Each program's first line says what it checks."""
     program = CSRC.parent / "tests" / "emulator" / f"{name}.cpp"
     compiler = os.environ.get("CXX", "g++").split()
     flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
@@ -346,7 +350,7 @@ def test_program(name: str, tmp_path: Path) -> None:
     subprocess.run([tmp_path / name], check=True)
 
 
-# What holds for every kernel
+# Every kernel
 
 
 ROWS = "emulated_sm80", "emulated_simt"
@@ -370,7 +374,7 @@ def test_schedules_agree(
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_dropout_bits_are_those_of_the_cpu(rows: str, emulate: Any) -> None:
+def test_dropout_mask_equals_the_cpus(rows: str, emulate: Any) -> None:
     sample = Spec("bits", lengths=(70, 150), head_dims=(8, 8), dropout_p=0.3).build(torch.float32)
     _, logsumexp, rng_state = sample.call(operator)
     options = operator_options(sample.options)
@@ -382,8 +386,8 @@ def test_dropout_bits_are_those_of_the_cpu(rows: str, emulate: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("lengths", "rows"), [((33, 65), ROWS[0]), ((3, 600), ROWS[0]), ((9, 40), ROWS[1])], ids=str)
-def test_logsumexp_knows_no_dropout(lengths: tuple[int, int], rows: str, dtype: torch.dtype, emulate: Any) -> None:
-    """Kernels that know when compiled that nothing is dropped make the same bits as those that do not."""
+def test_logsumexp_ignores_dropout(lengths: tuple[int, int], rows: str, dtype: torch.dtype, emulate: Any) -> None:
+    """Kernel instances with and without dropout give bit-equal logsumexp."""
     sample = Spec("dropped", lengths=lengths, head_dims=(64, 64), dropout_p=0.5).build(dtype)
     emulate(rows)
     if lengths[0] < 16 and rows == ROWS[0]:
@@ -394,7 +398,7 @@ def test_logsumexp_knows_no_dropout(lengths: tuple[int, int], rows: str, dtype: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("changes", "unseen"),
+    ("changes", "unread"),
     [
         ({"causal": "top_left", "lengths": (33, 130)}, slice(33, 130)),
         ({"window": (9, None), "alignment": "bottom_right", "lengths": (33, 130)}, slice(0, 88)),
@@ -403,14 +407,14 @@ def test_logsumexp_knows_no_dropout(lengths: tuple[int, int], rows: str, dtype: 
     ids=["causal", "window", "key_lengths"],
 )
 @pytest.mark.parametrize("rows", ROWS)
-def test_hidden_keys_change_nothing(
-    changes: dict[str, Any], unseen: slice, dtype: torch.dtype, rows: str, emulate: Any
+def test_hidden_keys_are_ignored(
+    changes: dict[str, Any], unread: slice, dtype: torch.dtype, rows: str, emulate: Any
 ) -> None:
     sample = Spec("unread", head_dims=(33, 40), **changes).build(dtype)
     emulate(rows)
     expected = evaluate(sample, operator)
     key, value = sample.key.clone(), sample.value.clone()
-    key[:, :, unseen] = value[:, :, unseen] = torch.nan
+    key[:, :, unread] = value[:, :, unread] = torch.nan
     actual = evaluate(sample.replace(key=key, value=value), operator)
     assert [name for name, x in expected.items() if not torch.equal(x, actual[name])] == []
 
@@ -424,10 +428,8 @@ NAN_OF_ALL_ONES = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
     [*itertools.product(ROWS, [torch.float64, torch.float32, torch.bfloat16]), ("emulated_sm80_tf32", torch.float32)],
     ids=str,
 )
-def test_what_is_not_finite_comes_out_where_it_is_seen(
-    number: float | torch.Tensor, rows: str, dtype: torch.dtype, emulate: Any
-) -> None:
-    """Of float32 a product takes parts, of which none may make another number of it."""
+def test_nonfinite_values_propagate(number: float | torch.Tensor, rows: str, dtype: torch.dtype, emulate: Any) -> None:
+    """Splitting a float32 value into TF32 parts must not turn inf or NaN into another value."""
     sample = Spec("plain", lengths=(20, 70), head_dims=(16, 24)).build(dtype)
     value = sample.value.clone()
     value[0, 1, 37, 9] = number
@@ -438,7 +440,7 @@ def test_what_is_not_finite_comes_out_where_it_is_seen(
 
 
 @pytest.mark.usefixtures("emulated")
-def test_only_by_name() -> None:
+def test_emulated_kernels_are_chosen_by_name_only() -> None:
     query = torch.randn(1, 1, 4, 8)
     lines = explain(query, query, query).strip().split("\n")
     assert "emulated_sm80/forward: an emulation for tests: only when asked for by name" in lines

@@ -1,4 +1,4 @@
-"""Raw operator calls with bad input raise an error that names the argument, what was expected and what was received."""
+"""Raw operator calls with bad input raise errors that name the argument, what was expected and what was received."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "attention_weights": weights,
 }
 
-# what is changed, and what the message says
+# changed arguments, pattern of the message
 QUERY_KEY: Changes = [
     ({"query": torch.randn(HQ, LQ, D)}, "expected `query` to be 4-D .* got 3-D"),
     ({"query": torch.randn(())}, "expected `query` to be 4-D .* got 0-D"),
@@ -227,7 +227,7 @@ def test_bad_packing(changes: dict[str, Any], message: str) -> None:
         ops.attention(**packed(**changes))
 
 
-def test_packed_weights_are_refused() -> None:
+def test_packed_weights_raise() -> None:
     call = packed()
     del call["value"]
     with pytest.raises(RuntimeError, match="weights of packed sequences are not offered"):
@@ -240,7 +240,7 @@ def test_message_starts_with_the_operator(name: str) -> None:
         call(name, CALLS[name](softcap=-1.0))
 
 
-def test_requiring_gradients_changes_no_error() -> None:
+def test_errors_are_the_same_with_requires_grad() -> None:
     for changes, message in QUERY_KEY + VALUE:
         arguments = dense(**changes)
         for value in arguments.values():
@@ -269,7 +269,7 @@ def test_meta_tensors_raise_the_same(changes: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize("name", list(CALLS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_meta_tensors_give_what_real_ones_give(name: str, dtype: torch.dtype) -> None:
+def test_meta_results_match_real_ones(name: str, dtype: torch.dtype) -> None:
     mask = torch.randn(1, HQ, 1, LK).to(dtype).transpose(0, 1).transpose(0, 1)
     options = {"attn_mask": mask, "alibi_slopes": torch.randn(B, HQ), "sinks": torch.randn(HQ), "dropout_p": 0.25}
     real: dict[str, Any] = {
@@ -297,22 +297,22 @@ def test_sizes_that_overflow() -> None:
 
 
 @pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
-def test_a_tensor_is_no_number(name: str) -> None:
-    """The dispatcher would take its value and lose its gradient."""
-    x, packed, ends = torch.randn(2, 2, 4, 8), torch.randn(4, 2, 8), torch.tensor([0, 4])
+def test_tensor_as_a_number_raises(name: str) -> None:
+    """The dispatcher would convert it and drop its gradient."""
+    x, packed, cu_seqlens = torch.randn(2, 2, 4, 8), torch.randn(4, 2, 8), torch.tensor([0, 4])
     for value in (0.0, 0.5):
         number: dict[str, Any] = {name: torch.tensor(value)}
         for function, arguments in (
             (attention, (x, x, x)),
             (attention_weights, (x, x)),
-            (attention_varlen, (packed, packed, packed, ends, ends)),
+            (attention_varlen, (packed, packed, packed, cu_seqlens, cu_seqlens)),
         ):
             match = f"^{function.__name__}: expected `{name}` to be a number, got a Tensor"
             with pytest.raises(TypeError, match=match):
                 function(*arguments, **number)
 
 
-def test_python_objects_that_do_not_fit() -> None:
+def test_wrong_python_types() -> None:
     x = torch.randn(2, 2, 4, 8)
     for window in (4, (1, 2, 3)):
         with pytest.raises(TypeError, match="expected `window` to be None or two numbers, got "):
@@ -323,17 +323,17 @@ def test_python_objects_that_do_not_fit() -> None:
         attention(x, x, x, cast(Any, [[0.0]]))
 
 
-def test_packing_cannot_be_left_out() -> None:
-    packed, nothing = torch.randn(4, 2, 8), cast(Any, None)
+def test_cu_seqlens_are_required() -> None:
+    packed, none = torch.randn(4, 2, 8), cast(Any, None)
     with pytest.raises(TypeError, match="expected `cu_seqlens_q` to be a Tensor, got NoneType"):
-        attention_varlen(packed, packed, packed, nothing, nothing)
+        attention_varlen(packed, packed, packed, none, none)
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("attn_mask", (7, 2, 1, 4, 4)), ("alibi_slopes", (3, 2, 2)), ("sinks", (6, 2)), ("key_lengths", (3, 5))],
 )
-def test_leading_dimensions_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
+def test_leading_dimensions_that_do_not_broadcast(name: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(2, 3, 2, 4, 8)
     dtype = torch.int64 if name == "key_lengths" else torch.float32
     argument: dict[str, Any] = {name: torch.ones(shape, dtype=dtype)}

@@ -1,4 +1,4 @@
-"""The examples do what they say, in a process of their own, as a user starts them."""
+"""The examples run as documented, each in a process of its own."""
 
 from __future__ import annotations
 

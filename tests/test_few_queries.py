@@ -1,4 +1,4 @@
-"""A forward pass over few queries sums dot products as the passes after it do: the weights of a row add up to 1."""
+"""With few queries, all passes sum dot products in the same order, so that the weights of a row add up to 1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from attention_ext.testing import Sample, Spec, evaluate, operator, operator_options
 from attention_ext.testing.second_order import jvp
 
-FACTORS = [1.0, 5.0, 30.0, 300.0]  # scores up to that, and several times that
+FACTORS = [1.0, 5.0, 30.0, 300.0]  # the typical size of a score; the largest are several times that
 LENGTHS = [(1, 200), (3, 70), (5, 2), (8, 400), (9, 70)]
 
 
@@ -31,8 +31,8 @@ def weights_of(sample: Sample) -> Tensor:
 @pytest.mark.every_isa
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("length", [1, 3, 8])
-def test_weight_of_the_only_key(length: int, factor: float, dtype: torch.dtype) -> None:
-    """It is exactly 1 whatever its score; grad_value is then grad_out."""
+def test_weight_of_a_single_key(length: int, factor: float, dtype: torch.dtype) -> None:
+    """It is exactly 1 whatever its score, so grad_value is the sum of grad_out."""
     sample = scaled(Spec("only key", lengths=(length, 1), head_dims=(128, 16)), factor, dtype)
     assert (weights_of(sample) == 1).all()
     gradient = evaluate(sample, operator)["grad_value"]
@@ -42,8 +42,8 @@ def test_weight_of_the_only_key(length: int, factor: float, dtype: torch.dtype) 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("factor", FACTORS)
-def test_weight_of_the_only_key_with_dropout(factor: float, dtype: torch.dtype) -> None:
-    """The ordinary kernel serves it, which rounds exponents too."""
+def test_weight_of_a_single_key_with_dropout(factor: float, dtype: torch.dtype) -> None:
+    """The general kernel serves dropout, and rounds exponents too."""
     sample = scaled(Spec("dropped", lengths=(8, 1), head_dims=(128, 16), dropout_p=0.5), factor, dtype)
     weights, allowed = weights_of(sample)[..., 0].double(), 2 * allowed_error(sample.call(operator)[1], dtype)
     assert (((weights - 2).abs() <= allowed) | (weights == 0)).all()
@@ -61,8 +61,7 @@ def test_weights_sum_to_one(
     sample = scaled(spec, factor, dtype)
     ones = torch.ones_like(sample.grad_out)
     logsumexp = sample.call(operator)[1]
-    seen = logsumexp != -math.inf
-    expected = seen.double()
+    expected = (logsumexp != -math.inf).double()
     sums = {
         "weights": weights_of(sample).double().sum(-1),
         "jvp": jvp(sample, {"value": torch.ones_like(sample.value)}, operator)["out_tangent"][..., 0].double(),
@@ -70,12 +69,12 @@ def test_weights_sum_to_one(
     allowed = allowed_error(logsumexp, dtype)
     for name, x in sums.items():
         assert ((x - expected).abs() <= allowed).all(), f"{name}: {((x - expected).abs() / allowed).max()} of allowed"
-    given = evaluate(sample.replace(grad_out=ones), operator)["grad_value"][..., 0].double().sum()
-    assert (given - expected.sum()).abs() <= allowed.sum() + torch.finfo(dtype).eps * expected.sum()
+    total = evaluate(sample.replace(grad_out=ones), operator)["grad_value"][..., 0].double().sum()
+    assert (total - expected.sum()).abs() <= allowed.sum() + torch.finfo(dtype).eps * expected.sum()
 
 
 def allowed_error(logsumexp: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of a row's sum: roundings of weights to the dtype, and of logsumexp and exponents, up to 1024."""
+    """Of the sum of a row: rounding of weights to the dtype, of exponents, and of logsumexp up to 1024."""
     accumulate_eps = torch.finfo(logsumexp.dtype).eps
     size = logsumexp.double().abs().nan_to_num(posinf=0)
     return 2 * torch.finfo(dtype).eps + accumulate_eps * (16 + 2 * size.where(size <= 1024, 0))
@@ -83,7 +82,7 @@ def allowed_error(logsumexp: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.every_isa
 def test_few_queries_among_many(dtype: torch.dtype) -> None:
-    """Whether a packed sequence has few queries is its own affair: the ordinary kernel serves it beside longer ones."""
+    """Packed sequences with few queries and longer ones in one call, each with its own kernel."""
     lengths = torch.tensor([0, 1, 4, 24])
     sample = scaled(Spec("packed", lengths=(24, 24), batch=1, head_dims=(128, 16)), 5.0, dtype)
     sample = sample.replace(

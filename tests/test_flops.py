@@ -1,4 +1,4 @@
-"""`torch.utils.flop_counter` counts the operators as it counts torch's own attention."""
+"""`torch.utils.flop_counter` counts the operators' FLOPs as those of torch's own attention."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def test_forward_and_backward_equal_torchs() -> None:
     assert ours.get_total_flops() == forward + sdpa_backward_flop_count(q.shape, q.shape, k.shape, v.shape)
 
 
-def test_head_dims_count_apart() -> None:
+def test_head_dim_and_head_dim_v() -> None:
     with counted() as counter:
         attention_ext.attention(*tensors())
     assert counter.get_total_flops() == 2 * B * H * L * S * (D + DV)
 
 
-def test_grouped_heads_count_queries() -> None:
+def test_grouped_heads() -> None:
     q, k, v = tensors()
     with counted() as counter:
         attention_ext.attention(q, k[:, :1], v[:, :1], enable_gqa=True)
     assert counter.get_total_flops() == 2 * B * H * L * S * (D + DV)
 
 
-def test_packed_sequences_count_their_own_lengths() -> None:
+def test_packed_sequences() -> None:
     starts = torch.tensor([0, 2, 2, 7])
     x = torch.randn(7, H, D)
     with counted() as counter:
@@ -50,7 +50,7 @@ def test_packed_sequences_count_their_own_lengths() -> None:
     assert counter.get_total_flops() == 2 * H * (2 * 2 + 5 * 5) * (D + D)
 
 
-def test_weights_count_rows() -> None:
+def test_rows_of_weights() -> None:
     q, k, _ = tensors()
     logsumexp = torch.zeros(B, H, L)
     with counted() as counter:
@@ -69,9 +69,11 @@ def test_second_order() -> None:
     assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + (3 * D + 2 * DV))
     with counted() as counter:
         func.jvp(func.grad(loss, (0, 1, 2)), inputs, inputs)
-    linear, curved = 3 * D + 2 * DV, 7 * D + 3 * DV
-    assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + (3 * D + 2 * DV) + linear + curved)
+    backward, without_out_tangent = 3 * D + 2 * DV, 7 * D + 3 * DV
+    assert counter.get_total_flops() == 2 * B * H * L * S * (
+        (D + DV) + (3 * D + 2 * DV) + backward + without_out_tangent
+    )
     with counted() as counter:
         func.vjp(func.grad(lambda *x: loss(*x) ** 2, (0, 1, 2)), *inputs)[1](inputs)
-    with_out = 7 * D + 5 * DV
-    assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + linear + with_out + linear)
+    with_out_tangent = 7 * D + 5 * DV
+    assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + backward + with_out_tangent + backward)

@@ -1,6 +1,6 @@
-"""out and logsumexp are as accurate as the tolerance rule demands: every feature and pair, dtype, hard numbers.
+"""out and logsumexp pass the tolerance rule, for every feature, pair of features, dtype and hard input.
 
-test_backward.py holds them to it too, at every size: there they come with gradients.
+test_backward.py checks them too, together with the gradients, at every size.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def test_features(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: C
 
 
 @pytest.mark.parametrize("spec", HARD, ids=lambda x: x.name)
-def test_hard_numbers(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
+def test_hard_inputs(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
     check_forward(spec, dtype, device, check_accuracy)
 
 
@@ -63,7 +63,7 @@ def test_empty(spec: Spec, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 1, 1), (2, 2, 130, 64), (3, 1, 0, 4), (0, 2, 3, 4)])
-def test_out_merges_heads_for_free(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
+def test_out_has_heads_last_memory(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
     query = torch.randn(shape, dtype=dtype, device=device)
     out, logsumexp, _ = operator(query, query, query)
     assert out.transpose(1, 2).is_contiguous()
@@ -84,7 +84,7 @@ def test_out_is_new_memory(device: str) -> None:
 @pytest.mark.parametrize("length", [8, 256])
 @pytest.mark.parametrize("shift", [-1.0, 0.0, 1.0])
 def test_mean_error_near_zero_is_unbiased(shift: float, length: int, dtype: torch.dtype, device: str) -> None:
-    """Tied keys have weights of 1 before the division; with values of both signs their sums must not lean either."""
+    """Tied keys have weights of 1 before normalisation; with values of both signs, sums must be unbiased too."""
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(1, 8, 40, 64, generator=generator).repeat(1, 1, 5, 1).to(dtype)
     value = (torch.randn(1, 8, 200, 64, generator=generator) + shift).to(dtype)
@@ -97,7 +97,7 @@ def test_mean_error_near_zero_is_unbiased(shift: float, length: int, dtype: torc
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_mean_error_is_unbiased(dtype: torch.dtype, device: str) -> None:
-    """Several keys tie at the maximum with equal values: rounding probabilities must not lean to one side."""
+    """With several keys tied at the maximum and equal values, rounding probabilities must not add a bias."""
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(1, 2, 3, 64, generator=generator).repeat(1, 1, 67, 1).to(dtype)
     value = torch.rand(1, 2, 201, 64, generator=generator).to(dtype)
@@ -118,7 +118,7 @@ def test_float16_scores_beyond_its_range(lengths: tuple[int, int], device: str, 
     check_accuracy(sample, actual)
 
 
-def test_options_are_positional_too(device: str) -> None:
+def test_options_may_be_positional(device: str) -> None:
     sample = Spec("all", mask="float bhqk", causal="bottom_right", window="left").build(device=device)
     options = operator_options(sample.options)
     names = "attn_mask dropout_p is_causal scale enable_gqa causal_alignment window_left window_right"

@@ -1,6 +1,7 @@
-"""`torch.func` and `torch.autograd.forward_ad`: every transform, in every order, equals the same code on the oracle.
+"""`torch.func` and `torch.autograd.forward_ad`: every transform, in every order, gives the same as on the oracle.
 
-In double, on the kernels themselves. vmap folds the batch: torch's fallback, a loop over samples, would warn and fail.
+In float64, on the kernels. vmap folds the mapped dimension into the batch; torch's fallback, a loop over samples, would
+warn, which fails a test.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from attention_ext.testing import FEATURES, Sample, Spec, operator_options
 
 ops = torch.ops.attention_ext
 
-# one sample with every differentiable input, one with all structure
+# one spec with every differentiable input, one with every mask and score change
 RICH = [
     Spec("rich", heads=(4, 2), lengths="more_keys", mask="float 1h1k", alibi="heads", sinks="heads"),
     Spec(
@@ -51,7 +52,7 @@ def no_slow_fallback() -> Iterator[None]:
 
 
 def functions(spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any], Inputs]:
-    """(out, logsumexp) of the differentiable inputs by the operator and by the oracle, and those inputs."""
+    """The operator and the oracle as functions of the differentiable inputs to (out, logsumexp), and these inputs."""
     sample = spec.build(torch.float64, "small")
     inputs = sample.inputs()
 
@@ -77,7 +78,7 @@ def loss_of(function: Callable[..., Any]) -> Callable[..., Tensor]:
     return loss
 
 
-def numbers(inputs: Inputs) -> tuple[int, ...]:
+def argnums(inputs: Inputs) -> tuple[int, ...]:
     return tuple(range(len(inputs)))
 
 
@@ -95,18 +96,18 @@ def assert_same(actual: Any, expected: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
-# what is made of (outputs, loss, inputs)
+# transforms of (function, loss, inputs)
 FIRST = {
-    "grad": lambda f, g, x: func.grad(g, numbers(x))(*x),
+    "grad": lambda f, g, x: func.grad(g, argnums(x))(*x),
     "vjp": lambda f, g, x: func.vjp(f, *x)[1](func.vjp(f, *x)[0]),
     "jvp": lambda f, g, x: func.jvp(f, x, directions(x)),
-    "jacrev": lambda f, g, x: func.jacrev(f, numbers(x))(*x),
-    "jacfwd": lambda f, g, x: func.jacfwd(f, numbers(x))(*x),
+    "jacrev": lambda f, g, x: func.jacrev(f, argnums(x))(*x),
+    "jacfwd": lambda f, g, x: func.jacfwd(f, argnums(x))(*x),
 }
 SECOND = {
-    "jvp_of_grad": lambda f, g, x: func.jvp(func.grad(g, numbers(x)), x, directions(x)),
-    "vjp_of_grad": lambda f, g, x: func.vjp(func.grad(g, numbers(x)), *x)[1](directions(x)),
-    "grad_of_jvp": lambda f, g, x: func.grad(lambda *y: func.jvp(g, y, directions(x))[1], numbers(x))(*x),
+    "jvp_of_grad": lambda f, g, x: func.jvp(func.grad(g, argnums(x)), x, directions(x)),
+    "vjp_of_grad": lambda f, g, x: func.vjp(func.grad(g, argnums(x)), *x)[1](directions(x)),
+    "grad_of_jvp": lambda f, g, x: func.grad(lambda *y: func.jvp(g, y, directions(x))[1], argnums(x))(*x),
     "jvp_of_jvp": lambda f, g, x: func.jvp(lambda *y: func.jvp(f, y, directions(x))[1], x, directions(x, 1)),
     "hvp": lambda f, g, x: torch.autograd.functional.hvp(g, x, directions(x)),
     "vhp": lambda f, g, x: torch.autograd.functional.vhp(g, x, directions(x)),
@@ -153,7 +154,7 @@ def test_second_order(spec: Spec, transform: str) -> None:
 @pytest.mark.parametrize("transform", HESSIANS)
 def test_hessians(transform: str) -> None:
     ours, oracle, inputs = functions(RICH[0])
-    make, n = HESSIANS[transform], numbers(inputs)
+    make, n = HESSIANS[transform], argnums(inputs)
     assert_same(make(loss_of(ours), n)(*inputs), func.hessian(loss_of(oracle), n)(*inputs))
 
 
@@ -161,14 +162,14 @@ def test_hessians(transform: str) -> None:
 def test_vmap_of_outputs_gradients_and_tangents(spec: Spec) -> None:
     ours, oracle, inputs = functions(spec)
     samples = tuple(batched(x, -1) for x in inputs)
-    moved = directions(samples, 2)
+    tangents = directions(samples, 2)
 
     def everything(function: Callable[..., Any], values: Inputs, along: Inputs) -> Any:
-        gradient = func.grad(loss_of(function), numbers(values))
+        gradient = func.grad(loss_of(function), argnums(values))
         return function(*values), gradient(*values), func.jvp(gradient, values, along)
 
-    actual = func.vmap(lambda x, t: everything(ours, x, t), in_dims=-1)(samples, moved)
-    assert_same(actual, func.vmap(lambda x, t: everything(oracle, x, t), in_dims=-1)(samples, moved))
+    actual = func.vmap(lambda x, t: everything(ours, x, t), in_dims=-1)(samples, tangents)
+    assert_same(actual, func.vmap(lambda x, t: everything(oracle, x, t), in_dims=-1)(samples, tangents))
 
 
 @pytest.mark.parametrize("which", [*range(6), "all_different", "few"])
@@ -183,7 +184,7 @@ def test_vmap_over_some_inputs(spec: Spec, which: int | str) -> None:
     samples = tuple(x if dim is None else batched(x, dim) for x, dim in zip(inputs, dims, strict=True))
 
     def mapped(function: Callable[..., Any]) -> Any:
-        gradient = func.grad(loss_of(function), numbers(inputs))
+        gradient = func.grad(loss_of(function), argnums(inputs))
         return func.vmap(lambda *x: (function(*x), gradient(*x)), in_dims=tuple(dims))(*samples)
 
     assert_same(mapped(ours), mapped(oracle))
@@ -203,15 +204,15 @@ def test_nested_vmap() -> None:
     samples = tuple(batched(x, 0) for x in inputs)
 
     def mapped(function: Callable[..., Any]) -> Any:
-        inner = func.vmap(func.grad(loss_of(function), numbers(inputs)), in_dims=(0, None, None, 0, None, 0))
+        inner = func.vmap(func.grad(loss_of(function), argnums(inputs)), in_dims=(0, None, None, 0, None, 0))
         return func.vmap(inner, in_dims=(None, 0, 0, None, 0, None))(*samples)
 
     assert_same(mapped(ours), mapped(oracle))
 
 
 @pytest.mark.parametrize("can_read", [True, False])
-def test_vmap_over_rows_that_no_sequence_owns(can_read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other ones in each sample; also where cu_seqlens cannot be read, as while a graph is traced."""
+def test_vmap_over_padding_after_the_last_sequence(can_read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With different lengths per sample, also where cu_seqlens cannot be read, as in tracing."""
     if not can_read:
         monkeypatch.setattr(vmap.Call, "can_read", lambda self: False)
     spec = Spec("padded", varlen=True, lengths="more_keys", padding=3, alibi="batch", sinks="batch", head_dims=(3, 2))
@@ -223,8 +224,9 @@ def test_vmap_over_rows_that_no_sequence_owns(can_read: bool, monkeypatch: pytes
 
     def one(function: Callable[..., Any]) -> Callable[..., Any]:
         def of_sample(values: Inputs, starts: Inputs) -> Any:
-            now = replaced(sample, inputs, values).replace(cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
-            out, logsumexp = now.call_operator(function)[:2] if function is ops.attention else now.call(function)[:2]
+            changed = replaced(sample, inputs, values).replace(cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+            call = changed.call_operator if function is ops.attention else changed.call
+            out, logsumexp = call(function)[:2]
             return out.square().sum() + logsumexp.masked_fill(logsumexp.isinf(), 0).sin().sum(), (out, logsumexp)
 
         return func.grad(of_sample, has_aux=True)
@@ -277,22 +279,21 @@ def test_weights(spec: Spec, average: bool) -> None:
     values = (*inputs.values(), logsumexp)
 
     def ours(*x: Tensor) -> Tensor:
-        now = replaced(sample, inputs, x[:-1])
-        options = operator_options(now.options)
+        changed = replaced(sample, inputs, x[:-1])
+        options = operator_options(changed.options)
         return ops.attention_weights(
-            now.query, now.key, x[-1], state, **options, average_heads=average, row_begin=1, row_end=3
+            changed.query, changed.key, x[-1], state, **options, average_heads=average, row_begin=1, row_end=3
         )
 
     def oracle(*x: Tensor) -> Tensor:
-        now = replaced(sample, inputs, x[:-1])
-        result = now.call(reference.attention)
+        result = replaced(sample, inputs, x[:-1]).call(reference.attention)
         weights = result.weights * (result.logsumexp - x[-1]).exp().unsqueeze(-1)
         return (weights.mean(1) if average else weights)[..., 1:3, :]
 
     def loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *x: function(*x).sin().sum()
 
-    n = numbers(values)
+    n = argnums(values)
     assert_same(ours(*values), oracle(*values))
     assert_same(func.grad(loss(ours), n)(*values), func.grad(loss(oracle), n)(*values))
     assert_same(func.jvp(ours, values, directions(values)), func.jvp(oracle, values, directions(values)))
@@ -312,13 +313,13 @@ def test_dual_numbers() -> None:
 
 def test_tangents_of_some_inputs_and_zero_tangents() -> None:
     ours, oracle, inputs = functions(RICH[0])
-    for moving in range(len(inputs)):
+    for i in range(len(inputs)):
         with fwd.dual_level():
-            zero = torch._efficientzerotensor(inputs[moving].shape, dtype=torch.float64)
-            still = ours(*inputs[:moving], fwd.make_dual(inputs[moving], zero), *inputs[moving + 1 :])
-            assert all(fwd.unpack_dual(y).tangent.count_nonzero() == 0 for y in still)
+            zero = torch._efficientzerotensor(inputs[i].shape, dtype=torch.float64)
+            outputs = ours(*inputs[:i], fwd.make_dual(inputs[i], zero), *inputs[i + 1 :])
+            assert all(fwd.unpack_dual(y).tangent.count_nonzero() == 0 for y in outputs)
 
-        def one(function: Callable[..., Any], i: int = moving) -> Any:
+        def one(function: Callable[..., Any], i: int = i) -> Any:
             return func.jvp(
                 lambda x: function(*inputs[:i], x, *inputs[i + 1 :]), (inputs[i],), (directions(inputs)[i],)
             )
@@ -338,7 +339,7 @@ class TestDropout:
         with pytest.raises(RuntimeError, match="called random operation while in randomness error mode"):
             func.vmap(self.attend)(*(batched(x, 0) for x in (self.q, self.k, self.v)))
 
-    def test_same_mode_draws_the_same_bits(self) -> None:
+    def test_same_mode_draws_one_mask(self) -> None:
         samples = [torch.stack([x, x, x]) for x in (self.q, self.k, self.v)]
         out = func.vmap(self.attend, randomness="same")(*samples)
         assert torch.equal(out[0], out[1])
@@ -351,14 +352,14 @@ class TestDropout:
             )
             assert out.shape == (0, *self.q.shape)
 
-    def test_different_mode_draws_different_bits(self) -> None:
+    def test_different_mode_draws_different_masks(self) -> None:
         samples = [torch.stack([x, x, x]) for x in (self.q, self.k, self.v)]
         out = func.vmap(self.attend, randomness="different")(*samples)
         assert not torch.equal(out[0], out[1])
         assert not torch.equal(out[0], out[2])
 
     @pytest.mark.parametrize("randomness", ["same", "different", "error"])
-    def test_a_call_without_mapped_inputs_draws_too(self, randomness: str) -> None:
+    def test_call_without_mapped_inputs_draws_too(self, randomness: str) -> None:
         def scaled(factor: Tensor) -> Tensor:
             return self.attend(self.q, self.k, self.v) * factor
 
@@ -380,18 +381,18 @@ class TestDropout:
         assert torch.equal(after, torch.rand(()))
 
     @pytest.mark.parametrize("randomness", ["same", "different"])
-    def test_per_sample_gradients_use_the_bits_of_the_forward(self, randomness: str) -> None:
-        # out is linear in value, so its gradient alone tells which weights were kept
+    def test_per_sample_gradients_use_the_mask_of_the_forward(self, randomness: str) -> None:
+        # out is linear in value, so its gradient depends on the dropout mask alone
         samples = [torch.stack([x, 2 * x]) for x in (self.q, self.k, self.v)]
 
         def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            out, pull = func.vjp(lambda x: self.attend(q, k, x), v)[:2]
-            return (out * out).sum(), (pull(out)[0] * v).sum()
+            out, vjp = func.vjp(lambda x: self.attend(q, k, x), v)[:2]
+            return (out * out).sum(), (vjp(out)[0] * v).sum()
 
         pairs = func.vmap(both, randomness=randomness)(*samples)
         assert_same(pairs[0], pairs[1])
 
-    def test_jacobians_keep_the_bits_of_an_unmapped_forward(self) -> None:
+    def test_jacobians_keep_the_mask_of_an_unmapped_forward(self) -> None:
         def attend(v: Tensor) -> Tensor:
             torch.manual_seed(3)
             return self.attend(self.q, self.k, v)

@@ -1,6 +1,6 @@
-"""Any call within the manual's words: right, deterministic, and blind to memory it must not read.
+"""Property tests over all options: accuracy, and results that do not depend on the number of threads.
 
-The examples are the same in each run. ``--fuzz-examples`` asks for more of them.
+The examples are the same in each run, unless ``--fuzz-examples`` asks for a number of them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_any_call_is_accurate(dtype: torch.dtype, device: str, settings: hypothe
     settings(hypothesis.given(specs())(accurate))()
 
 
-def test_any_call_repeats_and_threads_do_not_matter(device: str, settings: hypothesis.settings, threads: Any) -> None:
+def test_any_call_is_independent_of_threads(device: str, settings: hypothesis.settings, threads: Any) -> None:
     def repeats(spec: Spec) -> None:
         sample = spec.build(torch.float32, "large" if spec.varlen else "small", device)
         threads(1)

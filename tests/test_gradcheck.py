@@ -1,4 +1,4 @@
-"""First derivatives of the real kernels in double agree with finite differences, for every feature and pair of them."""
+"""First derivatives of the kernels in float64 agree with finite differences, for every feature and pair of features."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NAMED = {x.name: x for x in SINGLE}
 
 
 def function_of(sample: Sample) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """out and logsumexp as a function of the inputs that require gradients, which come second."""
+    """out and logsumexp as a function of the inputs that require grad, and these inputs."""
     names = [name for name, x in sample.inputs().items() if x.requires_grad]
 
     def function(*inputs: Tensor) -> tuple[Tensor, ...]:
         out, logsumexp, _ = sample.replace(**dict(zip(names, inputs, strict=True))).call(operator)
-        return out, logsumexp.masked_fill(logsumexp.isinf(), 0)  # -inf - -inf is no difference
+        return out, logsumexp.masked_fill(logsumexp.isinf(), 0)  # differences of -inf would be NaN
 
     return function, tuple(sample.inputs()[name] for name in names)
 
@@ -30,7 +30,7 @@ def function_of(sample: Sample) -> tuple[Callable[..., tuple[Tensor, ...]], tupl
 @pytest.mark.every_isa
 @pytest.mark.parametrize("spec", CHECKABLE, ids=lambda x: x.name)
 def test_fast(spec: Spec, device: str) -> None:
-    function, inputs = function_of(spec.build(device=device).requiring())
+    function, inputs = function_of(spec.build(device=device).requiring_grad())
     assert gradcheck(
         function, inputs, fast_mode=True, check_batched_grad=True, check_undefined_grad=True, check_grad_dtypes=True,
         nondet_tol=0.0,
@@ -39,20 +39,20 @@ def test_fast(spec: Spec, device: str) -> None:
 
 @pytest.mark.parametrize("spec", SINGLE, ids=lambda x: x.name)
 def test_slow(spec: Spec, device: str) -> None:
-    function, inputs = function_of(spec.build(device=device).requiring())
+    function, inputs = function_of(spec.build(device=device).requiring_grad())
     assert gradcheck(function, inputs, check_batched_grad=True, check_undefined_grad=True, check_grad_dtypes=True)
 
 
 @pytest.mark.parametrize("name", ["x3_bias", "outlier_causal", "tied_plain"])
-def test_hard_numbers(name: str, device: str) -> None:
+def test_hard_inputs(name: str, device: str) -> None:
     spec = next(x for x in HARD if x.name == name)
-    function, inputs = function_of(spec.build(device=device).requiring())
+    function, inputs = function_of(spec.build(device=device).requiring_grad())
     assert gradcheck(function, inputs, fast_mode=True, eps=1e-7, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", EMPTY, ids=lambda x: x.name)
 def test_empty(spec: Spec, device: str) -> None:
-    function, inputs = function_of(spec.build(device=device).requiring())
+    function, inputs = function_of(spec.build(device=device).requiring_grad())
     assert gradcheck(function, inputs, check_undefined_grad=spec.batch > 0)
 
 
@@ -64,7 +64,7 @@ SUBSETS = [
 
 @pytest.mark.parametrize("wanted", SUBSETS, ids="-".join)
 def test_subsets_of_inputs(wanted: tuple[str, ...], device: str) -> None:
-    function, inputs = function_of(NAMED["everything"].build(device=device).requiring(*wanted))
+    function, inputs = function_of(NAMED["everything"].build(device=device).requiring_grad(*wanted))
     assert gradcheck(function, inputs, fast_mode=True, check_batched_grad=True)
 
 
@@ -72,7 +72,7 @@ def test_subsets_of_inputs(wanted: tuple[str, ...], device: str) -> None:
 @pytest.mark.parametrize("lengths", ["more_keys", "decode"])
 def test_broadcast_bias(dims: str, lengths: str, device: str) -> None:
     spec = Spec(f"bias {dims}", mask=f"float {dims}", lengths=lengths, heads=(4, 2))
-    function, inputs = function_of(spec.build(device=device).requiring("attn_mask"))
+    function, inputs = function_of(spec.build(device=device).requiring_grad("attn_mask"))
     assert gradcheck(function, inputs, check_batched_grad=True)
 
 
@@ -80,7 +80,7 @@ def test_broadcast_bias(dims: str, lengths: str, device: str) -> None:
 def test_many_tiles(size: tuple[int, int], device: str) -> None:
     spec = Spec("tiles", lengths=size, head_dims=(17, 9), heads=(2, 1), mask="float 1hqk", causal="bottom_right",
                 window=(100, None), softcap=2.0, alibi="heads", sinks="heads", dropout_p=0.1)  # fmt: skip
-    function, inputs = function_of(spec.build(device=device).requiring())
+    function, inputs = function_of(spec.build(device=device).requiring_grad())
     assert gradcheck(function, inputs, fast_mode=True)
 
 
@@ -101,12 +101,12 @@ def weights_function_of(sample: Sample, **more: object) -> tuple[Callable[..., T
 
 @pytest.mark.parametrize("spec", [x for x in SINGLE if not x.varlen], ids=lambda x: x.name)
 def test_weights(spec: Spec, device: str) -> None:
-    function, inputs = weights_function_of(spec.build(device=device).requiring())
+    function, inputs = weights_function_of(spec.build(device=device).requiring_grad())
     assert gradcheck(function, inputs, fast_mode=True, check_batched_grad=True, check_undefined_grad=True)
 
 
 @pytest.mark.parametrize("more", [{"average_heads": True}, {"row_begin": 1, "row_end": 3}], ids=["average", "rows"])
 @pytest.mark.parametrize("name", ["plain", "everything", "bias_per_batch", "grouped", "alibi_per_batch"])
 def test_weights_of_some_rows_or_averaged(name: str, more: dict[str, object], device: str) -> None:
-    function, inputs = weights_function_of(NAMED[name].build(device=device).requiring(), **more)
+    function, inputs = weights_function_of(NAMED[name].build(device=device).requiring_grad(), **more)
     assert gradcheck(function, inputs, fast_mode=True, check_batched_grad=True)

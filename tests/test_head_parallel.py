@@ -1,4 +1,4 @@
-"""Attention by the heads that its projections give: pruned ones, and shards of tensor parallelism."""
+"""`Attention` with a subset of heads: pruned projections, and shards of tensor parallelism."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def build(name: str) -> Attention:
     return module
 
 
-def part_of(module: Attention, heads: list[int], parameters: bool = True) -> Attention:
-    """The module with these query heads and the key heads that they read, by hand."""
+def with_heads(module: Attention, heads: list[int], parameters: bool = True) -> Attention:
+    """A copy of the module with these query heads and the key heads of their groups."""
     part = copy.deepcopy(module)
     group = module.num_heads // module.num_kv_heads
     key_heads = sorted({head // group for head in heads})
@@ -68,20 +68,20 @@ def part_of(module: Attention, heads: list[int], parameters: bool = True) -> Att
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "fixed alibi"])
-@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0, 1, 2, 3], []], [[0], [1], [2, 3]]], ids=str)
-def test_shares_add_up_to_the_whole(name: str, shares: list[list[int]]) -> None:
+@pytest.mark.parametrize("partition", [[[0, 1], [2, 3]], [[0, 1, 2, 3], []], [[0], [1], [2, 3]]], ids=str)
+def test_parts_add_up_to_the_whole(name: str, partition: list[list[int]]) -> None:
     module = build(name)
     x = torch.randn(2, 5, EMBED, dtype=torch.float64)
     out, weights = module(x, need_weights=True, average_weights=False)
-    parts = [part_of(module, share)(x, need_weights=True, average_weights=False) for share in shares if share]
+    parts = [with_heads(module, heads)(x, need_weights=True, average_weights=False) for heads in partition if heads]
     bias = (len(parts) - 1) * module.out_proj.bias
     torch.testing.assert_close(torch.stack([part for part, _ in parts]).sum(0) - bias, out)
     torch.testing.assert_close(torch.cat([part for _, part in parts], dim=1), weights)
 
 
 @torch.no_grad()
-def test_a_share_decodes_against_a_cache() -> None:
-    module = part_of(build("all"), [2, 3])
+def test_subset_of_heads_decodes_with_a_cache() -> None:
+    module = with_heads(build("all"), [2, 3])
     x, cache = torch.randn(2, 5, EMBED, dtype=torch.float64), KVCache(2)
     parts = [module(step, cache=cache)[0] for step in x.split(1, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), module(x)[0])
@@ -91,8 +91,8 @@ def test_a_share_decodes_against_a_cache() -> None:
     ("name", "parameter"),
     [("fixed alibi", "slopes"), ("trained alibi", "slopes"), ("sinks", "sinks"), ("cosine", "log_temperature")],
 )
-def test_parameters_of_other_heads_are_refused(name: str, parameter: str) -> None:
-    part = part_of(build(name), [0, 1], parameters=False)
+def test_parameters_of_all_heads_raise(name: str, parameter: str) -> None:
+    part = with_heads(build(name), [0, 1], parameters=False)
     with pytest.raises(RuntimeError, match=f"expected `{parameter}` for the 2 heads that `q_proj` gives, got 4: which"):
         part(torch.randn(2, 5, EMBED, dtype=torch.float64))
 
@@ -118,17 +118,17 @@ def widths(query: int, key: int, value: int, **options: Any) -> Attention:
         (widths(12, 0, 0), "got 2 and 0"),
     ],
 )
-def test_widths_that_do_not_fit(module: Attention, message: str) -> None:
+def test_mismatched_widths_raise(module: Attention, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         module(torch.randn(2, 5, EMBED))
 
 
-def test_a_mean_over_a_part_of_the_heads_is_refused() -> None:
+def test_mean_over_a_subset_of_heads_raises() -> None:
     module = widths(12, 12, 12)
     x = torch.randn(2, 5, EMBED)
     with pytest.raises(RuntimeError, match="expected all 4 heads for the mean of their weights, got 2: pass average_w"):
         module(x, need_weights=True)
-    module.num_heads = module.num_kv_heads = 2  # pruned: there are no others
+    module.num_heads = module.num_kv_heads = 2  # pruned: these are all heads
     weights = module(x, need_weights=True)[1]
     assert weights is not None
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5))
@@ -151,7 +151,7 @@ def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (WORLD,))
     for name, local in itertools.product(CASES, (True, False)):
-        shared_key = name == "one key head"  # which each rank computes, for its own query heads
+        shared_key = name == "one key head"  # each rank computes the key head for its own query heads
         if shared_key and not local:
             continue
         module, parallel = build(name), build(name)
@@ -165,11 +165,11 @@ def run(rank: int, folder: str) -> None:
             ours = ours.full_tensor() if isinstance(ours, DTensor) else ours
             torch.testing.assert_close(ours, expected[key], msg=f"{name}, local={local}: {key}")
     dist.destroy_process_group()
-    # Without taking the interpreter down: Gloo's threads may still drop tensors then, and abort (pytorch issue 190489).
+    # Skips interpreter shutdown, in which Gloo's threads may release tensors and abort (pytorch/pytorch#190489).
     os._exit(0)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
-def test_tensor_parallel_layers_compute_what_one_process_computes() -> None:
+def test_tensor_parallel_equals_one_process() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run, args=(folder,), nprocs=WORLD)

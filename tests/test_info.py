@@ -1,4 +1,4 @@
-"""`python -m attention_ext.info` tells what is installed and whether it computes rightly."""
+"""`python -m attention_ext.info` reports versions, kernels and a self-check."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_self_check_passes_in_every_dtype(facts: dict[str, Any]) -> None:
     assert all(check["passed"] for check in facts["self_check"])
 
 
-def test_text_names_what_json_holds(facts: dict[str, Any]) -> None:
+def test_text_has_the_content_of_json(facts: dict[str, Any]) -> None:
     text = info.as_text(facts)
     for word in (facts["versions"]["torch"], facts["versions"]["instruction_set"], facts["kernels"][0]["name"]):
         assert word in text
 
 
-def test_a_failed_self_check_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_self_check_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     failed = {
         "device": "cpu",
         "dtype": "float32",

@@ -1,6 +1,6 @@
-"""The kernel table is the list of kernels: every row of it can be forced, explained, and gives right results.
+"""The kernel table: every row can be forced by name, is explained, and is accurate.
 
-Each instruction set of this machine then runs the tests marked ``every_isa`` in a process of its own.
+Each narrower instruction set of this machine then runs the tests marked ``every_isa`` in a process of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def force() -> Iterator[Any]:
         _C.force_kernel(row["pass"], "")
 
 
-def test_rows_are_described() -> None:
+def test_rows_are_complete() -> None:
     assert len({row["name"] for row in ROWS}) == len(ROWS)
     for row in ROWS:
         assert row["name"].startswith(row["isa"] + "/")
@@ -49,7 +49,7 @@ def test_every_pass_has_a_kernel_for_every_dtype() -> None:
             assert any(row["why_not"][dtype] is None for row in rows), (kind, dtype)
 
 
-def test_instruction_set_is_the_best_available() -> None:
+def test_instruction_set_is_available() -> None:
     assert _C.instruction_set() in SETS
 
 
@@ -58,12 +58,12 @@ def test_explain_names_every_row(which: str, dtype: torch.dtype, device: str) ->
     query = torch.randn(1, 2, 70, 64, dtype=dtype, device=device)
     lines = explain(query, query, query, window=(5, None), which=which).strip().split("\n")
     names = [line.split(":")[0] for line in lines]
-    rows = _C.kernels()  # now: tests of emulated kernels may have added theirs
+    rows = _C.kernels()  # not ROWS: tests of emulated kernels may have added rows
     assert names == [row["name"] for row in rows if (row["device"], row["pass"]) == (device, which)]
     assert sum(line.endswith(": chosen") for line in lines) == 1
 
 
-def test_explain_takes_what_attention_takes() -> None:
+def test_explain_takes_the_arguments_of_attention() -> None:
     x = torch.randn(2, 4, 5, 8)
     for call in ((x, x, x), (x, x[:, :1], x[:, :1]), (x, x[:1], x[:1]), (x[0], x[0], x[0]), (x, x, x, torch.zeros(5))):
         assert ": chosen" in explain(*call, return_logsumexp=True)
@@ -146,7 +146,7 @@ def run_python(*arguments: str, isa: str, timeout: float = 600) -> subprocess.Co
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def test_variable_with_an_unknown_name_is_an_error() -> None:
+def test_unknown_instruction_set_raises() -> None:
     code = "import torch, attention_ext; x = torch.randn(1, 1, 2, 4); torch.ops.attention_ext.attention(x, x, x)"
     result = run_python("-c", code, isa="avx9000")
     assert result.returncode != 0

@@ -1,4 +1,4 @@
-"""Shapes of the functional interface: any number of leading dimensions, as torch's function takes them."""
+"""Shapes of the functional interface: any number of leading dimensions, as in torch's function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ops = torch.ops.attention_ext
 
 L, S, D, DV = 3, 5, 4, 6
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
-    # leading sizes of query, key, value, and of the mask
+    # leading dimensions of query, key and value
     "2-D": ((), (), ()),
     "3-D": ((2,), (2,), (2,)),
     "3-D, one key for all": ((2,), (1,), (1,)),
@@ -51,8 +51,8 @@ KEY_MASKS: dict[str, tuple[int, ...]] = {"2-D": (), "3-D": (2,), "4-D": (2, 3), 
 
 def make(*leading: tuple[int, ...]) -> Any:
     torch.manual_seed(0)
-    rows = ((L, D), (S, D), (S, DV))
-    sizes = [(*lead, *row) for lead, row in zip(leading, rows, strict=True)]
+    trailing = ((L, D), (S, D), (S, DV))
+    sizes = [(*lead, *trail) for lead, trail in zip(leading, trailing, strict=True)]
     return tuple(torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
 
 
@@ -111,10 +111,11 @@ def test_masks_of_keys(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_varlen_mask_of_keys() -> None:
-    ends, mask = torch.tensor([0, 2, 5]), torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    cu_seqlens, mask = torch.tensor([0, 2, 5]), torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
     x = torch.randn(5, 1, D, dtype=torch.float64)
-    expected = attention_ext.attention_varlen(x, x, x, ends, ends, attn_mask=mask.expand(3, 3))
-    torch.testing.assert_close(attention_ext.attention_varlen(x, x, x, ends, ends, attn_mask=mask), expected)
+    expected = attention_ext.attention_varlen(x, x, x, cu_seqlens, cu_seqlens, attn_mask=mask.expand(3, 3))
+    actual = attention_ext.attention_varlen(x, x, x, cu_seqlens, cu_seqlens, attn_mask=mask)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("leading", [(6,), (2, 6), (3, 2, 6)], ids=str)
@@ -151,21 +152,21 @@ def test_heads_merge_without_a_copy() -> None:
 
 def test_varlen_shapes() -> None:
     torch.manual_seed(0)
-    ends_q, ends_k = torch.tensor([0, 2, 2, 6]), torch.tensor([0, 1, 4, 9])
+    cu_seqlens_q, cu_seqlens_k = torch.tensor([0, 2, 2, 6]), torch.tensor([0, 1, 4, 9])
     query, key = torch.randn(6, 4, D, dtype=torch.float64), torch.randn(9, 2, D, dtype=torch.float64)
     value = torch.randn(9, 2, DV, dtype=torch.float64)
     out, logsumexp = attention_ext.attention_varlen(
-        query, key, value, ends_q, ends_k, enable_gqa=True, window=(2, 1), return_logsumexp=True
+        query, key, value, cu_seqlens_q, cu_seqlens_k, enable_gqa=True, window=(2, 1), return_logsumexp=True
     )
     assert out.shape == (6, 4, DV)
     assert out.is_contiguous()
     assert logsumexp.shape == (4, 6)
     for i in range(3):
-        rows, columns = slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
-        q, k, v = (x.transpose(0, 1) for x in (query[rows], key[columns], value[columns]))
+        tokens_q, tokens_k = (slice(x[i], x[i + 1]) for x in (cu_seqlens_q, cu_seqlens_k))
+        q, k, v = (x.transpose(0, 1) for x in (query[tokens_q], key[tokens_k], value[tokens_k]))
         expected = attention_ext.attention(q, k, v, enable_gqa=True, window=(2, 1), return_logsumexp=True)
-        torch.testing.assert_close(out[rows].transpose(0, 1), expected[0])
-        torch.testing.assert_close(logsumexp[:, rows], expected[1])
+        torch.testing.assert_close(out[tokens_q].transpose(0, 1), expected[0])
+        torch.testing.assert_close(logsumexp[:, tokens_q], expected[1])
 
 
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -176,13 +177,13 @@ WRONG: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_wrong_shapes(message: str) -> None:
+def test_mismatched_shapes_raise(message: str) -> None:
     query, key, value = (torch.randn(shape) for shape in WRONG[message])
     with pytest.raises(RuntimeError, match=message):
         attention_ext.attention(query, key, value)
 
 
-def test_varlen_wants_three_dimensions() -> None:
-    ends, x = torch.tensor([0, 2]), torch.randn(1, 2, 3, 4)
+def test_varlen_needs_three_dimensions() -> None:
+    cu_seqlens, x = torch.tensor([0, 2]), torch.randn(1, 2, 3, 4)
     with pytest.raises(RuntimeError, match="`query` to be 3-D"):
-        attention_ext.attention_varlen(x, x, x, ends, ends)
+        attention_ext.attention_varlen(x, x, x, cu_seqlens, cu_seqlens)

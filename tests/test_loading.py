@@ -1,4 +1,4 @@
-"""load() says why the operator library cannot be used, and old pickles of torch's module can be replaced."""
+"""load() raises with the reason why the operator library cannot be loaded; old pickles of torch's module load."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_library_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_library_that_does_not_load(tmp_path: Path) -> None:
-    """As one of which torch lacks a symbol."""
+    """As where torch lacks one of its symbols."""
     path = tmp_path / "libattention_ext.so"
     path.write_bytes(b"\x7fELF of another machine")
     code = ("import attention_ext.paths as paths; paths.library_path = lambda: PATH\nimport attention_ext.ops").replace(
@@ -63,7 +63,7 @@ def test_library_that_does_not_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "batch_first": True}], ids=str)
 def test_old_pickles_are_replaced(options: dict[str, Any]) -> None:
-    """torch 1.1 knew neither `_qkv_same_embed_dim` nor `kdim` and `vdim`."""
+    """torch 1.1 had neither `_qkv_same_embed_dim` nor `kdim` and `vdim`."""
     stock = nn.MultiheadAttention(8, 2, **options)
     for name in ("_qkv_same_embed_dim", "kdim", "vdim"):
         del vars(stock)[name]

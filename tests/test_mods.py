@@ -1,4 +1,4 @@
-"""Each mask and score change means what the manual says: equal to the same thing spelled by another argument."""
+"""Each mask and score change equals the same one expressed by another argument, mostly attn_mask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parametrize("size", SIZES, ids=lambda x: f"{x[0]}x{x[1]
 
 
 class Inputs:
-    """query, key, value of a size, in double, with what they give."""
+    """query, key and value of a size in float64; a call gives outputs and gradients."""
 
     def __init__(self, size: tuple[int, int], device: str, heads: int = 2) -> None:
         random = torch.Generator().manual_seed(size[0] * 1000 + size[1])
@@ -95,7 +95,7 @@ def test_mask_dimensions_broadcast(inputs: Inputs) -> None:
         assert_same(inputs(attn_mask=mask), inputs(attn_mask=mask.expand(full.shape).contiguous()))
 
 
-def test_constant_bias_shifts_logsumexp_alone(inputs: Inputs) -> None:
+def test_constant_bias_shifts_logsumexp_only(inputs: Inputs) -> None:
     plain, shifted = (
         inputs(),
         inputs(attn_mask=torch.full((1, 1), 2.5, dtype=torch.float64, device=inputs.query.device)),
@@ -130,7 +130,7 @@ def test_alibi_refers_to_key_lengths(inputs: Inputs) -> None:
 
 
 def test_sink_is_a_key_without_value(inputs: Inputs) -> None:
-    """A zero key in front whose bias is the sink and whose value is zero."""
+    """A first key that is zero, with the sink as its bias and a value of zero."""
     sinks = torch.tensor([0.7, -1.1], dtype=torch.float64, device=inputs.query.device)
     out, logsumexp, *gradients = inputs(sinks=sinks)
     longer = Inputs((inputs.seqlen_q, inputs.seqlen_k), str(inputs.query.device))
@@ -142,7 +142,7 @@ def test_sink_is_a_key_without_value(inputs: Inputs) -> None:
     assert_same((out, logsumexp, *gradients), (*expected[:2], *gradients_without_sink))
 
 
-def test_sinks_of_hidden_rows(inputs: Inputs) -> None:
+def test_sinks_of_masked_rows(inputs: Inputs) -> None:
     sinks = torch.tensor([0.7, -1.1], dtype=torch.float64, device=inputs.query.device)
     mask = torch.zeros(inputs.seqlen_q, inputs.seqlen_k, dtype=torch.bool, device=inputs.query.device)
     out, logsumexp, *gradients = inputs(sinks=sinks, attn_mask=mask)
@@ -151,7 +151,7 @@ def test_sinks_of_hidden_rows(inputs: Inputs) -> None:
     assert all((x == 0).all() for x in gradients)
 
 
-def test_key_lengths_cut_keys(inputs: Inputs) -> None:
+def test_key_lengths_are_a_mask(inputs: Inputs) -> None:
     lengths = torch.tensor([inputs.seqlen_k // 2, inputs.seqlen_k], device=inputs.query.device, dtype=torch.int32)
     mask = inputs.k < lengths[:, None, None, None]
     assert_same(inputs(key_lengths=lengths), inputs(attn_mask=mask))
@@ -180,7 +180,7 @@ def test_softcap(inputs: Inputs) -> None:
     torch.testing.assert_close(out, capped.softmax(-1) @ inputs.value)
 
 
-def test_large_softcap_is_none(inputs: Inputs) -> None:
+def test_large_softcap_is_a_no_op(inputs: Inputs) -> None:
     for x, y in zip(inputs(softcap=1e7), inputs(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
 
@@ -205,7 +205,7 @@ def test_grouped_heads_are_repeated_heads(size: tuple[int, int], group: int, dev
     assert_same(actual, (*expected[:3], *summed))
 
 
-def test_keys_in_any_order(inputs: Inputs) -> None:
+def test_permuted_keys(inputs: Inputs) -> None:
     order = torch.randperm(inputs.seqlen_k, generator=torch.Generator().manual_seed(0)).to(inputs.query.device)
     expected = inputs()
     inputs.key, inputs.value = inputs.key[:, :, order], inputs.value[:, :, order]
@@ -213,12 +213,12 @@ def test_keys_in_any_order(inputs: Inputs) -> None:
     assert_same(actual, (*expected[:3], expected[3][:, :, order], expected[4][:, :, order]))
 
 
-def test_parts_merge_by_logsumexp(inputs: Inputs) -> None:
-    """Attention over two parts of the keys, merged by logsumexp, is attention over all."""
+def test_splits_merge_by_logsumexp(inputs: Inputs) -> None:
+    """Attention over two splits of the keys, merged by logsumexp, is attention over all."""
     out, logsumexp, *_ = inputs()
-    cut = inputs.seqlen_k // 3
-    first = operator(inputs.query, inputs.key[:, :, :cut], inputs.value[:, :, :cut])
-    second = operator(inputs.query, inputs.key[:, :, cut:], inputs.value[:, :, cut:])
+    split = inputs.seqlen_k // 3
+    first = operator(inputs.query, inputs.key[:, :, :split], inputs.value[:, :, :split])
+    second = operator(inputs.query, inputs.key[:, :, split:], inputs.value[:, :, split:])
     total = torch.logaddexp(first[1], second[1])
     torch.testing.assert_close(total, logsumexp)
     merged = sum((x[1] - total).exp()[..., None] * x[0] for x in (first, second))

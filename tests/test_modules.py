@@ -1,4 +1,4 @@
-"""attention_ext.MultiheadAttention is torch's, argument by argument."""
+"""attention_ext.MultiheadAttention equals torch's for every argument."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def constructor_name(options: dict[str, Any]) -> str:
 
 @pytest.fixture(autouse=True)
 def one_thread(threads: Callable[[int], None]) -> None:
-    """Thousands of tiny calls, which wait longer for a second thread than they take."""
+    """In thousands of tiny calls, waking a second thread takes longer than the call."""
     threads(1)
 
 
@@ -41,7 +41,7 @@ constructors = pytest.mark.parametrize("options", CONSTRUCTORS, ids=constructor_
 
 
 def pair(dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
-    """torch's module and ours, with equal and nowhere trivial parameters."""
+    """torch's module and ours, with equal, nonzero parameters."""
     stock = nn.MultiheadAttention(EMBED, HEADS, dtype=dtype, **options)
     with torch.no_grad():
         for parameter in stock.parameters():
@@ -54,7 +54,7 @@ def pair(dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Multihe
 def inputs(
     stock: nn.MultiheadAttention, kind: str, batched: bool, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """self: one tensor three times; cross: key is value; apart: three tensors."""
+    """self: one tensor three times; cross: key is value; separate: three tensors."""
 
     def make(length: int, features: int) -> Tensor:
         x = torch.randn(BATCH, length, features, dtype=dtype) if batched else torch.randn(length, features, dtype=dtype)
@@ -69,7 +69,7 @@ def inputs(
 
 
 def masks(seqlen_k: int, batched: bool) -> Iterator[dict[str, Any]]:
-    """Every combination of masks and hint; no row is hidden entirely, which is where torch gives NaN."""
+    """Every combination of masks and is_causal; no row is fully masked, for which torch gives NaN."""
     causal = torch.ones(LENGTH, seqlen_k, dtype=torch.bool).triu(1)
     flat = torch.rand(LENGTH, seqlen_k) > 0.7
     deep = torch.rand((BATCH if batched else 1) * HEADS, LENGTH, seqlen_k) > 0.7
@@ -87,7 +87,7 @@ def masks(seqlen_k: int, batched: bool) -> Iterator[dict[str, Any]]:
 
 
 def additive(mask: Tensor) -> Tensor:
-    """-inf where hidden, and a number that has to be added elsewhere unless it is causal."""
+    """-inf where masked; elsewhere random, or 0 for a causal mask."""
     bias = torch.zeros_like(mask, dtype=torch.float64)
     if mask.dim() == 1 or not torch.equal(mask, torch.ones_like(mask).triu(1)):
         bias = torch.randn_like(bias)
@@ -106,7 +106,7 @@ def assert_same(actual: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Te
 def test_every_argument_combination(options: dict[str, Any], batched: bool) -> None:
     torch.manual_seed(0)
     stock, ours = pair(**options)
-    for kind in ("apart",) if "kdim" in options else ("self", "cross", "apart"):
+    for kind in ("separate",) if "kdim" in options else ("self", "cross", "separate"):
         tensors = inputs(stock, kind, batched)
         for arguments in masks(tensors[1].size(-2 if options["batch_first"] or not batched else 0), batched):
             for need_weights, average in ((False, True), (True, True), (True, False)):
@@ -120,7 +120,7 @@ def test_gradients(options: dict[str, Any], need_weights: bool) -> None:
     torch.manual_seed(0)
     stock, ours = pair(**options)
     attn_mask = torch.randn(LENGTH, LENGTH + 1, dtype=torch.float64).requires_grad_()
-    for kind in ("apart",) if "kdim" in options else ("self", "cross", "apart"):
+    for kind in ("separate",) if "kdim" in options else ("self", "cross", "separate"):
         tensors = inputs(stock, kind, batched=True)
         mask = None if kind == "self" else attn_mask
         wanted = list({id(x): x for x in (*tensors, mask) if x is not None}.values())
@@ -138,7 +138,7 @@ def test_gradients(options: dict[str, Any], need_weights: bool) -> None:
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_float32_is_as_exact_as_torch(need_weights: bool) -> None:
+def test_float32_is_as_accurate_as_torch(need_weights: bool) -> None:
     torch.manual_seed(0)
     exact, _ = pair(batch_first=True)
     stock, ours = (copy.deepcopy(module).float() for module in pair(batch_first=True))
@@ -163,7 +163,7 @@ def test_seed_gives_the_same_parameters(options: dict[str, Any]) -> None:
     stock.load_state_dict(ours.state_dict())
 
 
-def test_attributes_that_others_read() -> None:
+def test_attributes_of_torchs_class() -> None:
     stock, ours = nn.MultiheadAttention(EMBED, HEADS, 0.2), MultiheadAttention(EMBED, HEADS, 0.2)
     for name in ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn"):
         assert getattr(ours, name) == getattr(stock, name)
@@ -181,27 +181,27 @@ EDITS: list[dict[str, int]] = [
 
 @pytest.mark.parametrize("edit", EDITS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 7}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
-def test_attributes_changed_later_mean_what_they_mean_to_torch(edit: dict[str, int], options: dict[str, Any]) -> None:
+def test_attributes_changed_after_construction(edit: dict[str, int], options: dict[str, Any]) -> None:
     modules = pair(**options)
-    tensors = inputs(modules[0], "apart", batched=True)
+    tensors = inputs(modules[0], "separate", batched=True)
     heads = edit.get("num_heads", HEADS)
     mask = torch.rand(BATCH * heads, LENGTH, LENGTH + 1) > 1.0
     for need_weights in (False, True):
-        answers: list[Any] = []
+        results: list[Any] = []
         for module in modules:
             vars(module).update(edit)
             try:
-                answers.append(module(*tensors, attn_mask=mask, need_weights=need_weights, average_attn_weights=False))
+                results.append(module(*tensors, attn_mask=mask, need_weights=need_weights, average_attn_weights=False))
             except (AssertionError, RuntimeError, ZeroDivisionError) as error:
-                answers.append((type(error), str(error)))
-        if isinstance(answers[0][0], Tensor):
-            assert_same(answers[1], answers[0])
+                results.append((type(error), str(error)))
+        if isinstance(results[0][0], Tensor):
+            assert_same(results[1], results[0])
         else:
-            assert answers[1] == answers[0]
+            assert results[1] == results[0]
 
 
 @constructors
-def test_reset_gives_what_the_constructor_gives(options: dict[str, Any]) -> None:
+def test_reset_parameters_equals_construction(options: dict[str, Any]) -> None:
     _, ours = pair(**options)
     torch.manual_seed(3)
     expected = MultiheadAttention(EMBED, HEADS, dtype=torch.float64, **options).state_dict()
@@ -214,7 +214,7 @@ def test_reset_gives_what_the_constructor_gives(options: dict[str, Any]) -> None
 
 def test_copies_and_files() -> None:
     stock, ours = pair(add_bias_kv=True)
-    x, key, value = inputs(stock, "apart", batched=True)
+    x, key, value = inputs(stock, "separate", batched=True)
     expected = stock(x, key, value)
     assert_same(copy.deepcopy(ours)(x, key, value), expected)
     assert_same(pickle.loads(pickle.dumps(ours))(x, key, value), expected)
@@ -231,16 +231,16 @@ WRONG_CONSTRUCTORS = [(0, 1), (4, 0), (10, 3)]
 
 
 @pytest.mark.parametrize("sizes", WRONG_CONSTRUCTORS)
-def test_wrong_constructors(sizes: tuple[int, int]) -> None:
+def test_invalid_constructor_arguments(sizes: tuple[int, int]) -> None:
     with pytest.raises(Exception) as expected:  # noqa: PT011
         nn.MultiheadAttention(*sizes)
     with pytest.raises(expected.type, match=str(expected.value)):
         MultiheadAttention(*sizes)
 
 
-def wrong_calls() -> dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[str, Any]]]:
+def invalid_calls() -> dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[str, Any]]]:
     x, y = torch.randn(4, 2, EMBED), torch.randn(5, 2, EMBED)
-    apart = {"kdim": 5, "vdim": 7}
+    separate = {"kdim": 5, "vdim": 7}
     return {
         "query rank": ({}, (torch.randn(1, 4, 2, EMBED), x, x), {}),
         "key rank": ({}, (x, x[0], x), {}),
@@ -248,7 +248,7 @@ def wrong_calls() -> dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[st
         "embedding": ({}, (x[..., :-1], x, x), {}),
         "key and value": ({}, (x, y, x), {}),
         "key and value, batch first": ({"batch_first": True}, (x, y, x), {}),
-        "key and value apart": (apart, (x, torch.randn(5, 2, 5), torch.randn(4, 2, 7)), {}),
+        "key and value of separate projections": (separate, (x, torch.randn(5, 2, 5), torch.randn(4, 2, 7)), {}),
         "padding rank": ({}, (x, y, y), {"key_padding_mask": torch.zeros(5, dtype=torch.bool)}),
         "padding size": ({}, (x, y, y), {"key_padding_mask": torch.zeros(2, 4, dtype=torch.bool)}),
         "padding batch": ({}, (x, y, y), {"key_padding_mask": torch.zeros(3, 5, dtype=torch.bool)}),
@@ -265,13 +265,13 @@ def wrong_calls() -> dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[st
         "mask dtype": ({}, (x, y, y), {"attn_mask": torch.zeros(4, 5, dtype=torch.int32)}),
         "hint alone": ({}, (x, y, y), {"is_causal": True}),
         "hint alone, no weights": ({}, (x, y, y), {"is_causal": True, "need_weights": False}),
-        "separate value weights": (apart, (x, torch.randn(5, 2, 5), torch.randn(5, 2, 6)), {}),
+        "separate value weights": (separate, (x, torch.randn(5, 2, 5), torch.randn(5, 2, 6)), {}),
     }
 
 
-@pytest.mark.parametrize("name", wrong_calls())
-def test_wrong_calls_raise_what_torch_raises(name: str) -> None:
-    options, tensors, arguments = wrong_calls()[name]
+@pytest.mark.parametrize("name", invalid_calls())
+def test_invalid_calls_raise_torchs_errors(name: str) -> None:
+    options, tensors, arguments = invalid_calls()[name]
     with pytest.raises((AssertionError, RuntimeError)) as expected:
         nn.MultiheadAttention(EMBED, HEADS, **options)(*tensors, **arguments)
     with pytest.raises((AssertionError, RuntimeError)) as actual:
@@ -282,7 +282,7 @@ def test_wrong_calls_raise_what_torch_raises(name: str) -> None:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("batches", [(1, 3), (3, 1), (2, 3)], ids=str)
-def test_batches_of_different_sizes(batch_first: bool, batches: tuple[int, int]) -> None:
+def test_mismatched_batch_sizes_raise(batch_first: bool, batches: tuple[int, int]) -> None:
     query, key = (torch.randn(5, batch, EMBED) for batch in batches)
     if batch_first:
         query, key = query.transpose(0, 1), key.transpose(0, 1)
@@ -293,7 +293,7 @@ def test_batches_of_different_sizes(batch_first: bool, batches: tuple[int, int])
 
 
 @pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
-def test_masks_that_are_no_tensors(name: str) -> None:
+def test_masks_of_other_types_raise(name: str) -> None:
     x = torch.randn(1, 1, EMBED)
     for module in pair(torch.float32):
         with pytest.raises(TypeError, match=r"Tensor.* list"):
@@ -302,7 +302,7 @@ def test_masks_that_are_no_tensors(name: str) -> None:
         module(x, x, x, **{name: [[True]]})
 
 
-def test_masks_of_two_kinds_warn_as_in_torch() -> None:
+def test_bool_and_float_masks_together_warn_as_in_torch() -> None:
     stock, ours = pair()
     x, _, _ = inputs(stock, "self", batched=True)
     mask = torch.zeros(LENGTH, LENGTH, dtype=torch.float64)
@@ -316,7 +316,7 @@ def test_masks_of_two_kinds_warn_as_in_torch() -> None:
 
 
 @pytest.mark.parametrize("floating", [False, True])
-def test_row_without_keys_is_zero(floating: bool) -> None:
+def test_fully_masked_row_is_zero(floating: bool) -> None:
     _, ours = pair(bias=False)
     x = torch.randn(LENGTH, BATCH, EMBED, dtype=torch.float64, requires_grad=True)
     mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
@@ -333,7 +333,7 @@ def test_row_without_keys_is_zero(floating: bool) -> None:
 
 @pytest.mark.parametrize("average", [False, True])
 def test_weights_after_dropout(average: bool) -> None:
-    """Per head they show what was kept; from that, torch's arithmetic gives output, averages and gradients."""
+    """Weights per head show the dropout mask; with it plain torch gives the same output, averages and gradients."""
     torch.manual_seed(0)
     _, ours = pair(dropout=0.4, batch_first=True)
     x = torch.randn(BATCH, 30, EMBED, dtype=torch.float64, requires_grad=True)
@@ -394,7 +394,7 @@ def test_no_array_of_length_squared(padded: bool, causal: bool) -> None:
     assert largest.elements < length * length
 
 
-def test_modules_hooked_into_the_output_projection_run() -> None:
+def test_hooks_of_the_output_projection_run() -> None:
     _, ours = pair()
     calls = []
     ours.out_proj.register_forward_hook(lambda *_: calls.append(1))
@@ -403,7 +403,7 @@ def test_modules_hooked_into_the_output_projection_run() -> None:
     assert calls == [1]
 
 
-def test_nested_input_is_refused() -> None:
+def test_nested_input_raises() -> None:
     ours = MultiheadAttention(EMBED, HEADS, batch_first=True).eval()
     nested = torch.nested.nested_tensor([torch.randn(3, EMBED), torch.randn(5, EMBED)])
     with torch.no_grad(), pytest.raises(AssertionError, match=r"NestedTensor.* use_nested_tensor to False"):
@@ -411,7 +411,7 @@ def test_nested_input_is_refused() -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_encoder_layer_does_not_go_around(grad: bool) -> None:
+def test_encoder_layer_calls_forward(grad: bool) -> None:
     torch.manual_seed(0)
     stock = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True).eval()
     layer = copy.deepcopy(stock)
@@ -426,7 +426,7 @@ def test_encoder_layer_does_not_go_around(grad: bool) -> None:
         torch.testing.assert_close(actual, stock(x))
 
 
-def test_encoder_built_on_it_takes_padding_at_inference() -> None:
+def test_encoder_with_padding_at_inference() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True)
     layer.self_attn = MultiheadAttention(12, 2, batch_first=True)

@@ -1,4 +1,4 @@
-"""The layers inside torch's transformations: compile, export, ensembles, checkpointing, meta devices."""
+"""The layers under torch's transformations: compile, export, ensembles, checkpointing, meta tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fresh_compiler() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_compiled_in_one_graph(options: dict[str, Any], need_weights: bool) -> None:
+def test_compile_without_graph_breaks(options: dict[str, Any], need_weights: bool) -> None:
     module, arguments = call(options)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
@@ -79,7 +79,7 @@ class Tracer(torch.fx.Tracer):
         return isinstance(m, MultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
 
 
-def test_symbolic_trace_with_it_as_a_leaf() -> None:
+def test_symbolic_trace_as_a_leaf() -> None:
     module, arguments = call({})
     model = nn.TransformerDecoderLayer(8, 2, 16).eval()
     model.self_attn = model.multihead_attn = module.eval()

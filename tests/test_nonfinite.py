@@ -1,4 +1,4 @@
-"""NaN and infinities in masks, slopes, sinks and hidden keys come out where docs/numerics.md says, and nowhere else."""
+"""NaN and infinities in masks, slopes, sinks and masked keys propagate as docs/numerics.md says, and no further."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attention_ext.testing import Sample, Spec, evaluate, operator, operator_opt
 
 Outputs = dict[str, Tensor]
 
-LENGTHS = [(3, 400), (12, 400), (20, 12)]  # few queries, two blocks of keys, rows whose diagonal has no key
+LENGTHS = [(3, 400), (12, 400), (20, 12)]  # decoding, two blocks of keys, rows whose diagonal has no key
 
 
 def outputs_of(sample: Sample) -> Outputs:
@@ -40,8 +40,8 @@ def assert_like_reference(sample: Sample, actual: Outputs) -> None:
 @pytest.mark.every_isa
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_number_of_a_mask(lengths: tuple[int, int], number: float, dtype: torch.dtype) -> None:
-    """It has a say in its row alone; grad_key and grad_value are sums over rows."""
+def test_element_of_a_mask(lengths: tuple[int, int], number: float, dtype: torch.dtype) -> None:
+    """It affects its own row only, and grad_key and grad_value, which sum over rows."""
     sample = Spec("mask", lengths=lengths, head_dims=(16, 8), mask="float bhqk").build(dtype)
     mask = sample.options["attn_mask"].clone()
     mask[0, 1, 2, min(lengths[1], 200) - 1] = number
@@ -61,7 +61,7 @@ def test_number_of_a_mask(lengths: tuple[int, int], number: float, dtype: torch.
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
-def test_number_of_a_head(name: str, lengths: tuple[int, int], number: float, dtype: torch.dtype) -> None:
+def test_element_of_a_head(name: str, lengths: tuple[int, int], number: float, dtype: torch.dtype) -> None:
     option: dict[str, Any] = {"alibi": "heads"} if name == "alibi_slopes" else {"sinks": "heads"}
     sample = Spec("of a head", lengths=lengths, head_dims=(16, 8), heads=(3, 3), **option).build(dtype)
     numbers = sample.options[name].clone()
@@ -81,7 +81,7 @@ def test_number_of_a_head(name: str, lengths: tuple[int, int], number: float, dt
 @pytest.mark.parametrize("length", [3, 12])
 @pytest.mark.parametrize("part", ["key", "value"])
 def test_hidden_key_of_a_visible_block(part: str, length: int, mask: str, number: float, dtype: torch.dtype) -> None:
-    """Its score is hidden, but its weight of 0 is multiplied: 0 times NaN in the same columns of out or grad_query."""
+    """Its weight is 0, and 0 times NaN is NaN: in the same columns of out or grad_query."""
     sample = Spec("hidden", lengths=(length, 400), head_dims=(16, 16), batch=1).build(dtype)
     hidden = torch.zeros(length, 400, dtype=torch.bool)
     hidden[:, 205] = True
@@ -90,14 +90,14 @@ def test_hidden_key_of_a_visible_block(part: str, length: int, mask: str, number
     changed = getattr(sample, part).clone()
     changed[0, 1, 205, 2] = number
     actual, expected = outputs_of(sample.replace(**{part: changed})), outputs_of(sample)
-    spoilt, other_columns = (slice(None), 1, slice(None), 2), [x for x in range(16) if x != 2]
+    nan_column, other_columns = (slice(None), 1, slice(None), 2), [x for x in range(16) if x != 2]
     for name in actual.keys() - {"grad_attn_mask"}:
         assert torch.equal(actual[name][:, 0], expected[name][:, 0]), name  # the other head
     assert torch.equal(actual["logsumexp"], expected["logsumexp"])
     assert torch.equal(actual["weights"], expected["weights"])
     assert torch.equal(actual["grad_value"], expected["grad_value"])
     product = "out" if part == "value" else "grad_query"
-    assert actual[product][spoilt].isnan().all()
+    assert actual[product][nan_column].isnan().all()
     assert torch.equal(actual[product][..., other_columns], expected[product][..., other_columns])
     if part == "key":
         assert torch.equal(actual["out"], expected["out"])

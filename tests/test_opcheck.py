@@ -1,4 +1,4 @@
-"""torch.library.opcheck, all four tests of it, on every operator and dtype."""
+"""All four tests of torch.library.opcheck on every operator and dtype."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ OPERATORS = torch.ops.attention_ext
 
 
 def check(op: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """The fake kernel of a random operator may not draw what the real one draws: opcheck seeds both alike."""
+    """Seeded, since opcheck compares two calls of an operator that draws random numbers."""
     torch.manual_seed(0)
     results = torch.library.opcheck(op, arguments, options)
     assert set(results.values()) == {"SUCCESS"}, results
 
 
 def built(spec: Spec, dtype: torch.dtype, device: str) -> Sample:
-    """All inputs and incoming gradients require gradients: opcheck compares no others, and looks at no other rules."""
-    sample = spec.build(dtype, device=device).requiring()
+    """All inputs and incoming gradients require grad: else opcheck compares no gradients and no autograd rules."""
+    sample = spec.build(dtype, device=device).requiring_grad()
     given = {name: getattr(sample, name) for name in ("grad_out", "grad_logsumexp")}
     return sample.replace(**{name: None if x is None else x.detach().requires_grad_() for name, x in given.items()})
 
@@ -44,20 +44,20 @@ def forward_of(sample: Sample) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
 def test_attention(spec: Spec, device: str) -> None:
-    sample = spec.build(torch.float32, device=device).requiring()
+    sample = spec.build(torch.float32, device=device).requiring_grad()
     check(OPERATORS.attention.default, (sample.query, sample.key, sample.value), operator_options(sample.options))
 
 
 @pytest.mark.parametrize("spec", CASES, ids=lambda x: x.name)
 def test_attention_forward(spec: Spec, device: str) -> None:
-    sample = spec.build(torch.float32, device=device).requiring()
+    sample = spec.build(torch.float32, device=device).requiring_grad()
     inputs = (sample.query, sample.key, sample.value)
     check(OPERATORS.attention_forward.default, inputs, operator_options(sample.options))
 
 
 @pytest.mark.parametrize("spec", FEW, ids=lambda x: x.name)
 def test_attention_forward_of_every_dtype(spec: Spec, dtype: torch.dtype, device: str) -> None:
-    sample = spec.build(dtype, device=device).requiring()
+    sample = spec.build(dtype, device=device).requiring_grad()
     inputs = (sample.query, sample.key, sample.value)
     check(OPERATORS.attention_forward.default, inputs, operator_options(sample.options))
 
@@ -76,7 +76,7 @@ def test_leading_dimensions(shapes: tuple[tuple[int, ...], tuple[int, ...]], dev
 def test_attention_with_some_gradients(wanted: tuple[str, ...], device: str) -> None:
     spec = next(x for x in SINGLE if x.name == "everything")
     sample = spec.build(torch.float32, device=device)
-    sample = sample.requiring(*wanted) if wanted else sample
+    sample = sample.requiring_grad(*wanted) if wanted else sample
     inputs = (sample.query, sample.key, sample.value)
     check(OPERATORS.attention_forward.default, inputs, operator_options(sample.options))
 
@@ -117,7 +117,7 @@ def test_attention_jvp(spec: Spec, dtype: torch.dtype, device: str) -> None:
 def test_attention_double_backward(
     spec: Spec, output_mask: list[bool], compute_out_tangent: bool, dtype: torch.dtype, device: str
 ) -> None:
-    sample = spec.build(dtype, device=device)  # with respect to the others it would be a third derivative
+    sample = spec.build(dtype, device=device)  # the others do not require grad: that would be a third derivative
     arguments = (sample.grad_out, sample.grad_logsumexp, sample.query, sample.key, sample.value, *forward_of(sample))
     tangents = tuple(tangents_by_name(sample).values())
     options = {
@@ -140,6 +140,6 @@ WEIGHTS = [pytest.param(x, {}, id=x.name) for x in CASES if not x.varlen] + [
 def test_attention_weights(spec: Spec, more: dict[str, Any], device: str) -> None:
     sample = spec.build(torch.float32, device=device)
     _, logsumexp, rng_state = forward_of(sample)
-    sample, logsumexp = sample.requiring(), logsumexp.requires_grad_()
+    sample, logsumexp = sample.requiring_grad(), logsumexp.requires_grad_()
     options = {**operator_options(sample.options), **more}
     check(OPERATORS.attention_weights_forward.default, (sample.query, sample.key, logsumexp, rng_state), options)

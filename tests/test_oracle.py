@@ -1,4 +1,4 @@
-"""The oracle, the sample generator and the tolerance rule themselves: everything else leans on them."""
+"""Tests of the oracle, the sample generator and the tolerance rule, on which all other tests rely."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from attention_ext.testing import (
 NAMED = {spec.name: spec for spec in (*FEATURES, *HARD)}
 
 
-def by_hand(sample: Sample, b: int, h: int, q: int) -> tuple[list[float], float]:
-    """Weights and logsumexp of one query of a dense sample, in Python's own arithmetic."""
+def in_plain_python(sample: Sample, b: int, h: int, q: int) -> tuple[list[float], float]:
+    """Weights and logsumexp of one query of a dense sample, in plain Python."""
     options = sample.options
     seqlen_q, head_dim = sample.query.shape[2:]
     group = sample.query.shape[1] // sample.key.shape[1]
@@ -62,12 +62,12 @@ def by_hand(sample: Sample, b: int, h: int, q: int) -> tuple[list[float], float]
 
 
 @pytest.mark.parametrize("spec", [x for x in FEATURES if not x.varlen], ids=lambda x: x.name)
-def test_reference_by_hand(spec: Spec) -> None:
+def test_reference_equals_plain_python(spec: Spec) -> None:
     sample = dataclasses.replace(spec, dropout_p=0.0).build()
     result = sample.call(reference.attention)
     values = sample.value.repeat_interleave(sample.query.shape[1] // sample.value.shape[1], 1)
     for b, h, q in itertools.product(*map(range, sample.query.shape[:3])):
-        weights, logsumexp = by_hand(sample, b, h, q)
+        weights, logsumexp = in_plain_python(sample, b, h, q)
         expected = torch.tensor(weights, dtype=torch.float64)
         torch.testing.assert_close(result.weights[b, h, q], expected, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(result.out[b, h, q], expected @ values[b, h], rtol=1e-12, atol=1e-13)
@@ -107,7 +107,7 @@ def test_baseline_is_as_accurate_as_torch(name: str, dtype: torch.dtype) -> None
     "name", ["plain", "bool_mask", "bias_hiding", "key_lengths_zero", "everything", "varlen_causal"]
 )
 def test_reference_derivatives(name: str) -> None:
-    sample = NAMED[name].build().requiring()
+    sample = NAMED[name].build().requiring_grad()
     names = list(sample.inputs())
     keep = torch.rand(2, 4, 7, 9, generator=torch.Generator().manual_seed(0)) > 0.2 if name == "everything" else None
 
@@ -133,17 +133,17 @@ def test_reference_shapes() -> None:
 def test_reference_varlen_equals_loop() -> None:
     sample = NAMED["varlen_bias"].build()
     options = dict(sample.options)
-    starts = options.pop("cu_seqlens_q"), options.pop("cu_seqlens_k")
+    cu_seqlens = options.pop("cu_seqlens_q"), options.pop("cu_seqlens_k")
     result = sample.call(reference.attention)
-    for i, (rows_q, rows_k) in enumerate(reference.sequences(*starts)):
-        mask = options["attn_mask"][i, :, : rows_q.stop - rows_q.start, : rows_k.stop - rows_k.start]
+    for i, (tokens_q, tokens_k) in enumerate(reference.sequences(*cu_seqlens)):
+        mask = options["attn_mask"][i, :, : tokens_q.stop - tokens_q.start, : tokens_k.stop - tokens_k.start]
         one = reference.attention(
-            *(sample.query[:, :, rows_q], sample.key[:, :, rows_k], sample.value[:, :, rows_k]), mask
+            *(sample.query[:, :, tokens_q], sample.key[:, :, tokens_k], sample.value[:, :, tokens_k]), mask
         )
-        torch.testing.assert_close(result.out[:, :, rows_q], one.out)
-        torch.testing.assert_close(result.logsumexp[:, :, rows_q], one.logsumexp)
+        torch.testing.assert_close(result.out[:, :, tokens_q], one.out)
+        torch.testing.assert_close(result.logsumexp[:, :, tokens_q], one.logsumexp)
     query, key, value = (x[0].transpose(0, 1) for x in (sample.query, sample.key, sample.value))
-    same = reference.attention_varlen(query, key, value, *starts, **options)
+    same = reference.attention_varlen(query, key, value, *cu_seqlens, **options)
     torch.testing.assert_close(same.out.transpose(0, 1), result.out[0])
 
 
@@ -155,12 +155,12 @@ def test_reference_varlen_equals_loop() -> None:
     ],
 )
 def test_philox_known_answers(key: tuple[int, int], counter: tuple[int, ...], words: tuple[int, ...]) -> None:
-    """The vectors for seven rounds that Random123 publishes."""
+    """Random123's published test vectors for seven rounds."""
     c0, c1, c2, c3 = map(torch.tensor, counter)
     assert tuple(int(x) for x in reference.philox(key, (c0, c1, c2, c3))) == words
 
 
-def test_dropout_keep_by_hand() -> None:
+def test_dropout_keep_equals_plain_python() -> None:
     state = torch.tensor([-5, (7 << 32) + 9])
     keep = reference.dropout_keep(state, (2, 3, 4, 21), 0.37)
     for b, h, q, k in itertools.product(range(2), range(3), range(4), range(21)):
@@ -177,11 +177,13 @@ def test_names_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
-def test_samples_repeat_and_hold_their_layout() -> None:
+def test_samples_repeat_and_keep_their_strides() -> None:
     for spec in PAIRS[:20]:
         one, two = spec.build(), spec.build()
         assert all(torch.equal(x, y) for x, y in zip(one.inputs().values(), two.inputs().values(), strict=True))
-        assert [x.stride() for x in one.requiring().inputs().values()] == [x.stride() for x in one.inputs().values()]
+        assert [x.stride() for x in one.requiring_grad().inputs().values()] == [
+            x.stride() for x in one.inputs().values()
+        ]
 
 
 def test_rule_accepts_the_reference(dtype: torch.dtype) -> None:
@@ -192,23 +194,23 @@ def test_rule_accepts_the_reference(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("output", ["out", "logsumexp", "grad_query", "grad_key", "grad_value", "grad_attn_mask"])
 @pytest.mark.parametrize("name", ["bias_per_head", "bias_columns"])
-def test_rule_refuses_small_mistakes(name: str, output: str) -> None:
+def test_rule_rejects_small_errors(name: str, output: str) -> None:
     sample = NAMED[name].build(torch.float32, "large")
     right = evaluate(sample, reference.attention)
 
     def ratio(wrong: Tensor) -> float:
         return next(x.ratio for x in compare(sample, {**right, output: wrong}) if x.name == output)
 
-    nudged = right[output].clone()
-    nudged.view(-1)[7] += 1e-3 * right[output].std()
-    assert ratio(nudged) > 1
+    perturbed = right[output].clone()
+    perturbed.view(-1)[7] += 1e-3 * right[output].std()
+    assert ratio(perturbed) > 1
     assert ratio(right[output].half().float()) > 1
     assert ratio(right[output] * (1 + 1e-5)) > 1
-    assert ratio(nudged.index_fill(-1, torch.tensor([0]), math.nan)) == math.inf
+    assert ratio(perturbed.index_fill(-1, torch.tensor([0]), math.nan)) == math.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rule_refuses_gradients_summed_in_half(dtype: torch.dtype) -> None:
+def test_rule_rejects_gradients_summed_in_half(dtype: torch.dtype) -> None:
     sample = NAMED["plain"].build(dtype, "large")
     right = evaluate(sample, reference.attention)
     exact = evaluate(sample.map(Tensor.float), reference.attention)

@@ -1,4 +1,4 @@
-"""Position codes against their formulas."""
+"""Positional encodings against their formulas."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from attention_ext.modules import LearnedPositions, RotaryPositions, SinusoidalP
 
 @pytest.mark.parametrize("features", [1, 6, 7])
 def test_sinusoidal_formula(features: int) -> None:
-    codes = SinusoidalPositions(features)(torch.zeros(2, 5, features, dtype=torch.float64))
+    encodings = SinusoidalPositions(features)(torch.zeros(2, 5, features, dtype=torch.float64))
     for position in range(5):
         for i in range(features):
             angle = position / 10000 ** ((i - i % 2) / features)
-            assert codes[1, position, i].item() == pytest.approx(math.cos(angle) if i % 2 else math.sin(angle))
+            assert encodings[1, position, i].item() == pytest.approx(math.cos(angle) if i % 2 else math.sin(angle))
 
 
 def test_sinusoidal_offset_and_dtype() -> None:
@@ -52,10 +52,10 @@ def test_rotary_is_a_rotation_of_pairs(interleaved: bool) -> None:
     x = torch.randn(2, 3, 7, 8, dtype=torch.float64)
     pairs = x.unflatten(-1, (4, 2)) if interleaved else x.unflatten(-1, (2, 4)).mT
     angles = torch.arange(7, dtype=torch.float64)[:, None] * 100.0 ** -(torch.arange(0, 8, 2) / 8)
-    turned = torch.view_as_real(
+    rotated = torch.view_as_real(
         torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)
     )
-    expected = turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
+    expected = rotated.flatten(-2) if interleaved else rotated.mT.flatten(-2)
     torch.testing.assert_close(RotaryPositions(8, 100.0, interleaved)(x), expected)
 
 
@@ -68,7 +68,7 @@ def test_rotary_scores_depend_on_distance(interleaved: bool) -> None:
     torch.testing.assert_close(module(query, offset=3).norm(), query.norm())
 
 
-def test_rotary_leaves_what_is_beyond_it() -> None:
+def test_rotary_keeps_features_beyond_head_dim() -> None:
     x = torch.randn(5, 10)
     torch.testing.assert_close(RotaryPositions(4)(x)[:, 4:], x[:, 4:], rtol=0, atol=0)
     torch.testing.assert_close(RotaryPositions(4)(x)[:, :4], RotaryPositions(4)(x[:, :4]))
@@ -76,7 +76,7 @@ def test_rotary_leaves_what_is_beyond_it() -> None:
 
 
 @pytest.mark.parametrize("head_dim", [0, 3, -2])
-def test_rotary_needs_pairs(head_dim: int) -> None:
+def test_rotary_needs_an_even_head_dim(head_dim: int) -> None:
     with pytest.raises(ValueError, match="even"):
         RotaryPositions(head_dim)
     with pytest.raises(RuntimeError, match="at least 8 features"):

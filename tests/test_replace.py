@@ -1,4 +1,4 @@
-"""replace_ swaps torch's modules in place and back."""
+"""replace_ and restore_ swap the modules of a model in place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def attention_classes(model: nn.Module) -> set[type]:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_same_results_there_and_back(batch_first: bool, training: bool) -> None:
+def test_same_results_after_replace_and_restore(batch_first: bool, training: bool) -> None:
     model = transformer(batch_first=batch_first, dropout=0.0).train(training)
     src, tgt = torch.randn(5, 3, 16, dtype=torch.float64), torch.randn(4, 3, 16, dtype=torch.float64)
     if batch_first:
@@ -58,7 +58,7 @@ def test_same_results_there_and_back(batch_first: bool, training: bool) -> None:
     torch.testing.assert_close(run(), expected, rtol=0, atol=0)
 
 
-def test_everything_stays() -> None:
+def test_parameters_hooks_and_modes_are_kept() -> None:
     model = transformer().half().eval()
     model.decoder.layers[1].self_attn.train()
     model.encoder.layers[0].self_attn.in_proj_weight.requires_grad_(False)
@@ -87,7 +87,7 @@ def test_everything_stays() -> None:
     [{}, {"kdim": 6, "vdim": 5}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True, "batch_first": True}],
     ids=str,
 )
-def test_the_model_itself(options: dict[str, Any]) -> None:
+def test_model_that_is_the_module(options: dict[str, Any]) -> None:
     module = nn.MultiheadAttention(8, 2, **options)
     tensors = torch.randn(3, 2, 8), torch.randn(3, 2, module.kdim), torch.randn(3, 2, module.vdim)
     expected = module(*tensors)
@@ -113,7 +113,7 @@ def test_shared_modules_stay_shared() -> None:
     assert isinstance(shared, MultiheadAttention)
 
 
-def test_report_says_what_was_left_and_why() -> None:
+def test_report_of_modules_left() -> None:
     model = nn.Module()
     model.mine = nn.MultiheadAttention(8, 2)
     model.done = MultiheadAttention(8, 2)
@@ -141,7 +141,7 @@ def test_report_says_what_was_left_and_why() -> None:
     assert restore_(model).swapped == ["done"]
 
 
-def test_restore_reports_what_is_gone() -> None:
+def test_restore_reports_removed_modules() -> None:
     model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
     report = replace_(model)
     model[0] = nn.Identity()
@@ -150,7 +150,7 @@ def test_restore_reports_what_is_gone() -> None:
     assert list(back.left) == ["0"]
 
 
-def test_forward_set_on_the_instance_stays() -> None:
+def test_forward_set_on_the_instance_is_kept() -> None:
     model = nn.ModuleDict({"torch": nn.MultiheadAttention(8, 2), "ours": MultiheadAttention(8, 2)})
     classes = {name: type(module) for name, module in model.items()}
     for module in model.values():
@@ -163,10 +163,10 @@ def test_forward_set_on_the_instance_stays() -> None:
 
 
 class Sharded:
-    """Stands for a wrapper that puts a class of its own in front, as fully_shard does."""
+    """A wrapper that derives a class of its own, as fully_shard does."""
 
 
-def test_subclasses_of_ours_stay() -> None:
+def test_subclasses_of_ours_are_kept() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
     model = nn.Sequential(encoder, nn.MultiheadAttention(8, 2))
     report = replace_(model)
@@ -249,7 +249,7 @@ def test_encoder_of_wrapped_attention() -> None:
         assert not any(isinstance(module, MultiheadAttention) for module in changed.modules())
 
 
-def test_restore_leaves_what_is_no_longer_there() -> None:
+def test_restore_leaves_detached_modules() -> None:
     model = nn.ModuleList([nn.MultiheadAttention(16, 4)])
     report = replace_(model)
     taken, model[0] = model[0], nn.Identity()
@@ -257,14 +257,14 @@ def test_restore_leaves_what_is_no_longer_there() -> None:
     assert isinstance(taken, MultiheadAttention)
 
 
-def test_encoder_that_made_none_is_not_touched() -> None:
+def test_encoder_without_nested_tensors_is_kept() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32), 2, enable_nested_tensor=False)
     assert replace_(encoder).encoders == []
     assert restore_(encoder).encoders == []
     assert encoder.use_nested_tensor is False
 
 
-def test_training_goes_on_with_the_same_optimizer() -> None:
+def test_training_continues_with_the_same_optimizer() -> None:
     """Two steps of Adam with a replacement between them are two steps of Adam."""
     x = torch.randn(3, 2, 16, dtype=torch.float64)
 
@@ -282,7 +282,7 @@ def test_training_goes_on_with_the_same_optimizer() -> None:
     torch.testing.assert_close(train(replace=True), train(replace=False))
 
 
-def test_exported_at_the_top() -> None:
+def test_public_names() -> None:
     assert attention_ext.replace_ is replace_
     assert attention_ext.restore_ is restore_
     assert attention_ext.MultiheadAttention is MultiheadAttention

@@ -1,4 +1,4 @@
-"""sdpa() routes torch's function for a while, and leaves to torch what is torch's."""
+"""sdpa() routes F.scaled_dot_product_attention within its block, and falls back to torch for calls it cannot serve."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TORCHS: Any = F.scaled_dot_product_attention
 
 
 @pytest.fixture(autouse=True)
-def torchs_function_comes_back() -> Iterator[None]:
+def torchs_function_is_restored() -> Iterator[None]:
     yield
     assert F.scaled_dot_product_attention is TORCHS
 
@@ -50,7 +50,7 @@ def test_sdpa_is_routed_in_the_block_only() -> None:
     torch.testing.assert_close(grouped, original(x[0], x[1][:, :1], x[2][:, :1], enable_gqa=True))
 
 
-def test_sdpa_reaches_torchs_own_modules() -> None:
+def test_sdpa_routes_torchs_own_modules() -> None:
     module = nn.MultiheadAttention(8, 2)
     x = torch.randn(3, 2, 8)
     with sdpa() as routed:
@@ -71,40 +71,43 @@ class Wrapper(Tensor):
     pass
 
 
-LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
-    "subclass": ("tensor subclass", lambda: attend(row(5).as_subclass(Wrapper))),
+FALLBACKS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "subclass": ("tensor subclass", lambda: attend(tensor(5).as_subclass(Wrapper))),
     "list": ("an argument that is no tensor", lambda: attend([[1.0]])),
-    "array": ("an argument that is no tensor", lambda: attend(row(5).numpy())),
-    "mask list": ("an argument that is no tensor", lambda: attend(row(5), attn_mask=[[1.0]])),
-    "number as a tensor": ("scale of type Tensor", lambda: attend(row(5), scale=torch.tensor(0.5))),
-    "text": ("dropout_p of type str", lambda: attend(row(5), dropout_p="0")),
-    "nothing": ("dropout_p of type NoneType", lambda: attend(row(5), dropout_p=None)),
-    "complex": ("scale of type complex", lambda: attend(row(5), scale=1j)),
-    "causal number": ("is_causal of type int", lambda: attend(row(5), is_causal=1)),
-    "causal tensor": ("is_causal of type Tensor", lambda: attend(row(5), is_causal=torch.tensor(True))),
-    "grouped number": ("enable_gqa of type int", lambda: attend(row(5), enable_gqa=0)),
-    "nan": ("scale nan", lambda: attend(row(5), scale=math.nan)),
-    "inf": ("scale inf", lambda: attend(row(5), scale=math.inf)),
-    "no dimensions": ("less than two dimensions", lambda: attend(row(5)[0, 0, 0, 0])),
-    "one dimension": ("less than two dimensions", lambda: attend(row(5)[0, 0, 0])),
-    "integers": ("dtype torch.int64", lambda: attend(row(5).long())),
-    "head_dim 0": ("empty tensor", lambda: attend(row(5)[..., :0])),
-    "no queries, no mask for them": ("empty tensor", lambda: attend(row(0), row(5), attn_mask=torch.ones(3, 3))),
-    "no keys, no mask for them": ("empty tensor", lambda: attend(row(5), row(0), attn_mask=torch.ones(3, 3))),
-    "no batch, no mask for it": ("empty tensor", lambda: attend(row(5)[:0], attn_mask=torch.ones(3, 3))),
-    "no key heads": ("empty tensor", lambda: attend(row(5), row(5)[:, :0])),
-    "no grouped key heads": ("empty tensor", lambda: attend(row(5), row(5)[:, :0], enable_gqa=True)),
+    "array": ("an argument that is no tensor", lambda: attend(tensor(5).numpy())),
+    "mask list": ("an argument that is no tensor", lambda: attend(tensor(5), attn_mask=[[1.0]])),
+    "number as a tensor": ("scale of type Tensor", lambda: attend(tensor(5), scale=torch.tensor(0.5))),
+    "text": ("dropout_p of type str", lambda: attend(tensor(5), dropout_p="0")),
+    "nothing": ("dropout_p of type NoneType", lambda: attend(tensor(5), dropout_p=None)),
+    "complex": ("scale of type complex", lambda: attend(tensor(5), scale=1j)),
+    "causal number": ("is_causal of type int", lambda: attend(tensor(5), is_causal=1)),
+    "causal tensor": ("is_causal of type Tensor", lambda: attend(tensor(5), is_causal=torch.tensor(True))),
+    "grouped number": ("enable_gqa of type int", lambda: attend(tensor(5), enable_gqa=0)),
+    "nan": ("scale nan", lambda: attend(tensor(5), scale=math.nan)),
+    "inf": ("scale inf", lambda: attend(tensor(5), scale=math.inf)),
+    "no dimensions": ("less than two dimensions", lambda: attend(tensor(5)[0, 0, 0, 0])),
+    "one dimension": ("less than two dimensions", lambda: attend(tensor(5)[0, 0, 0])),
+    "integers": ("dtype torch.int64", lambda: attend(tensor(5).long())),
+    "head_dim 0": ("empty tensor", lambda: attend(tensor(5)[..., :0])),
+    "no queries, mismatched mask": ("empty tensor", lambda: attend(tensor(0), tensor(5), attn_mask=torch.ones(3, 3))),
+    "no keys, mismatched mask": ("empty tensor", lambda: attend(tensor(5), tensor(0), attn_mask=torch.ones(3, 3))),
+    "no batch, mismatched mask": ("empty tensor", lambda: attend(tensor(5)[:0], attn_mask=torch.ones(3, 3))),
+    "no key heads": ("empty tensor", lambda: attend(tensor(5), tensor(5)[:, :0])),
+    "no grouped key heads": ("empty tensor", lambda: attend(tensor(5), tensor(5)[:, :0], enable_gqa=True)),
     "heads of keys and values": (
         "grouped heads of keys unlike those of values",
-        lambda: attend(row(5), row(5)[:, :2], row(5)[:, :1], enable_gqa=True),
+        lambda: attend(tensor(5), tensor(5)[:, :2], tensor(5)[:, :1], enable_gqa=True),
     ),
-    "bias of other lengths": ("tensor subclass", lambda: attend(row(5), attn_mask=causal_upper_left(4, 4))),
-    "bias that does not fit": ("tensor subclass", lambda: attend(row(5), attn_mask=causal_lower_right(3, 4))),
-    "bias and causal": ("tensor subclass", lambda: attend(row(5), attn_mask=causal_upper_left(5, 5), is_causal=True)),
+    "bias of other lengths": ("tensor subclass", lambda: attend(tensor(5), attn_mask=causal_upper_left(4, 4))),
+    "bias that does not fit": ("tensor subclass", lambda: attend(tensor(5), attn_mask=causal_lower_right(3, 4))),
+    "bias and causal": (
+        "tensor subclass",
+        lambda: attend(tensor(5), attn_mask=causal_upper_left(5, 5), is_causal=True),
+    ),
 }
 
 
-def row(length: int) -> Tensor:
+def tensor(length: int) -> Tensor:
     return torch.arange(2.0 * 4 * length * 8).sin().reshape(2, 4, length, 8)
 
 
@@ -113,20 +116,20 @@ def attend(query: Any, key: Any = None, value: Any = None, **options: Any) -> An
     return F.scaled_dot_product_attention(query, key, key if value is None else value, **options)
 
 
-def answer(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the type and the text of its error."""
+def outcome(call: Callable[[], Any]) -> Any:
+    """The result of a call, or the type and the text of its error."""
     try:
         return call()
     except Exception as error:
         return type(error), re.sub(r" \(position \d+\)", "", str(error))
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_sdpa_leaves_to_torch_what_it_cannot_do(name: str) -> None:
-    reason, call = LEFT[name]
-    expected = answer(call)
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_sdpa_falls_back_to_torch(name: str) -> None:
+    reason, call = FALLBACKS[name]
+    expected = outcome(call)
     with sdpa() as routed:
-        actual = answer(call)
+        actual = outcome(call)
     assert (routed.taken, dict(routed.left)) == (0, {reason: 1})
     if isinstance(expected, Tensor):
         assert type(actual) is type(expected)
@@ -137,7 +140,7 @@ def test_sdpa_leaves_to_torch_what_it_cannot_do(name: str) -> None:
 
 @pytest.mark.parametrize(
     "call",
-    [lambda: F.scaled_dot_product_attention(row(5), row(5)), lambda: attend(row(5), window=3)],  # type: ignore[call-arg]
+    [lambda: F.scaled_dot_product_attention(tensor(5), tensor(5)), lambda: attend(tensor(5), window=3)],  # type: ignore[call-arg]
     ids=["too few", "unknown"],
 )
 def test_sdpa_names_torchs_function_in_errors(call: Callable[[], Any]) -> None:
@@ -147,7 +150,7 @@ def test_sdpa_names_torchs_function_in_errors(call: Callable[[], Any]) -> None:
 
 
 class Compares(Tensor):
-    """Asks for the function as CausalBias does, and as nested tensors do."""
+    """Compares the function that it is given, as CausalBias and nested tensors do."""
 
     seen: list[tuple[bool, bool]] = []  # noqa: RUF012
 
@@ -160,12 +163,12 @@ class Compares(Tensor):
 
 def test_subclasses_are_given_torchs_function() -> None:
     Compares.seen.clear()
-    query, mask = row(5).as_subclass(Compares), row(5)[0, 0, :, :5].as_subclass(Compares)
+    query, mask = tensor(5).as_subclass(Compares), tensor(5)[0, 0, :, :5].as_subclass(Compares)
     with sdpa() as routed:
         attend(query)
-        attend(row(5), attn_mask=mask)
+        attend(tensor(5), attn_mask=mask)
         assert F.scaled_dot_product_attention is not TORCHS
-        attend(row(5))
+        attend(tensor(5))
     assert Compares.seen == [(True, True)] * 2
     assert (routed.taken, routed.left.total()) == (1, 2)
 
@@ -180,13 +183,13 @@ def test_modes_are_given_torchs_function() -> None:
             return func(*args, **(kwargs or {}))
 
     with sdpa() as routed, Mode():
-        attend(row(5), scale=math.nan)
-        attend(row(5))
+        attend(tensor(5), scale=math.nan)
+        attend(tensor(5))
     assert seen == [True]
     assert (routed.taken, routed.left.total()) == (1, 1)
 
 
-def test_blocks_open_while_a_subclass_is_served() -> None:
+def test_block_opened_within_torch_function() -> None:
     class Opens(Tensor):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -197,8 +200,8 @@ def test_blocks_open_while_a_subclass_is_served() -> None:
     inner: list[Any] = []
     with ExitStack() as later:
         with sdpa():
-            attend(row(5).as_subclass(Opens))
-        attend(row(5))
+            attend(tensor(5).as_subclass(Opens))
+        attend(tensor(5))
     assert [routed.taken for routed in inner] == [1]
 
 
@@ -228,7 +231,7 @@ def test_sdpa_leaves_scripts_to_torch() -> None:
 
 
 @pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
-def test_sdpa_leaves_causal_biases_as_they_are(bias: Any) -> None:
+def test_sdpa_passes_causal_biases_on_to_subclasses(bias: Any) -> None:
     (query, _, _), (key, value, _) = tensors(3, 4), tensors(5, 4)
     expected = F.scaled_dot_product_attention(query, key, value, bias(3, 5))
     with sdpa() as routed:
@@ -266,58 +269,60 @@ def test_sdpa_in_threads() -> None:
     assert F.scaled_dot_product_attention is original
 
 
-class Theirs:
-    """Puts a function around the one that is there, and back, as torch's context_parallel does."""
+class OtherPatch:
+    """Wraps the current function and restores it, as torch's context_parallel does."""
 
     def __init__(self) -> None:
         self.calls = 0
-        self.found: Any = None
+        self.original: Any = None
 
-    def __enter__(self) -> Theirs:
-        self.found = F.scaled_dot_product_attention
+    def __enter__(self) -> OtherPatch:
+        self.original = F.scaled_dot_product_attention
 
-        def around(*args: Any, **options: Any) -> Any:
+        def wrapper(*args: Any, **options: Any) -> Any:
             self.calls += 1
-            return self.found(*(x.as_subclass(Wrapper) for x in args), **options)
+            return self.original(*(x.as_subclass(Wrapper) for x in args), **options)
 
-        self.around = F.scaled_dot_product_attention = around
+        self.wrapper = F.scaled_dot_product_attention = wrapper
         return self
 
     def __exit__(self, *_: object) -> None:
-        if F.scaled_dot_product_attention is self.around:
-            F.scaled_dot_product_attention = self.found
+        if F.scaled_dot_product_attention is self.wrapper:
+            F.scaled_dot_product_attention = self.original
 
 
-def test_sdpa_does_not_take_calls_from_somebody_else() -> None:
-    with Theirs() as theirs:
+def test_sdpa_within_another_patch_raises() -> None:
+    with OtherPatch() as other:
         with (
-            pytest.raises(RuntimeError, match=r"got .*test_sdpa\.Theirs\..*around, which .*: open sdpa\(\) before"),
+            pytest.raises(
+                RuntimeError, match=r"got .*test_sdpa\.OtherPatch\..*wrapper, which .*: open sdpa\(\) before"
+            ),
             sdpa(),
         ):
             pass
-        attend(row(5))
-    assert theirs.calls == 1
+        attend(tensor(5))
+    assert other.calls == 1
 
 
-def test_somebody_else_within_is_called() -> None:
+def test_another_patch_within_is_called() -> None:
     with sdpa() as routed:
-        with Theirs() as theirs:
-            attend(row(5))
+        with OtherPatch() as other:
+            attend(tensor(5))
             with pytest.raises(RuntimeError, match="open sdpa"), sdpa():
                 pass
-        attend(row(5))
-    assert (theirs.calls, routed.taken, dict(routed.left)) == (1, 1, {"tensor subclass": 1})
+        attend(tensor(5))
+    assert (other.calls, routed.taken, dict(routed.left)) == (1, 1, {"tensor subclass": 1})
 
 
-def test_somebody_else_outlives_the_block() -> None:
+def test_another_patch_outlives_the_block() -> None:
     with ExitStack() as later:
         with sdpa() as routed:
-            theirs = later.enter_context(Theirs())
-        attend(row(5))
-        assert (theirs.calls, routed.taken, routed.left.total()) == (1, 0, 0)
-    attend(row(5))  # theirs put back what was there
+            other = later.enter_context(OtherPatch())
+        attend(tensor(5))
+        assert (other.calls, routed.taken, routed.left.total()) == (1, 0, 0)
+    attend(tensor(5))  # the other patch restored the function that it had found
     with sdpa() as again:
-        attend(row(5))
+        attend(tensor(5))
     assert (routed.taken, again.taken) == (0, 1)
 
 
@@ -357,7 +362,7 @@ def test_sdpa_compiles() -> None:
     assert routed.taken == 2
 
 
-def test_sdpa_ends_with_an_error() -> None:
+def test_sdpa_is_undone_by_an_exception() -> None:
     original = F.scaled_dot_product_attention
     with pytest.raises(KeyError), sdpa():
         raise KeyError

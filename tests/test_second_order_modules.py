@@ -1,4 +1,4 @@
-"""Derivatives of derivatives of small Transformers on our kernels, in double, are those of torch's on its math path."""
+"""Second derivatives of small Transformers on our kernels in float64 equal those of torch's math path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from attention_ext.modules import attention as attention_module
 
 BATCH, LENGTH, MEMORY, WIDTH, HEADS = 3, 4, 3, 8, 2
 
-pytestmark = pytest.mark.filterwarnings("error:.*performance drop.*")  # vmap had no rule and went sample by sample
+pytestmark = pytest.mark.filterwarnings("error:.*performance drop.*")  # vmap without a batching rule loops over samples
 
 
 class LayerNorm(nn.LayerNorm):
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """One `attention_ext.Attention`, with its weights among the outputs where they are asked for."""
+    """One `attention_ext.Attention`; with need_weights its output is concatenated with the weights."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ OURS = [
 
 @contextmanager
 def oracle(keep: Tensor | None = None) -> Iterator[None]:
-    """Within the block `attention_ext.Attention` is computed by the reference, score by score, in plain torch."""
+    """Within the block `attention_ext.Attention` runs on the reference in plain torch."""
 
     def result(*args: Any, window_left: int | None, window_right: int | None, **options: Any) -> reference.Result:
         return reference.attention(*args, keep=keep, window=(window_left, window_right), **options)
@@ -167,18 +167,18 @@ def reverse_over_forward(p: Problem) -> Tensor:
 
 
 def forward_over_forward(p: Problem) -> Tensor:
-    def slope(vector: Tensor) -> Tensor:
+    def directional(vector: Tensor) -> Tensor:
         return jvp(p.loss, (vector,), (p.directions[0],))[1]
 
-    return jvp(slope, (p.vector,), (p.directions[1],))[1]
+    return jvp(directional, (p.vector,), (p.directions[1],))[1]
 
 
 def double_backward(p: Problem) -> Tensor:
     vector, x = p.vector.clone().requires_grad_(), p.x.clone().requires_grad_()
     loss = p.out(vector, x, p.memory, p.hidden).sin().sum()
-    slopes = torch.autograd.grad(loss, [vector, x], create_graph=True)
-    penalty = slopes[0] @ p.directions[0] + slopes[1].square().sum()
-    return torch.cat([slope.flatten() for slope in torch.autograd.grad(penalty, [vector, x])])
+    gradients = torch.autograd.grad(loss, [vector, x], create_graph=True)
+    penalty = gradients[0] @ p.directions[0] + gradients[1].square().sum()
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(penalty, [vector, x])])
 
 
 def functional_hvp(p: Problem) -> Tensor:
@@ -205,14 +205,14 @@ def dual_number_through_backward(p: Problem) -> Tensor:
     vector = p.vector.clone().requires_grad_()
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(vector, p.directions[0])
-        (slope,) = torch.autograd.grad(p.loss(dual), dual, create_graph=True)
-        return forward_ad.unpack_dual(slope).tangent
+        (gradient,) = torch.autograd.grad(p.loss(dual), dual, create_graph=True)
+        return forward_ad.unpack_dual(gradient).tangent
 
 
 def gauss_newton_product(p: Problem) -> Tensor:
     """J^T J direction."""
-    pull = vjp(p.out, p.vector)[1]
-    return pull(jvp(p.out, (p.vector,), (p.directions[0],))[1])[0]
+    transposed = vjp(p.out, p.vector)[1]
+    return transposed(jvp(p.out, (p.vector,), (p.directions[0],))[1])[0]
 
 
 def per_sample_gradients(p: Problem) -> Tensor:
@@ -322,7 +322,7 @@ WITHOUT_MAPPING = [x for x in DERIVATIVES if x.__name__.split("_")[0] not in ("p
 
 
 @pytest.mark.parametrize("derivative", WITHOUT_MAPPING, ids=lambda x: x.__name__)
-def test_dropout_equals_the_reference_with_its_bits(derivative: Callable[[Problem], Tensor]) -> None:
+def test_dropout_equals_the_reference_with_its_mask(derivative: Callable[[Problem], Tensor]) -> None:
     torch.manual_seed(0)
     problem = SeededProblem(Layer(dropout=0.3, num_kv_heads=2, sinks=True).double(), {"need_weights": True})
     torch.manual_seed(1)
@@ -342,16 +342,16 @@ def replaced_encoder_with_dropout() -> SeededProblem:
     return SeededProblem(model, {"mask": CAUSAL, "is_causal": True})
 
 
-def test_products_with_dropout_are_differences_of_gradients() -> None:
+def test_hessian_products_with_dropout_equal_finite_differences() -> None:
     p, step = replaced_encoder_with_dropout(), 1e-5
-    moved = [grad(p.loss)(p.vector + sign * step * p.directions[0]) for sign in (1, -1)]
-    expected = (moved[0] - moved[1]) / (2 * step)
+    plus, minus = (grad(p.loss)(p.vector + sign * step * p.directions[0]) for sign in (1, -1))
+    expected = (plus - minus) / (2 * step)
     for derivative in (reverse_over_reverse, forward_over_reverse, reverse_over_forward):
         torch.testing.assert_close(derivative(p), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
 
 def test_per_sample_gradients_with_dropout() -> None:
-    """With the same bits for every sample they are those of one sample after another; other bits give others."""
+    """With one dropout mask for every sample they equal those of a loop; with different masks they do not."""
     p = replaced_encoder_with_dropout()
     inputs = (p.x, p.memory, p.hidden)
     one_by_one = torch.stack([grad(p.sample_loss)(p.vector, *sample) for sample in zip(*inputs, strict=True)])

@@ -1,4 +1,4 @@
-"""DTensor: batch and head shards give the results of one process, forward and backward, without gathering anything."""
+"""DTensor: shards of batch and heads give the results of one process, forward and backward, without communication."""
 
 from __future__ import annotations
 
@@ -83,16 +83,16 @@ def run(rank: int, folder: str) -> None:
             out = torch.ops.attention_ext.attention(inputs["query"], inputs["key"], inputs["value"], enable_gqa=True)[0]
         assert communication.get_total_counts() == 0
         assert out.placements == (Shard(dim),)
-        expected_weights, expected_moves = weights_of(tensors()["query"], torch.tensor([3, 5]))
+        expected_weights, expected_query_grad = weights_of(tensors()["query"], torch.tensor([3, 5]))
         lengths = distribute_tensor(torch.tensor([3, 5]), mesh, [Shard(0) if dim == 0 else Replicate()])
-        weights, moves = weights_of(inputs["query"], lengths)
+        weights, query_grad = weights_of(inputs["query"], lengths)
         torch.testing.assert_close(weights.full_tensor(), expected_weights)
-        torch.testing.assert_close(moves.full_tensor(), expected_moves)
+        torch.testing.assert_close(query_grad.full_tensor(), expected_query_grad)
         per_batch = {name: torch.stack([x, -x]) for name, x in tensors().items() if name in ("alibi_slopes", "sinks")}
         sharded = {name: distribute_tensor(x, mesh, [Shard(dim)]) for name, x in per_batch.items()}
-        for given, whole in ((inputs, tensors()), (inputs | sharded, tensors() | per_batch)):
+        for given, full in ((inputs, tensors()), (inputs | sharded, tensors() | per_batch)):
             for average_heads in (False, True):
-                theirs = weights_gradients(whole, average_heads)
+                theirs = weights_gradients(full, average_heads)
                 for ours, expected_gradient in zip(weights_gradients(given, average_heads), theirs, strict=True):
                     torch.testing.assert_close(ours.full_tensor(), expected_gradient)
         out, actual = gradients(inputs)
@@ -100,7 +100,7 @@ def run(rank: int, folder: str) -> None:
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours.full_tensor(), theirs)
     dist.destroy_process_group()
-    # Without taking the interpreter down: Gloo's threads may still drop tensors then, and abort (pytorch issue 190489).
+    # Skips interpreter shutdown, in which Gloo's threads may release tensors and abort (pytorch/pytorch#190489).
     os._exit(0)
 
 
@@ -109,7 +109,7 @@ def test_shards_of_batch_and_heads() -> None:
         mp.spawn(run, args=(folder,), nprocs=WORLD)
 
 
-def test_registering_twice_is_harmless() -> None:
+def test_registering_twice_is_a_no_op() -> None:
     sharding.register()
     sharding.register()
     assert attention_ext.ops.sharding._registered

@@ -1,4 +1,4 @@
-"""Every public signature spells the options as the schema of the operator does: names, order, types and defaults."""
+"""Every public signature has the options of the operator's schema: names, order, types and defaults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPERATORS = (
 )  # fmt: skip
 TYPES = {"Tensor": Tensor, "float": float, "bool": bool, "int": int, "str": str}
 CU_SEQLENS = ("cu_seqlens_q", "cu_seqlens_k")
-OWN = ("return_logsumexp", "keep", "logsumexp", "average_heads", "rows", "rng_state")  # of one function, no options
+OWN = ("return_logsumexp", "keep", "logsumexp", "average_heads", "rows", "rng_state")  # arguments of single functions
 
 
 def schema(operator: str) -> list[Option]:
@@ -43,7 +43,7 @@ def schema(operator: str) -> list[Option]:
 
 
 def python_options() -> list[Option]:
-    """The options as Python spells them: `window` stands for `window_left` and `window_right`."""
+    """The options in Python, where `window` stands for `window_left` and `window_right`."""
     options = []
     for name, declared, default in schema("attention"):
         if name == "window_left":
@@ -99,13 +99,13 @@ def test_script_forms_have_the_signature(function: Callable[..., Any], flag: boo
 
 
 def test_explain_takes_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`explain` hands the operator every option of the schema: the defaults of the schema where none is given."""
+    """`explain` passes every option of the schema to the operator, with the schema's defaults."""
     x = torch.randn(1, 2, 3, 4)
-    seen: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
 
     class Ops:
         def attention_explain(self, **arguments: Any) -> str:
-            seen.update(arguments)
+            passed.update(arguments)
             return ""
 
     class Namespace:
@@ -115,11 +115,11 @@ def test_explain_takes_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     attention_ext.explain(x, x, x)
     monkeypatch.undo()
     expected = {name: default for name, _, default in schema("attention")}
-    assert {name: value for name, value in seen.items() if name not in ("query", "key", "value", "which")} == expected
+    assert {name: value for name, value in passed.items() if name not in ("query", "key", "value", "which")} == expected
 
 
 def test_defaults_of_the_operators_own_arguments() -> None:
-    """Functions that take an argument beside the options give it the default of the schema."""
+    """Functions' further arguments have the schema's defaults too."""
     arguments = torch.ops.attention_ext.attention_weights.default._schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments}
     weights = inspect.signature(attention_ext.attention_weights).parameters
@@ -130,7 +130,7 @@ def test_defaults_of_the_operators_own_arguments() -> None:
 
 
 def test_cpp_options() -> None:
-    """C++ has the same options in the same order, with the same defaults. The dispatcher compares their types."""
+    """C++ has the same options in the same order, with the same defaults; the dispatcher checks their types."""
     header = Path(attention_ext.include_path(), "attention_ext", "options.h").read_text()
     tied = re.search(r"std::tie\(([^)]*)\)", header)
     assert tied is not None
@@ -144,10 +144,10 @@ def test_cpp_options() -> None:
         for declared, names, default in members
         for name in names.split(", ")
     }
-    spelled = {True: "true", False: "false"}
+    cpp_bools = {True: "true", False: "false"}
     for name, default in options.items():
         text = (
-            spelled[default] if isinstance(default, bool) else f'"{default}"' if isinstance(default, str) else default
+            cpp_bools[default] if isinstance(default, bool) else f'"{default}"' if isinstance(default, str) else default
         )
         assert defaults.pop(name) == ((True, "") if default is None else (False, str(text)))
     assert not defaults

@@ -1,4 +1,4 @@
-"""Strides of 0 and beyond 2^31 elements in every pass; sizes near the limits of 64 bits are errors that say so."""
+"""Strides of 0 and beyond 2^31 elements in every pass; errors for sizes near the limits of int64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FarApart = Callable[[Tensor, int], Tensor]
 
 
 def every_pass(sample: Sample) -> dict[str, Tensor]:
-    """Forward, weights, first and second derivatives; tangents lie as the inputs do."""
+    """Forward, weights, first and second derivatives; tangents have the strides of the inputs."""
     logsumexp, rng_state = sample.call(operator)[1:]
     weights = torch.ops.attention_ext.attention_weights(
         sample.query, sample.key, logsumexp, rng_state, **operator_options(sample.options)
@@ -54,8 +54,8 @@ def test_masks_beyond_two_to_the_31(length: int, dim: int, device: str, far_apar
 @pytest.mark.parametrize("seqlen_k", [33, 65, 193])
 @pytest.mark.parametrize("length", [3, 33])
 @pytest.mark.parametrize("dims", [(1,), (0, 1)], ids=["heads", "batch_and_heads"])
-def test_one_key_head_for_all(dims: tuple[int, ...], length: int, seqlen_k: int, dtype: torch.dtype) -> None:
-    """Keys and values expanded over heads, so that their stride is 0."""
+def test_expanded_keys_and_values(dims: tuple[int, ...], length: int, seqlen_k: int, dtype: torch.dtype) -> None:
+    """Over heads, so that their stride is 0."""
     sample = Spec("expanded", lengths=(length, seqlen_k), heads=(3, 3), head_dims=(40, 24)).build(dtype)
     same = {}
     for name in ("key", "value"):
@@ -69,7 +69,7 @@ def test_one_key_head_for_all(dims: tuple[int, ...], length: int, seqlen_k: int,
     )
 
 
-HUGE = 2**45  # times the size of a number more than any address space
+HUGE = 2**45  # elements: more than any address space
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], str]] = {
     "batch": ((HUGE, 1, 1, 1), (HUGE, 1, 1, 1), "can't allocate memory"),
     "heads": ((1, HUGE, 1, 1), (1, HUGE, 1, 1), "can't allocate memory"),
@@ -83,7 +83,7 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_sizes_that_no_memory_holds(name: str) -> None:
+def test_sizes_beyond_memory_raise(name: str) -> None:
     sizes, key_sizes, text = SIZES[name]
     query, key = (torch.zeros(1, 1, 1, 1).expand(x) for x in (sizes, key_sizes))
     with pytest.raises(RuntimeError, match=text):
@@ -96,7 +96,7 @@ def test_sizes_that_no_memory_holds(name: str) -> None:
 
 @pytest.mark.parametrize("sizes", [(2**31, 1), (1, 2**31), (2**31, 2**31), (2**62, 1)], ids=str)
 def test_sizes_without_a_query(sizes: tuple[int, int]) -> None:
-    """Nothing to do, however many times."""
+    """Huge batches and heads without queries are a no-op."""
     x = torch.zeros(1, 1, 0, 1).expand(*sizes, 0, 1)
     out, logsumexp, rng_state = operator(x, x, x)
     gradients = torch.ops.attention_ext.attention_backward(x, None, x, x, x, out, logsumexp, rng_state)

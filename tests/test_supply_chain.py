@@ -1,4 +1,4 @@
-"""Nothing is fetched when the package is used, no pickle is trusted, and what is installed is pinned by its hash."""
+"""The package uses no network and unpickles nothing; requirements are pinned by hash; bootstrap holds a lock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ attention_ext.replace_(torch.nn.TransformerEncoderLayer(8, 2))
 """
 
 
-def test_use_needs_no_network() -> None:
+def test_no_network_is_used() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_NETWORK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -79,4 +79,4 @@ def test_a_second_bootstrap_waits_and_gives_up(bootstrap: ModuleType, capfd: pyt
     holder.kill()
     holder.join()
     with bootstrap.locked(patience=0.1):
-        pass  # a killed process holds nothing
+        pass  # the lock of a killed process is released

@@ -1,4 +1,4 @@
-"""Calls from several Python threads at once, and in a forked child, give the bits of calls one after another."""
+"""Concurrent calls from several Python threads, and calls in a forked child, are bit-equal to serial calls."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def assert_equal(actual: Outputs, expected: Outputs) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda x: x.name)
-def test_callers_at_once(spec: Spec, device: str, threads: Callable[[int], None]) -> None:
-    """Each on inputs of its own, each call large enough to ask for two threads of torch."""
+def test_concurrent_callers(spec: Spec, device: str, threads: Callable[[int], None]) -> None:
+    """Each on its own inputs, large enough to use two of torch's threads."""
     threads(2)
     samples = [spec.build(torch.float32, "large", device)]
     for i in range(1, CALLERS):
@@ -47,7 +47,7 @@ def test_callers_at_once(spec: Spec, device: str, threads: Callable[[int], None]
     together = Barrier(CALLERS)
 
     def call(sample: Sample) -> list[Outputs]:
-        torch.set_num_threads(2)  # OpenMP counts for each caller apart
+        torch.set_num_threads(2)  # OpenMP keeps the number per calling thread
         together.wait()
         return [outputs_of(sample) for _ in range(3)]
 
@@ -58,10 +58,10 @@ def test_callers_at_once(spec: Spec, device: str, threads: Callable[[int], None]
 
 
 def test_backward_of_one_graph_with_dropout_from_several_threads(device: str, threads: Callable[[int], None]) -> None:
-    """The bits that forward drew are part of the graph: whoever differentiates it drops the same weights."""
+    """The forward's rng_state is saved in the graph, so every backward has the same dropout mask."""
     threads(2)
     sample = Spec("dropout", lengths=(200, 300), head_dims=(32, 32), dropout_p=0.3).build(torch.float32, device=device)
-    sample = sample.requiring()
+    sample = sample.requiring_grad()
     out = sample.call(operator)[0]
     inputs = list(sample.inputs().values())
 
@@ -76,7 +76,7 @@ def test_backward_of_one_graph_with_dropout_from_several_threads(device: str, th
 
 
 def test_dropout_drawn_by_several_threads(device: str) -> None:
-    """Callers share torch's generator: they draw the seeds that calls in some order draw, none of them twice."""
+    """Callers share torch's generator: together they draw the seeds of as many serial calls, each once."""
     x = torch.randn(1, 2, 64, 8, device=device)
     torch.manual_seed(5)
     serial = {int(operator(x, x, x, dropout_p=0.5)[2][0]) for _ in range(40)}
@@ -105,7 +105,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.skipif(not hasattr(os, "fork") or platform.system() != "Linux", reason="needs fork")
 def test_forked_child_on_one_thread() -> None:
-    """As workers of a DataLoader are: GNU OpenMP cannot start threads there, so torch gives them one."""
+    """As in workers of a DataLoader: GNU OpenMP cannot start threads after a fork, so torch uses one there."""
     environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
     code = textwrap.dedent(FORKED)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Scripts compile, run, and load in a process that has only the operator library, with gradients."""
+"""TorchScript: functions and modules script, run, and load in a process with only the operator library."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ torch.testing.assert_close(list(actual), gradients)
 
 
 def assert_loads_elsewhere(scripted: torch.jit.ScriptModule, folder: Path, *arguments: Any) -> None:
-    """Saves the module, with what it gives here, and compares in a process that never imports the package."""
+    """Compares the module's results with those in a process that never imports the package."""
     inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
     torch.manual_seed(0)
     out = scripted(*arguments)
@@ -106,7 +106,7 @@ def test_layer_in_another_process(tmp_path: Path) -> None:
     assert_loads_elsewhere(torch.jit.script(layer), tmp_path, torch.randn(4, 3, 8, dtype=double, requires_grad=True))
 
 
-def alone(query: Tensor, mask: Tensor) -> Tensor:
+def out_only(query: Tensor, mask: Tensor) -> Tensor:
     return attention_ext.attention(query, query, query, mask, scale=0.5)
 
 
@@ -123,22 +123,24 @@ def weights(query: Tensor, mask: Tensor) -> Tensor:
 
 
 def varlen(query: Tensor, mask: Tensor) -> Tensor:
-    ends = torch.tensor([0, 1, 4], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 1, 4], dtype=torch.int32)
     packed = query.flatten(0, -3).transpose(0, 1)[:4]
-    return attention_ext.attention_varlen(packed, packed, packed, ends, ends, is_causal=True)
+    return attention_ext.attention_varlen(packed, packed, packed, cu_seqlens, cu_seqlens, is_causal=True)
 
 
 def varlen_with_logsumexp(query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    ends = torch.tensor([0, 4])
+    cu_seqlens = torch.tensor([0, 4])
     packed = query.flatten(0, -3).transpose(0, 1)[:4]
-    return attention_ext.attention_varlen(packed, packed, packed, ends, ends, window=(1, 0), return_logsumexp=True)
+    return attention_ext.attention_varlen(
+        packed, packed, packed, cu_seqlens, cu_seqlens, window=(1, 0), return_logsumexp=True
+    )
 
 
 def operator(query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.attention_ext.attention(query, query, query, mask, is_causal=True)
 
 
-FUNCTIONS = [alone, flag_by_position, flag_off, weights, varlen, varlen_with_logsumexp, operator]
+FUNCTIONS = [out_only, flag_by_position, flag_off, weights, varlen, varlen_with_logsumexp, operator]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -214,7 +216,7 @@ def test_saved_to_memory() -> None:
 
 
 class Twice(nn.Module):
-    """Two views of one input, by dropout where there is some."""
+    """Two calls on one input; with dropout they draw different masks."""
 
     def __init__(self, dropout_p: float) -> None:
         super().__init__()
@@ -230,9 +232,11 @@ class Twice(nn.Module):
 class TwicePacked(Twice):
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         packed = query.flatten(0, -3).transpose(0, 1)
-        ends = torch.tensor([0, 2, 5])
-        first = attention_ext.attention_varlen(packed, packed, packed, ends, ends, dropout_p=self.dropout_p)
-        second = attention_ext.attention_varlen(packed, packed, packed, ends, ends, dropout_p=self.dropout_p)
+        cu_seqlens = torch.tensor([0, 2, 5])
+        first = attention_ext.attention_varlen(packed, packed, packed, cu_seqlens, cu_seqlens, dropout_p=self.dropout_p)
+        second = attention_ext.attention_varlen(
+            packed, packed, packed, cu_seqlens, cu_seqlens, dropout_p=self.dropout_p
+        )
         return first, second
 
 
@@ -259,10 +263,10 @@ FORMS: dict[str, Callable[[torch.nn.Module], Any]] = {
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", [Twice, TwicePacked, TwiceByOperator])
-def test_every_form_gives_what_the_module_gives(kind: type[Twice], form: str, dropout_p: float) -> None:
+def test_every_form_equals_the_module(kind: type[Twice], form: str, dropout_p: float) -> None:
     module, query = kind(dropout_p), torch.randn(2, 3, 5, 4, dtype=double)
     graph = FORMS[form](module)
-    for _ in range(3):  # the second call is optimised by what the first has shown
+    for _ in range(3):  # TorchScript optimises from the second call on, by the profile of the first
         torch.manual_seed(0)
         actual = graph(query)
         torch.manual_seed(0)
@@ -291,7 +295,7 @@ def test_gradients_inside_a_script(dropout_p: float) -> None:
         torch.testing.assert_close(*both)
 
 
-def test_a_frozen_draw_is_no_constant() -> None:
+def test_freezing_does_not_fold_dropout() -> None:
     class OfParameters(nn.Module):
         def __init__(self) -> None:
             super().__init__()

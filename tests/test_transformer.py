@@ -1,4 +1,4 @@
-"""A replaced nn.Transformer learns to reverse sequences, and decodes what it learned."""
+"""A replaced nn.Transformer learns to reverse sequences and decodes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SYMBOLS, START, PAD, LENGTH, WIDTH = 8, 8, 9, 6, 32
 
 
 class Reverser(nn.Module):
-    """Reads symbols, of different number per sequence, and writes them in reverse."""
+    """Encodes sequences of different lengths and decodes them in reverse."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_learns_to_reverse_and_decodes(threads: Callable[[int], None]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*nested.*")
-def test_first_steps_are_torchs(threads: Callable[[int], None]) -> None:
+def test_first_steps_equal_torchs(threads: Callable[[int], None]) -> None:
     """From one seed the loss curves of torch's modules and ours agree to rounding."""
     threads(1)
     curves = []

@@ -1,6 +1,6 @@
-"""The tutorials' layers compute what their texts intend, from the tutorials' own checkpoints.
+"""The tutorials' layers compute what their texts describe, and load the tutorials' own state dicts.
 
-The oracles restate each text in plain torch; the printed code is compared where it runs and is right.
+The oracles implement each text in plain torch; the printed code is compared where it runs and is correct.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class TestFused:
     @pytest.mark.parametrize("batch", [1, 3])
     @pytest.mark.parametrize("place", ["argument", "parameter"])
     @pytest.mark.parametrize("dtype", [torch.bool, double])
-    def test_one_hides(self, batch: int, place: str, dtype: torch.dtype) -> None:
+    def test_mask_of_ones_hides(self, batch: int, place: str, dtype: torch.dtype) -> None:
         module = filled(FusedSelfAttention(6))
         x = torch.randn(3, 5, 6, dtype=double)
         mask = (torch.rand(batch, 5, 5) > 0.6).to(dtype)
@@ -114,7 +114,7 @@ class TestFused:
 
     @pytest.mark.parametrize("everything", [False, True], ids=["one row", "the parameter"])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, double])
-    def test_hiding_a_whole_row_hides_nothing(self, everything: bool, dtype: torch.dtype) -> None:
+    def test_fully_masked_row_is_unmasked(self, everything: bool, dtype: torch.dtype) -> None:
         module = filled(FusedSelfAttention(6)).to(dtype)
         x = torch.randn(3, 5, 6, dtype=dtype)
         expected = module(x)
@@ -126,7 +126,7 @@ class TestFused:
             mask[:, 2] = 1
             torch.testing.assert_close(module(x, mask), expected)
 
-    def test_mask_has_no_noisy_gradient(self) -> None:
+    def test_mask_gets_no_gradient(self) -> None:
         module = FusedSelfAttention(16)
         optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
         assert optimizer.param_groups[0]["params"][0] is module.mask
@@ -204,7 +204,7 @@ class TestPreNorm:
         x = torch.randn(shape, dtype=double)
         torch.testing.assert_close(module(x), printed(x))
 
-    def test_four_dimensions_are_refused(self) -> None:
+    def test_four_dimensions_raise(self) -> None:
         with pytest.raises(AssertionError):
             PreNormSelfAttention(16, 4, 32)(torch.randn(1, 2, 3, 16))
 
@@ -330,7 +330,7 @@ class TestKeras:
             expected = self.reference(x, x, arrays, ~shown)
             torch.testing.assert_close(layer(x, x, attention_mask=shown), expected)
 
-    def test_query_that_sees_nothing(self) -> None:
+    def test_fully_masked_query(self) -> None:
         layer = KerasMultiHeadAttention.from_weights(self.weights(16, 2, 4, 4))
         x, shown = torch.randn(3, 5, 16, dtype=double), torch.ones(5, 5, dtype=torch.bool)
         shown[2] = False
@@ -339,7 +339,7 @@ class TestKeras:
         assert not scores[:, :, 2].any()
 
     @pytest.mark.parametrize("bias", [True, False])
-    def test_weights_there_and_back(self, bias: bool) -> None:
+    def test_weights_round_trip(self, bias: bool) -> None:
         arrays = self.weights(16, 3, 4, 5, bias)
         back = KerasMultiHeadAttention.from_weights(arrays).weights()
         assert len(back) == len(arrays)
@@ -463,7 +463,7 @@ def test_self_attention_is_the_layer_of_its_constructor(
     [((), {}), ((6, 2, 12, False, 1), {}), ((), {"d_model": 6}), ((6,), {"d_v": 4}), ((6,), {"dff": 12})],
     ids=str,
 )
-def test_constructors_of_no_tutorial_are_refused(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def test_unknown_constructor_arguments_raise(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=r"\(input_dim\).*\(d_model, num_heads, dff\).*\(d_model, d_k\).*got \("):
         SelfAttention(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The weights operator: what attention multiplies value with, after dropout; whole, averaged over heads, or by rows."""
+"""The weights operator: the weights after dropout, all, averaged over heads, or of some rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def expected_of(sample: Sample) -> Tensor:
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Weights are at most 1 (over 1 - p): rounding of the score counts most."""
+    """Weights are at most 1 / (1 - dropout_p), so the errors of their scores dominate."""
     eps = torch.finfo(actual.dtype).eps
     torch.testing.assert_close(actual.double(), expected, rtol=4 * eps if eps > 1e-4 else 200 * eps, atol=eps)
 
@@ -70,8 +70,8 @@ def test_average_over_heads(name: str, dtype: torch.dtype, device: str) -> None:
     "rows", [(0, 1), (3, 70), (64, 128), (63, 65), (100, 130), (129, 130), (7, 7), (None, 5), (120, None)]
 )
 @pytest.mark.parametrize("average_heads", [False, True])
-def test_chosen_rows(rows: tuple[int | None, int | None], average_heads: bool, device: str) -> None:
-    """Chosen rows are those rows of the whole, to the bit, dropout included."""
+def test_some_rows(rows: tuple[int | None, int | None], average_heads: bool, device: str) -> None:
+    """They are bit-equal to the same rows of all weights, dropout included."""
     sample = NAMED["dropout"].build(torch.float32, "large", device)
     begin, end = rows
     whole = weights_of(sample, average_heads=average_heads)
@@ -95,7 +95,7 @@ def test_rows_sum_to_one(device: str) -> None:
         torch.testing.assert_close(sums, (~hidden).double())
 
 
-def test_sinks_take_their_share(device: str) -> None:
+def test_sinks_reduce_the_sum(device: str) -> None:
     sample = NAMED["sinks"].build(torch.float64, "large", device)
     logsumexp = sample.call(operator)[1]
     share = torch.exp(sample.options["sinks"][:, None] - logsumexp)
@@ -112,36 +112,36 @@ def test_gradients(spec: Spec, average_heads: bool, device: str) -> None:
     names = [name for name in sample.inputs() if name != "value"]
 
     def gradients(function: Any, sample: Sample) -> tuple[Tensor, ...]:
-        asking = sample.requiring(*names)
-        weights = function(asking)
+        leaves = sample.requiring_grad(*names)
+        weights = function(leaves)
         weight = torch.linspace(-1, 2, weights.numel(), dtype=weights.dtype, device=device).view_as(weights)
-        inputs = [asking.inputs()[name] for name in names]
+        inputs = [leaves.inputs()[name] for name in names]
         return torch.autograd.grad((weights * weight).sum(), inputs, materialize_grads=True)
 
-    def expected(asking: Sample) -> Tensor:
-        weights = asking.call(reference.attention).weights
+    def expected(sample: Sample) -> Tensor:
+        weights = sample.call(reference.attention).weights
         return weights.mean(1) if average_heads else weights
 
     kept = with_keep(sample, sample.call(operator)[2])
-    actual = gradients(lambda asking: weights_of(asking, average_heads=average_heads), sample)
+    actual = gradients(lambda x: weights_of(x, average_heads=average_heads), sample)
     for x, y in zip(actual, gradients(expected, kept), strict=True):
         torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 4, 3), (2, 3, 0, 3), (0, 3, 4, 3)])
 @pytest.mark.parametrize("average_heads", [False, True])
-def test_derivatives_of_nothing_are_zero(shape: tuple[int, ...], average_heads: bool, device: str) -> None:
+def test_derivatives_of_empty_inputs_are_zero(shape: tuple[int, ...], average_heads: bool, device: str) -> None:
     query, key = torch.randn(shape, device=device), torch.randn(*shape[:2], 5, 3, device=device)
 
     def weights(query: Tensor) -> Tensor:
         return attention_weights(query, key, average_heads=average_heads)
 
     assert torch.equal(torch.func.grad(lambda query: weights(query).sum())(query), torch.zeros_like(query))
-    made, moved = torch.func.jvp(weights, (query,), (query,))[:2]
-    assert torch.equal(moved, torch.zeros_like(made))
+    primal, tangent = torch.func.jvp(weights, (query,), (query,))[:2]
+    assert torch.equal(tangent, torch.zeros_like(primal))
 
 
-def test_derivatives_read_no_key_that_no_query_reaches(device: str) -> None:
+def test_derivatives_read_no_hidden_key(device: str) -> None:
     query, key = [torch.randn(1, 2, n, 8, dtype=torch.float64, device=device) for n in (7, 20)]
     cases: list[tuple[dict[str, Any], slice]] = [
         ({"is_causal": True}, slice(7, None)),
@@ -151,18 +151,18 @@ def test_derivatives_read_no_key_that_no_query_reaches(device: str) -> None:
     ]
     for options, hidden in cases:
 
-        def moved(key: Tensor, options: Any = options) -> tuple[Tensor, ...]:
+        def derivatives(key: Tensor, options: Any = options) -> tuple[Tensor, ...]:
             weights = lambda query: attention_weights(query, key, **options)  # noqa: E731
             gradient = torch.func.grad(lambda query: weights(query).square().sum())(query)
             return gradient, torch.func.jvp(weights, (query,), (query.sin(),))[1]
 
         filled = key.clone()
         filled[:, :, hidden] = torch.nan
-        for x, y in zip(moved(filled), moved(key), strict=True):
+        for x, y in zip(derivatives(filled), derivatives(key), strict=True):
             assert torch.equal(x, y)
 
 
-def test_logsumexp_of_another_shape_is_refused(device: str) -> None:
+def test_logsumexp_of_another_shape_raises(device: str) -> None:
     query = torch.randn(3, 5, 8, device=device)
     with pytest.raises(RuntimeError, match=r"expected `logsumexp` to have shape \[3, 5\], got \[5, 3\]"):
         attention_weights(query, query, torch.zeros(5, 3, device=device))
@@ -171,7 +171,7 @@ def test_logsumexp_of_another_shape_is_refused(device: str) -> None:
 @pytest.mark.parametrize(
     "name", ["plain", "grouped", "bias_per_head", "causal_bottom_right", "alibi", "sinks", "window"]
 )
-def test_function_finds_logsumexp_itself(name: str, device: str) -> None:
+def test_function_computes_logsumexp_by_default(name: str, device: str) -> None:
     sample = NAMED[name].build(device=device)
     weights = attention_weights(sample.query, sample.key, **sample.options)
     torch.testing.assert_close(weights, weights_of(sample))

@@ -1,6 +1,13 @@
-"""What tests, benchmarks and documents share: the sample generator and the tolerance rule."""
+"""The sample generator and the tolerance rule, shared by the tests and the self-check of `attention_ext.info`."""
 
-from attention_ext.testing.samples import DIFFERENTIABLE, Sample, Spec, distribute, laid_out, operator_options
+from attention_ext.testing.samples import (
+    DIFFERENTIABLE,
+    Sample,
+    Spec,
+    apply_distribution,
+    operator_options,
+    with_layout,
+)
 from attention_ext.testing.specs import EMPTY, FEATURES, HARD, HEAD_DIMS, LENGTHS, LONG, PAIRS, SINGLE
 from attention_ext.testing.tolerance import Comparison, assert_accurate, compare, evaluate, operator, with_keep
 
@@ -17,12 +24,12 @@ __all__ = [
     "Comparison",
     "Sample",
     "Spec",
+    "apply_distribution",
     "assert_accurate",
     "compare",
-    "distribute",
     "evaluate",
-    "laid_out",
     "operator",
     "operator_options",
     "with_keep",
+    "with_layout",
 ]

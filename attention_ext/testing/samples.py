@@ -1,8 +1,8 @@
-"""The sample generator: attention calls with a name, from one list for every test, benchmark and document.
+"""The sample generator: named attention calls, from which every test takes its inputs.
 
-A :class:`Spec` says everything about a call but its numbers; :meth:`Spec.build` makes the tensors in a dtype and a
-size (``"small"`` for gradcheck, ``"large"`` to reach over several kernel tiles), the same numbers every time. Memory
-between the elements of a strided input is NaN: a kernel that reads it shows.
+A :class:`Spec` describes a call without its values; :meth:`Spec.build` draws the tensors in a dtype and a size
+(``"small"`` for gradcheck, ``"large"`` to span several kernel tiles), with the same values every time. Memory between
+the elements of a strided input is NaN, so that a kernel that reads it gives NaN.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WINDOWS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One attention call: tensors, keywords of :func:`attention_ext.attention`, and what backward receives.
+    """One attention call: tensors, keywords of :func:`attention_ext.attention`, and the gradients of its outputs.
 
     With ``cu_seqlens_q`` among the options the tensors are packed as ``(1, heads, total_len, head_dim)``.
     """
@@ -52,7 +52,7 @@ class Sample:
     seed: int
 
     def inputs(self) -> dict[str, Tensor]:
-        """The differentiable inputs that are present, by name, in the operators' order."""
+        """The differentiable inputs of the call by name, in the order of the operators' arguments."""
         given = {"query": self.query, "key": self.key, "value": self.value, **self.options}
         return {name: given[name] for name in DIFFERENTIABLE if _is_floating(given.get(name))}
 
@@ -67,47 +67,47 @@ class Sample:
         grad_logsumexp = None if self.grad_logsumexp is None else function(self.grad_logsumexp)
         return self.replace(**changes, grad_out=function(self.grad_out), grad_logsumexp=grad_logsumexp)
 
-    def requiring(self, *names: str) -> Sample:
-        """The same call on leaves, with the strides they have, where the inputs named require gradients (none: all)."""
+    def requiring_grad(self, *names: str) -> Sample:
+        """The same call on leaf tensors of the same strides; the inputs named (none: all) require grad."""
         names = names or tuple(self.inputs())
         return self.replace(**{k: x.detach().requires_grad_(k in names) for k, x in self.inputs().items()})
 
     def call(self, function: Any, **more: Any) -> Any:
-        """``function(query, key, value, **options)``, dropout drawn from this sample's seed."""
+        """``function(query, key, value, **options)``, with dropout drawn from this sample's seed."""
         self._seed_dropout()
         return function(self.query, self.key, self.value, **self.options, **more)
 
     def call_operator(self, operator: Any) -> Any:
-        """``operator(query, key, value, **options)`` for the raw operators, which take the window as two numbers."""
+        """``operator(query, key, value, **options)`` for the raw operators, which take the window as two arguments."""
         self._seed_dropout()
         return operator(self.query, self.key, self.value, **operator_options(self.options))
 
     def _seed_dropout(self) -> None:
-        if self.options.get("dropout_p"):  # a seed costs as much as a small call
+        if self.options.get("dropout_p"):  # seeding takes as long as a small call
             torch.manual_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Everything about a sample but its numbers.
+    """The description of a sample, without its values.
 
     Attributes:
         lengths: ``"equal"``, ``"more_keys"``, ``"more_queries"``, ``"decode"`` or ``(seqlen_q, seqlen_k)``.
         head_dims: ``"same"``, ``"wider_value"``, ``"narrower_value"`` or ``(head_dim, head_dim_v)``.
-        mask: kind and dimensions: ``"bool b11k"``, ``"float hqk"`` (3-D); ``"inf"`` as a third word hides some keys and
-            one whole row by -inf, ``"hidden"`` the first batch entry, ``"transposed"`` and ``"strided"`` choose its
-            memory, ``"float32"`` its dtype.
+        mask: kind and dimensions: ``"bool b11k"``, ``"float hqk"`` (3-D); ``"inf"`` as a third word masks some keys and
+            one whole row by -inf, ``"hidden"`` the first batch entry, ``"transposed"`` and ``"strided"`` set its
+            layout, ``"float32"`` its dtype.
         causal: the alignment, or None.
         window: ``"left"``, ``"right"``, ``"both"``, ``"diagonal"`` or ``(left, right)``.
-        alignment: what the diagonal of a window or of ALiBi refers to when not causal.
-        alibi: ``"heads"`` or ``"batch"``, the dimensions of the slopes; sinks likewise.
-        key_lengths: one length per batch entry; the default puts one in the middle and one at 1.
+        alignment: the alignment of a window or of ALiBi when not causal.
+        alibi: ``"heads"`` for slopes ``(heads,)`` or ``"batch"`` for ``(batch, heads)``; sinks likewise.
+        key_lengths: one length per batch entry; True alternates two thirds of seqlen_k and 1.
         varlen: pack several sequences, some of them empty.
-        layout: memory of query, key and value, see :func:`laid_out`.
-        distribution: see :func:`distribute`.
-        grad: ``"random"``, ``"ones"`` (one number expanded, as ``out.sum()`` gives) or ``"heads_last"``.
-        grad_logsumexp: whether a gradient arrives at logsumexp.
-        padding: rows of NaN after the packed sequences, which no sequence owns.
+        layout: that of query, key and value, see :func:`with_layout`.
+        distribution: see :func:`apply_distribution`.
+        grad: grad_out: ``"random"``, ``"ones"`` (one element expanded, as ``out.sum()`` gives) or ``"heads_last"``.
+        grad_logsumexp: whether logsumexp has a gradient.
+        padding: NaN tokens after the last packed sequence.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Spec:
     def build(
         self, dtype: torch.dtype = torch.float64, size: str = "small", device: str | torch.device = "cpu"
     ) -> Sample:
-        """Make the tensors. The numbers depend on the spec and the size alone, then are rounded to ``dtype``."""
+        """Make the tensors. Their values depend on the name and the size alone and are then rounded to ``dtype``."""
         seed = zlib.crc32(f"{self.name} {size}".encode())
         random = torch.Generator().manual_seed(seed)
 
@@ -150,11 +150,11 @@ class Spec:
         mask_sizes = {"b": batch, "h": heads, "q": seqlen_q, "k": seqlen_k, "1": 1}
         if self.varlen:
             lens_q, lens_k = _SEQUENCES[size]["equal" if self.lengths == "equal" else "more_keys"]
-            options["cu_seqlens_q"], options["cu_seqlens_k"] = (_starts(x).to(device) for x in (lens_q, lens_k))
+            options["cu_seqlens_q"], options["cu_seqlens_k"] = (_cu_seqlens(x).to(device) for x in (lens_q, lens_k))
             mask_sizes.update(b=len(lens_q), q=max(lens_q), k=max(lens_k))
             batch, seqlen_q, seqlen_k = 1, sum(lens_q), sum(lens_k)
 
-        query, key, value = distribute(
+        query, key, value = apply_distribution(
             self.distribution,
             normal(batch, heads, seqlen_q, head_dim),
             normal(batch, kv_heads, seqlen_k, head_dim),
@@ -165,13 +165,13 @@ class Spec:
             shape = [mask_sizes[x] for x in dims]
             mask = normal(*shape)
             if kind == "bool":
-                mask = _hide_first_row(mask > -0.5, False)
+                mask = _mask_first_row(mask > -0.5, False)
                 mask[:1] &= "hidden" not in words
             else:
                 if "inf" in words:
-                    mask = _hide_first_row(mask.masked_fill(mask < -0.5, -math.inf), -math.inf)
+                    mask = _mask_first_row(mask.masked_fill(mask < -0.5, -math.inf), -math.inf)
                 mask = mask.to(torch.float32 if "float32" in words else dtype)
-            options["attn_mask"] = laid_out(mask, next((w for w in words if w in ("transposed", "strided")), ""))
+            options["attn_mask"] = with_layout(mask, next((w for w in words if w in ("transposed", "strided")), ""))
         if self.causal:
             options.update(is_causal=True, causal_alignment=self.causal)
         elif self.alignment != "top_left":
@@ -208,11 +208,11 @@ class Spec:
             )
             if grad_logsumexp is not None:
                 grad_logsumexp = torch.nn.functional.pad(grad_logsumexp, (0, self.padding), value=math.nan)
-        query, key, value = (laid_out(x.to(dtype), self.layout) for x in (query, key, value))
-        return Sample(self.name, query, key, value, options, laid_out(grad_out, self.grad), grad_logsumexp, seed)
+        query, key, value = (with_layout(x.to(dtype), self.layout) for x in (query, key, value))
+        return Sample(self.name, query, key, value, options, with_layout(grad_out, self.grad), grad_logsumexp, seed)
 
     def supports_gradcheck(self) -> bool:
-        """Numerical gradients move one element at a time: no two elements may share memory."""
+        """Finite differences perturb one element at a time, so no two elements may share memory."""
         return self.layout not in ("expanded", "overlapping")
 
 
@@ -223,15 +223,15 @@ def operator_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "window_left": left, "window_right": right}
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """``x`` with other strides. Gaps hold NaN (True in a bool tensor).
+def with_layout(x: Tensor, layout: str) -> Tensor:
+    """``x`` with other strides. Gaps between elements hold NaN (True in a bool tensor).
 
     Layouts of ``(batch, heads, length, head_dim)``: ``"heads_last"`` ``(batch, length, heads, head_dim)`` memory,
     ``"packed"`` a slice of ``(batch, length, 3, heads, head_dim)``, ``"offset"`` odd row stride and storage offset 1,
-    ``"strided"`` last stride 2, ``"transposed"`` last two exchanged, ``"expanded"`` batch stride 0 (batch entry 0 for
-    all), ``"overlapping"`` each row starts one element after the last (new values); anything else is contiguous.
+    ``"strided"`` last stride 2, ``"transposed"`` last two dimensions exchanged, ``"expanded"`` batch stride 0 (batch
+    entry 0 for all), ``"overlapping"`` row stride 1 (new values); anything else is contiguous.
     """
-    hole = True if x.dtype == torch.bool else math.nan
+    gap = True if x.dtype == torch.bool else math.nan
     if x.numel() == 0:
         return x
     if layout == "heads_last":
@@ -239,15 +239,15 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return x.mT.contiguous().mT
     if layout == "packed":
-        buffer = x.new_full((x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3]), hole)
+        buffer = x.new_full((x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3]), gap)
         buffer[:, :, 1] = x.transpose(1, 2)
         return buffer[:, :, 1].transpose(1, 2)
     if layout == "offset":
-        rows, row = x.shape[:-1].numel(), x.shape[-1] | 1
-        buffer = x.new_full((rows * row + 1,), hole)[1:].view(*x.shape[:-1], row)[..., : x.shape[-1]]
+        rows, row_stride = x.shape[:-1].numel(), x.shape[-1] | 1
+        buffer = x.new_full((rows * row_stride + 1,), gap)[1:].view(*x.shape[:-1], row_stride)[..., : x.shape[-1]]
         return buffer.copy_(x)
     if layout == "strided":
-        return torch.stack((x, torch.full_like(x, hole)), -1)[..., 0]
+        return torch.stack((x, torch.full_like(x, gap)), -1)[..., 0]
     if layout == "expanded":
         return x[:1].expand(x.shape)
     if layout == "overlapping":
@@ -258,8 +258,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x.contiguous() if layout != "ones" else x
 
 
-def distribute(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn Gaussian inputs into harder ones.
+def apply_distribution(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gaussian inputs turned into ones on which rounding errors are larger.
 
     ``"x3"`` and ``"x30"`` scale query; ``"tied"`` repeats three keys so that several share the maximum;
     ``"one_hot"`` points each query at one key; ``"outlier"`` gives query, key and value one large channel.
@@ -270,14 +270,14 @@ def distribute(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Te
         return query * 10, key[:, :, torch.arange(key.shape[2]) % 3 % max(1, key.shape[2])], value
     if name == "one_hot":
         group = max(1, query.shape[1] // max(1, key.shape[1]))
-        aim = key.repeat_interleave(group, 1)[:, :, torch.arange(query.shape[2]) * 7 % max(1, key.shape[2])]
-        return query * 0.1 + 8 * aim, key, value
+        target = key.repeat_interleave(group, 1)[:, :, torch.arange(query.shape[2]) * 7 % max(1, key.shape[2])]
+        return query * 0.1 + 8 * target, key, value
     if name == "outlier":
         channel = query.new_zeros(query.shape[-1])
         channel[0] = 1
-        loud = value.new_ones(value.shape[-1])
-        loud[:1] = 50
-        return query + 3 * channel, key + 20 * channel, value * loud
+        value_scale = value.new_ones(value.shape[-1])
+        value_scale[:1] = 50
+        return query + 3 * channel, key + 20 * channel, value * value_scale
     return query, key, value
 
 
@@ -285,12 +285,12 @@ def _is_floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _starts(lengths: tuple[int, ...]) -> Tensor:
+def _cu_seqlens(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def _hide_first_row(mask: Tensor, hidden: float) -> Tensor:
-    """Nothing visible for query 0 of the first batch entry and head, where the mask can say so."""
+def _mask_first_row(mask: Tensor, hidden: float) -> Tensor:
+    """Masks every key for query 0 of the first batch entry and head, unless the mask is broadcast over queries."""
     if mask.numel() and (mask.dim() < 2 or mask.shape[-2] > 1):
         mask.view(-1, mask.shape[-1])[0] = hidden
     return mask

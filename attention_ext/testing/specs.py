@@ -1,4 +1,4 @@
-"""The lists of samples: every feature alone, every pair of features, sizes at tile edges, empty sizes, hard numbers."""
+"""The lists of specs: every feature alone, every pair of features, lengths at tile edges, empty sizes, hard inputs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ LENGTHS = [
       for q in (1, 2, 7) for n in (1, 63, 193, 1025)),
 ]  # fmt: skip
 
-# More keys than a split of decoding has (1,536), and than the groups of a backward pass take in one round (1,728).
+# More keys than a split of the decode kernel (1,536), and than one round of key groups in the backward kernel (1,728).
 LONG = [
     Spec("decode_1_by_3100", lengths=(1, 3100), head_dims=(40, 24), heads=(4, 2), batch=1),
     Spec("decode_8_by_4700", lengths=(8, 4700), head_dims=(24, 40), heads=(4, 2), batch=1, causal="bottom_right"),
@@ -153,24 +153,24 @@ _FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def pairs() -> list[Spec]:
-    """Few samples (about 90) in which every two values of two different features meet at least once."""
+    """About 90 specs that cover all pairs: every two values of two features occur together at least once."""
     names = list(_FACTORS)
     missing = {
         ((a, x), (b, y))
         for a, b in itertools.combinations(names, 2)
         for x, y in itertools.product(range(len(_FACTORS[a])), range(len(_FACTORS[b])))
     }
-    chance = random.Random(0)
+    generator = random.Random(0)
     specs: list[Spec] = []
     while missing:
-        row = dict(min(missing))
-        for name in chance.sample(names, len(names)):
-            if name not in row:
-                values = chance.sample(range(len(_FACTORS[name])), len(_FACTORS[name]))
-                gains = [sum(_pair((name, x), item) in missing for item in row.items()) for x in values]
-                row[name] = values[gains.index(max(gains))]
-        missing -= {_pair(x, y) for x, y in itertools.combinations(row.items(), 2)}
-        chosen = {name: _FACTORS[name][x] for name, x in row.items()}
+        indices = dict(min(missing))
+        for name in generator.sample(names, len(names)):
+            if name not in indices:
+                values = generator.sample(range(len(_FACTORS[name])), len(_FACTORS[name]))
+                gains = [sum(_pair((name, x), item) in missing for item in indices.items()) for x in values]
+                indices[name] = values[gains.index(max(gains))]
+        missing -= {_pair(x, y) for x, y in itertools.combinations(indices.items(), 2)}
+        chosen = {name: _FACTORS[name][x] for name, x in indices.items()}
         sequences = chosen.pop("sequences")
         chosen |= {"key_lengths": sequences == "key_lengths", "varlen": sequences == "varlen"}
         specs.append(Spec(f"pair_{len(specs)}", **chosen))

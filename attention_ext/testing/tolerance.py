@@ -1,13 +1,15 @@
-"""The one rule that says how accurate out, logsumexp and every gradient must be.
+"""The accuracy that tests require of out, logsumexp and every gradient.
 
-The oracle is :mod:`attention_ext.reference` in float64, the baseline the same formula in the dtype of the sample,
+The oracle is :mod:`attention_ext.reference` in float64; the baseline is the same formula in the dtype of the sample,
 evaluated as torch's math path does. The largest error may be twice the baseline's and the root mean square 1.25 times,
-plus a floor of two parts. One is what rounding probabilities, score gradients and out to the dtype of the inputs
-costs: a share of its eps of the size of an output's terms (:func:`term_sizes`); for logsumexp, which is wider than
-16-bit inputs, half the square of their eps. The other is what accumulating costs, and where scores and logsumexp are
-large what rounding them costs: a few eps of the accumulate type. It matters where the baseline is exact by luck, as for
-one-hot rows. Infinities and NaNs must be the same ones and are left out of the errors. A root mean square over few
-independent errors is chance: below ``FEW`` numbers or queries the largest error decides alone.
+plus a floor of two terms. The first bounds the rounding of probabilities, score gradients and out to the dtype of the
+inputs: a fraction of its eps times the size of an output's terms (:func:`term_sizes`); for logsumexp, which is wider
+than 16-bit inputs, half the square of their eps. The second bounds the errors of accumulation, and of rounding scores
+and logsumexp where these are large: a few eps of the accumulate type. The floor matters where the baseline happens to
+be exact, as for one-hot rows.
+
+Infinities and NaNs must match and are excluded from the errors. The root mean square of few independent errors is
+noise: below ``FEW`` elements or queries only the largest error is checked.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ Outputs = dict[str, Tensor]
 
 
 class Comparison(NamedTuple):
-    """How one output did: error over what is allowed, 1 or less passes."""
+    """The errors of one output and their bounds; it passes with a ratio of at most 1."""
 
     name: str
     max_error: float
@@ -43,17 +45,17 @@ class Comparison(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """The larger of the two errors as a share of what is allowed."""
+        """The larger of the two errors, each relative to its bound."""
         pairs = ((self.max_error, self.max_allowed), (self.rms_error, self.rms_allowed))
         return max(error / allowed if allowed else (math.inf if error else 0.0) for error, allowed in pairs)
 
 
 def evaluate(sample: Sample, function: Callable[..., Any], backward: bool = True) -> Outputs:
-    """Out, logsumexp and ``grad_<input>`` of every differentiable input, with gradients arriving at both outputs."""
+    """out, logsumexp and ``grad_<input>`` of every differentiable input, by the sample's gradients of both outputs."""
     if not backward:
         out, logsumexp = sample.call(function)[:2]
         return {"out": out, "logsumexp": logsumexp}
-    sample = sample.requiring()
+    sample = sample.requiring_grad()
     out, logsumexp = sample.call(function)[:2]
     outputs, grads = [out], [sample.grad_out]
     if sample.grad_logsumexp is not None:
@@ -70,7 +72,7 @@ def operator(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple
 
 
 def with_keep(sample: Sample, rng_state: Tensor) -> Sample:
-    """The same call for the reference: the weights kept are those that the operator keeps with this ``rng_state``."""
+    """The same call for the reference, with the dropout mask that the operator draws from this ``rng_state``."""
     if not sample.options.get("dropout_p"):
         return sample
     batch, heads, seqlen_q = sample.query.shape[:3]
@@ -83,10 +85,10 @@ def with_keep(sample: Sample, rng_state: Tensor) -> Sample:
 
 
 def assert_accurate(sample: Sample, actual: Outputs) -> list[Comparison]:
-    """Hold ``actual`` (of :func:`evaluate`) to the rule; the sample must have ``keep`` where it has dropout.
+    """Check ``actual`` (of :func:`evaluate`) by the rule; a sample with dropout must have ``keep``.
 
     Raises:
-        AssertionError: naming the sample, the output, the errors and what was allowed, and the worst index.
+        AssertionError: naming the sample, the output, its errors and their bounds, and the index of the largest.
     """
     comparisons = compare(sample, actual)
     failed = [x.report for x in comparisons if not x.ratio <= 1]
@@ -105,14 +107,14 @@ def compare(sample: Sample, actual: Outputs) -> list[Comparison]:
 def compare_outputs(
     sample: Sample, actual: Outputs, oracle: Outputs, base: Outputs, sizes: Outputs, score_sizes: Outputs
 ) -> list[Comparison]:
-    """The rule itself: ``base`` is what the baseline made, the sizes are those of the outputs' terms."""
+    """The rule itself: ``base`` holds the baseline's outputs, both kinds of sizes come from :func:`term_sizes`."""
     eps = torch.finfo(sample.query.dtype).eps
     accumulate_eps = min(eps, torch.finfo(torch.float32).eps)
     batch, heads, seqlen_q = sample.query.shape[:3]
     terms = max(sample.key.shape[2], seqlen_q * heads // max(1, sample.key.shape[1]))
     comparisons = []
     for name, got in actual.items():
-        partial_sums = terms / 36 * oracle[name].square().nan_to_num(posinf=0)  # a random walk of their roundings
+        partial_sums = terms / 36 * oracle[name].square().nan_to_num(posinf=0)  # their roundings are a random walk
         rounding = eps**2 / 2 * torch.ones_like(got) if name == "logsumexp" else eps * sizes[name]
         floors = rounding, accumulate_eps * (score_sizes[name].square() + partial_sums).sqrt()
         few = min(batch * heads * seqlen_q, got.numel()) < FEW
@@ -121,7 +123,7 @@ def compare_outputs(
 
 
 class Weights(NamedTuple):
-    """A sample's outputs, its weights and, before dropout, its probabilities and those of the sinks."""
+    """A sample's outputs, its weights after dropout, and its probabilities and those of its sinks before dropout."""
 
     out: Tensor
     logsumexp: Tensor
@@ -131,7 +133,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, sample: Sample) -> Weights:
-        """Of a dense sample."""
+        """``sample`` is dense."""
         out, logsumexp, weights = sample.call(reference.attention)
         sinks = sample.options.get("sinks")
         sink_prob = logsumexp[..., :0] if sinks is None else torch.exp(sinks[..., None] - logsumexp).nan_to_num()
@@ -142,7 +144,7 @@ class Weights(NamedTuple):
         return cls(out, logsumexp, weights, prob, sink_prob)
 
     def by_score(self, sample: Sample) -> Weights:
-        """Each probability times one plus the size of its score's terms and of logsumexp, whose roundings change it."""
+        """Each probability times the relative error, in eps, that rounding its score and logsumexp causes."""
         scale = sample.options.get("scale", 1 / math.sqrt(sample.query.shape[-1]))
         key = sample.key.repeat_interleave(sample.query.shape[1] // max(1, sample.key.shape[1]), 1)
         score_size = abs(scale) * (sample.query.square() @ key.square().mT).sqrt()
@@ -155,15 +157,16 @@ class Weights(NamedTuple):
 
 
 def _logsumexp_size(logsumexp: Tensor) -> Tensor:
-    """How much rounding its terms changes it, in eps."""
+    """The absolute error of logsumexp, in eps, from rounding its terms and itself."""
     return 1 + logsumexp.abs().nan_to_num(posinf=0)
 
 
 def term_sizes(sample: Sample) -> tuple[Outputs, Outputs]:
-    """The root of the sum of squares of the terms that each element of each output is a sum of, in float64.
+    """For each element of each output, the root of the sum of squares of the terms that it sums up, in float64.
 
-    That times an eps is the error when each term is rounded once. The error of ``delta`` is common to a row of score
-    gradients and adds up within it instead. The second time with what :meth:`Weights.by_score` makes of the weights.
+    Times an eps it estimates the error when each term is rounded once. The error of ``delta`` is shared by a row of
+    score gradients and adds up linearly within it. The second dict has the weights of :meth:`Weights.by_score` in the
+    place of the weights, for errors of the scores.
     """
     parts = [(x, Weights.of(x)) for x in _sequences(sample)]
     plain = [_squared_terms(x, weights) for x, weights in parts]
@@ -172,7 +175,7 @@ def term_sizes(sample: Sample) -> tuple[Outputs, Outputs]:
 
 
 def baseline(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """The reference as torch's math path evaluates it: query and key each times the root of the scale."""
+    """The reference evaluated as torch's math path does: query and key are each multiplied by the root of the scale."""
     scale = options.pop("scale", None)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     root = math.sqrt(abs(scale))
@@ -221,30 +224,31 @@ def _compare_one(
 def _sequences(sample: Sample) -> list[Sample]:
     """The sample itself, or one dense sample for each of its packed sequences."""
     options = dict(sample.options)
-    starts_q, starts_k = options.pop("cu_seqlens_q", None), options.pop("cu_seqlens_k", None)
-    if starts_q is None:
+    cu_seqlens_q, cu_seqlens_k = options.pop("cu_seqlens_q", None), options.pop("cu_seqlens_k", None)
+    if cu_seqlens_q is None:
         return [sample]
     samples = []
-    for i, (rows_q, rows_k) in enumerate(reference.sequences(starts_q, starts_k)):
-        len_q, len_k = rows_q.stop - rows_q.start, rows_k.stop - rows_k.start
+    sequences, max_lengths = len(cu_seqlens_q) - 1, [int(x.diff().max()) for x in (cu_seqlens_q, cu_seqlens_k)]
+    for i, (tokens_q, tokens_k) in enumerate(reference.sequences(cu_seqlens_q, cu_seqlens_k)):
+        len_q, len_k = tokens_q.stop - tokens_q.start, tokens_k.stop - tokens_k.start
         one = dict(options)
         if "attn_mask" in one:
-            full = (len(starts_q) - 1, sample.query.shape[1], int(starts_q.diff().max()), int(starts_k.diff().max()))
-            one["attn_mask"] = one["attn_mask"].expand(full)[i : i + 1, :, :len_q, :len_k]
+            full = one["attn_mask"].expand(sequences, sample.query.shape[1], *max_lengths)
+            one["attn_mask"] = full[i : i + 1, :, :len_q, :len_k]
         for name in ("alibi_slopes", "sinks"):
             if name in one:
-                one[name] = one[name].expand(len(starts_q) - 1, -1)[i : i + 1]
+                one[name] = one[name].expand(sequences, -1)[i : i + 1]
         if "keep" in one:
             one["keep"] = one["keep"][i : i + 1, :, :len_q, :len_k]
-        grad_logsumexp = None if sample.grad_logsumexp is None else sample.grad_logsumexp[:, :, rows_q]
+        grad_logsumexp = None if sample.grad_logsumexp is None else sample.grad_logsumexp[:, :, tokens_q]
         samples.append(
             Sample(
                 sample.name,
-                sample.query[:, :, rows_q],
-                sample.key[:, :, rows_k],
-                sample.value[:, :, rows_k],
+                sample.query[:, :, tokens_q],
+                sample.key[:, :, tokens_k],
+                sample.value[:, :, tokens_k],
                 one,
-                sample.grad_out[:, :, rows_q],
+                sample.grad_out[:, :, tokens_q],
                 grad_logsumexp,
                 sample.seed,
             )
@@ -253,13 +257,13 @@ def _sequences(sample: Sample) -> list[Sample]:
 
 
 def _joined(sample: Sample, parts: list[Outputs]) -> Outputs:
-    """The sizes of the whole sample, from the squares of its sequences."""
+    """The sizes for the whole sample, from the squared terms of its sequences."""
     squares: Outputs = {}
     for name in ("out", "logsumexp", "grad_query", "grad_key", "grad_value"):
         joined = torch.cat([x[name] for x in parts], 2)
-        rows = (sample.key if name in ("grad_key", "grad_value") else sample.query).shape[2]
-        unowned = joined.new_zeros(*joined.shape[:2], rows - joined.shape[2], *joined.shape[3:])
-        squares[name] = torch.cat([joined, unowned], 2)
+        total = (sample.key if name in ("grad_key", "grad_value") else sample.query).shape[2]
+        padding = joined.new_zeros(*joined.shape[:2], total - joined.shape[2], *joined.shape[3:])
+        squares[name] = torch.cat([joined, padding], 2)
     for name, given in sample.inputs().items():
         if name == "attn_mask":
             full = [int(max(x["grad_attn_mask"].shape[i] for x in parts)) for i in range(4)]
@@ -270,32 +274,36 @@ def _joined(sample: Sample, parts: list[Outputs]) -> Outputs:
     return {name: x.sqrt() for name, x in squares.items()}
 
 
-def _squared_terms(sample: Sample, made: Weights) -> Outputs:
+def _squared_terms(sample: Sample, weights_of_sample: Weights) -> Outputs:
+    """The sums of squares of :func:`term_sizes`.
+
+    A score gradient's error has a part that is independent of those of other keys, and one by delta that is shared.
+    """
     options, scale = sample.options, scale_of(sample)
     query, key, value = sample.query, *(to_query_heads(sample, x) for x in (sample.key, sample.value))
-    out, logsumexp, weights, prob, sink_prob = made
+    out, logsumexp, weights, prob, sink_prob = weights_of_sample
     grad_logsumexp = 0 if sample.grad_logsumexp is None else sample.grad_logsumexp.square()[..., None]
 
     delta = (sample.grad_out.square() * out.square()).sum(-1, keepdim=True) + grad_logsumexp
-    bend = softcap_derivatives(query @ key.mT * scale, options.get("softcap", 0.0))[0]
-    alone = weights.square() * (sample.grad_out.square() @ value.square().mT)
-    inner, row = alone * bend**2, prob * bend
+    softcap_grad = softcap_derivatives(query @ key.mT * scale, options.get("softcap", 0.0))[0]
+    independent = weights.square() * (sample.grad_out.square() @ value.square().mT)
+    independent_dot, shared_dot = independent * softcap_grad**2, prob * softcap_grad
 
     squares = {
         "out": weights.square() @ value.square() + out.square(),
         "logsumexp": _logsumexp_size(logsumexp).square(),
-        "grad_query": scale**2 * (inner @ key.square() + (row @ key).square() * delta),
-        "grad_key": scale**2 * to_kv_heads(sample, (inner + row.square() * delta).mT @ query.square()),
+        "grad_query": scale**2 * (independent_dot @ key.square() + (shared_dot @ key).square() * delta),
+        "grad_key": scale**2 * to_kv_heads(sample, (independent_dot + shared_dot.square() * delta).mT @ query.square()),
         "grad_value": to_kv_heads(sample, weights.square().mT @ sample.grad_out.square()),
     }
     mask = options.get("attn_mask")
     if mask is not None and mask.is_floating_point():
-        shared_keys = mask.shape[-1] == 1
-        row_sum = prob.sum(-1, keepdim=True).square() / max(1, prob.shape[-1]) if shared_keys else prob.square()
-        squares["grad_attn_mask"] = (alone + row_sum * delta).expand(prob.shape)
+        per_query = mask.shape[-1] == 1
+        shared = prob.sum(-1, keepdim=True).square() / max(1, prob.shape[-1]) if per_query else prob.square()
+        squares["grad_attn_mask"] = (independent + shared * delta).expand(prob.shape)
     distance = distances(sample)
-    along = (alone * distance.square()).sum(-1) + (prob * distance.abs()).sum(-1).square() * delta.squeeze(-1)
-    squares["grad_alibi_slopes"] = along.sum(-1)
+    per_row = (independent * distance.square()).sum(-1) + (prob * distance.abs()).sum(-1).square() * delta.squeeze(-1)
+    squares["grad_alibi_slopes"] = per_row.sum(-1)
     if "sinks" in options:
         squares["grad_sinks"] = (sink_prob.square() * delta.squeeze(-1)).sum(-1)
     return squares
@@ -306,30 +314,30 @@ def scale_of(sample: Sample) -> float:
 
 
 def to_query_heads(sample: Sample, x: Tensor) -> Tensor:
-    """(b, kv_h, ...), repeated for the query heads that read each."""
+    """(b, kv_h, ...) to (b, h, ...), each repeated for the query heads of its group."""
     return x.repeat_interleave(max(1, sample.query.shape[1] // max(1, sample.key.shape[1])), 1)
 
 
 def to_kv_heads(sample: Sample, x: Tensor) -> Tensor:
-    """(b, h, ...), summed over the query heads that read the same."""
+    """(b, h, ...) to (b, kv_h, ...), summed over the query heads of a group."""
     kv_heads = sample.key.shape[1]
     return x.unflatten(1, (kv_heads, -1)).sum(2) if kv_heads and x.shape[1] else x
 
 
 def distances(sample: Sample) -> Tensor:
-    """k - diagonal(q), float64."""
+    """diagonal(q) - k, float64."""
     diagonal = {x: sample.options[x] for x in ("causal_alignment", "key_lengths") if x in sample.options}
     lengths = sample.query.shape[2], sample.key.shape[2]
     return reference.visible_keys(*lengths, **diagonal, device=sample.query.device)[1].double()
 
 
 def softcap_derivatives(score: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """First and second, by the score before; 1 and 0 without a softcap."""
+    """The first and second derivative of softcap * tanh(score / softcap); 1 and 0 without a softcap."""
     if not softcap:
         return torch.ones_like(score), torch.zeros_like(score)
-    bent = torch.tanh(score / softcap)
-    slope = 1 - bent.square()
-    return slope, -2 / softcap * bent * slope
+    tanh = torch.tanh(score / softcap)
+    softcap_grad = 1 - tanh.square()
+    return softcap_grad, -2 / softcap * tanh * softcap_grad
 
 
 def _padded(x: Tensor, size: list[int]) -> Tensor:
