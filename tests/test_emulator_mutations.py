@@ -1,7 +1,6 @@
-"""The emulator catches what goes wrong on a GPU: each mutation of a kernel gives a wrong result or an error.
+"""Mutation tests of the GPU kernels in the emulator: each changed line gives wrong results or an error.
 
-The programs in tests/emulator need no torch; the mutated ones are compiled from a copy of the sources with one line
-changed.
+The programs in tests/emulator need no torch; the mutated ones are compiled from a copy of the sources.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULES = ("ascending", "descending", "random")
 
-MUTATIONS = {
+FORWARD = {
     "no barrier before tiles are read": (
         "sources.h",
         "wait_copies<kStages - 1>();\n    synchronize_block();",
@@ -35,7 +34,45 @@ MUTATIONS = {
     ),
     "a sum over half a group": ("softmax.h", "return x + shuffle_xor(x, 2);", "return x;"),
     "value not transposed": ("compute.h", "load_matrices_transposed(pair", "load_matrices(pair"),
+    "no rescaling of earlier sums": ("forward.h", "number[i] *= rescale[i / 2]", "number[i] *= T(rescale[i / 2] > 0)"),
 }
+BACKWARD = {
+    "delta of half a warp": ("backward_memory.h", "mask = kWarpSize / 2; mask > 0", "mask = kWarpSize / 4; mask > 0"),
+    "delta without grad_logsumexp": ("backward_memory.h", "(p.grad_logsumexp ?", "(p.grad_logsumexp && row < 0 ?"),
+    "score gradient without delta": ("gradient.h", "T(0)) - row.delta;", "T(0)) - row.delta * T(0);"),
+    "grad_query by one row's numbers": ("query_gradient.h", "return rows_[i / 2]; }", "return rows_[i / 4]; }"),
+    "grad_query without the scale": (
+        "query_gradient.h",
+        "factor[2] = {static_cast<T>(p_.scale),",
+        "factor[2] = {T(1),",
+    ),
+    "grad_key by one query's numbers": (
+        "key_gradient.h",
+        "rows.row(block.query(0, n, i))",
+        "rows.row(block.query(0, n * 0, i))",
+    ),
+    "grad_key of one head of a group": ("key_gradient.h", "first.head + h)", "first.head + h * 0)"),
+    "grad_value from query": ("key_gradient.h", "products.weight, queries.tile[1]", "products.weight, queries.tile[0]"),
+    "no barrier before tiles are read": FORWARD["no barrier before tiles are read"],
+    "no barrier before tiles are overwritten": FORWARD["no barrier before tiles are overwritten"],
+    "no wait for copies": FORWARD["no wait for copies"],
+}
+JVP = {
+    "out_tangent without out": ("jvp.h", "- means_[r] * widen(out)", "- means_[r] * widen(out) * T(0)"),
+    "logsumexp_tangent of one lane": ("jvp.h", "sum_of_group(means_[r]) + sink_mean", "means_[r] + sink_mean"),
+    "logsumexp_tangent of one row": ("jvp.h", "means[i / 2] += product", "means[i / 4] += product"),
+    "no product with query_tangent": ("jvp.h", "if (p_.tangent.query) multiply", "if (!p_.tangent.query) multiply"),
+    "key in the place of key_tangent": (
+        "jvp.h",
+        "queries.tile[0], row_, keys.tile[2]",
+        "queries.tile[0], row_, keys.tile[0]",
+    ),
+    "value in the place of value_tangent": ("jvp.h", "weight, keys.tile[3]", "weight, keys.tile[1]"),
+    "score tangent without the scale": ("tangent.h", "dot_tangent * static_cast<T>(p.scale)", "dot_tangent"),
+    "a sum over half a group": FORWARD["a sum over half a group"],
+}
+PROGRAMS = {"forward_main": FORWARD, "gradients_main": {**BACKWARD, **JVP}}
+MUTATIONS = [(program, mutation) for program, mutations in PROGRAMS.items() for mutation in mutations]
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="GPU kernels are emulated on x86-64 only")
 
@@ -54,15 +91,15 @@ def passes(binary: Path, schedule: str) -> bool:
     return subprocess.run([binary], env=environment, timeout=60, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("program", ["warp_main", "forward_main"])
+@pytest.mark.parametrize("program", ["warp_main", *PROGRAMS])
 def test_unchanged(program: str, tmp_path: Path) -> None:
     binary = build(program, tmp_path, ROOT / "csrc")
     assert [schedule for schedule in SCHEDULES if not passes(binary, schedule)] == []
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mutation_is_caught(mutation: str, tmp_path: Path) -> None:
-    file, line, changed = MUTATIONS[mutation]
+@pytest.mark.parametrize(("program", "mutation"), MUTATIONS)
+def test_mutation_is_caught(program: str, mutation: str, tmp_path: Path) -> None:
+    file, line, changed = PROGRAMS[program][mutation]
     csrc = tmp_path / "csrc"
     for folder in ("core", "gpu"):
         shutil.copytree(ROOT / "csrc" / folder, csrc / folder)
@@ -70,5 +107,5 @@ def test_mutation_is_caught(mutation: str, tmp_path: Path) -> None:
     text = path.read_text()
     assert line in text
     path.write_text(text.replace(line, changed, 1))
-    binary = build("forward_main", tmp_path, csrc)
+    binary = build(program, tmp_path, csrc)
     assert any(not passes(binary, schedule) for schedule in SCHEDULES)
