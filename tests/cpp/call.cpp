@@ -19,7 +19,7 @@ bool extra_mask_hides(int64_t distance) {
 #endif
 }
 
-// Of the packed rows, sequence 1 has no query and the last one no key.
+// cu_seqlens: sequence 1 has no query, the last one no key.
 int64_t start_of(int64_t total, int64_t sequences, int64_t i, bool of_keys) {
   if (i >= sequences) return total;
   if (of_keys) return i == sequences - 1 ? total : i * total / 3;
@@ -30,7 +30,7 @@ int64_t value_at(const Guarded& memory, int64_t i) { return static_cast<const in
 
 double number_at(const Guarded& memory, int64_t i) { return static_cast<const double*>(memory.data())[i]; }
 
-// A mask's gradient or tangent, broadcast as the mask is.
+// The view of a mask's gradient or tangent, broadcast like the mask.
 View like_mask(const Array& array, const View& mask) {
   View view = array.view;
   view.stride_b = mask.stride_b;
@@ -93,7 +93,7 @@ Call::Call(const Case& c, DType type)
       mask_tangent->fill(draw);
     }
   }
-  for (int64_t i = 0; i < sequences() * c.heads; ++i) {  // the same in each sequence, which share slopes and sinks
+  for (int64_t i = 0; i < sequences() * c.heads; ++i) {  // equal in each sequence, since slopes and sinks are shared
     static_cast<double*>(slopes_tangent.data())[i] = 0.05 * static_cast<double>(i % c.heads + 1);
     static_cast<double*>(sinks_tangent.data())[i] = 0.7 - static_cast<double>(i % c.heads);
   }
@@ -275,7 +275,7 @@ Expected expected_tangents(const Call& call) {
   const auto differentiate = [&](Numbers& plus, const Numbers& minus) {
     double largest = 0;
     for (size_t i = 0; i < plus.values.size(); ++i) {
-      const double change = plus.values[i] - minus.values[i];  // NaN from -inf - -inf, of a row without keys
+      const double change = plus.values[i] - minus.values[i];  // NaN (-inf - -inf) in a fully masked row
       plus.values[i] = std::isnan(change) ? 0 : change / (2 * kStep);
       largest = std::max(largest, std::abs(plus.values[i]));
     }
@@ -295,7 +295,7 @@ Expected expected_tangents(const Call& call) {
 Expected expect(const Call& call) {
   const Case& c = call.spec;
   const int64_t sequences = c.varlen ? kSequences : c.batch, group = c.heads / c.kv_heads;
-  // Scores are not rounded to the dtype: their errors, relative errors of weights, count by the accumulator's eps.
+  // Scores are not rounded to the dtype: their errors, which are relative errors of weights, are in the accumulate eps.
   const double accumulating = eps_of(accumulate_type(call.dtype)) / eps_of(call.dtype);
   Expected e{{c.batch, c.heads, c.seqlen_q, c.head_dim_v},
              {c.batch, c.heads, c.seqlen_q, 1},

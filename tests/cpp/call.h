@@ -1,4 +1,4 @@
-// A call with all its memory, and its expected results, computed score by score in double from the manual's words.
+// A call with all its memory, and its expected results, computed by plain loops in double.
 #pragma once
 
 #include <optional>
@@ -17,7 +17,7 @@ struct Case {
   int64_t window_left = kUnlimited, window_right = kUnlimited;
   bool bottom_right = false;
   double softcap = 0.0, scale = 0.3, dropout_p = 0.0;
-  int64_t poisoned_from = kUnlimited;  // keys and values from here on are NaN: the extra mask hides them from all
+  int64_t poisoned_from = kUnlimited;  // keys and values from here on are NaN; the extra mask hides them
   bool alibi = false, sinks = false, key_lengths = false, varlen = false, heads_last = false;
 };
 
@@ -38,7 +38,7 @@ struct Call {
   JvpProblem jvp() const;
   DoubleBackwardProblem double_backward(bool compute_out_tangent = true);
 
-  // The call in double, with `step` times its tangent added to every input.
+  // The call in double, each input plus `step` times its tangent.
   Call along_tangents(double step) const;
 
  private:
@@ -55,7 +55,7 @@ struct Expected {
 
 Expected expect(const Call& call);
 
-// Derivatives of the above along the tangents, by central differences; weights are left as they are.
+// The tangents of the above by central differences; weights are not differentiated.
 Expected expected_tangents(const Call& call);
 
 }  // namespace attention_ext::test

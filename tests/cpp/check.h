@@ -1,4 +1,4 @@
-// A test is a function; CHECK counts and reports, it does not stop.
+// Tests are functions; check() counts and reports failures and goes on.
 #pragma once
 
 #include <atomic>
@@ -7,7 +7,7 @@
 
 namespace attention_ext::test {
 
-// Threads of a kernel check the guards of their memory.
+// Atomic, since each thread of a kernel checks the guards of its memory.
 struct Tally {
   std::atomic<long> checks = 0, failures = 0;
 };
@@ -17,11 +17,11 @@ inline Tally& tally() {
   return counts;
 }
 
-constexpr long kMostReports = 20;
+constexpr long kMaxReports = 20;
 
 inline void check(bool holds, const std::string& what) {
   ++tally().checks;
-  if (!holds && ++tally().failures <= kMostReports) std::fprintf(stderr, "FAILED %s\n", what.c_str());
+  if (!holds && ++tally().failures <= kMaxReports) std::fprintf(stderr, "FAILED %s\n", what.c_str());
 }
 
 void test_headers();

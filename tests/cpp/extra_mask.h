@@ -1,10 +1,9 @@
-// One more mask, listed in core/score_mods.h by `tests/cpp/run --extra-mask` alone: every kernel must obey it,
-// unedited.
+// One more mask, which only `tests/cpp/run --extra-mask` lists in core/score_mods.h: kernels must apply it unedited.
 #pragma once
 
 namespace attention_ext {
 
-// Hides keys from 8 to 30 positions before the diagonal, and all that lie 20 or more behind it.
+// Hides keys from 8 to 30 positions before the diagonal, and those 20 or more after it.
 struct Hole {
   bool present = false;
   ATTENTION_INLINE static Hole of(const AttentionProblem&) { return {true}; }

@@ -1,5 +1,5 @@
-// Memory between two pages that may not be touched. It ends at the second, so one element too far faults, in vector
-// code and in code without a sanitizer too; what lies in front of it is NaN and must stay as it is.
+// Memory between two inaccessible pages. It ends where the second begins, so that an access past the end faults, also
+// in vector code and without a sanitizer; the slack before it is filled with NaN, which is checked to be unchanged.
 #pragma once
 
 #include <sys/mman.h>
@@ -39,7 +39,7 @@ class Guarded {
   }
   ~Guarded() {
     if (base_ == nullptr) return;
-    check(slack_is_untouched(), "memory in front of a buffer was written");
+    check(slack_is_unchanged(), "memory before a buffer was written");
     munmap(base_, mapped_);
   }
 
@@ -49,7 +49,7 @@ class Guarded {
 
  private:
   size_t slack() const { return room_ - bytes_; }
-  bool slack_is_untouched() const {
+  bool slack_is_unchanged() const {
     for (size_t i = 0; i < slack(); ++i) {
       if (start_[i] != kPoison) return false;
     }

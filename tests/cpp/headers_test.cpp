@@ -1,4 +1,4 @@
-// csrc/core against brute force: which keys a block holds, and the random numbers' published vectors.
+// csrc/core against brute force: visible keys, block masks, packed sequences; Philox against its published vectors.
 #include "check.h"
 #include "core/score_mods.h"
 #include "scalar_words.h"
@@ -30,11 +30,11 @@ bool sees(const AttentionProblem& p, int64_t q, int64_t k, int64_t length_q, int
   return k < length_k && k >= diagonal - p.window_left && k <= diagonal + p.window_right;
 }
 
-// Lengths that nobody checked, as on a GPU.
-void test_wild_lengths() {
-  const int64_t wild[] = {INT64_MIN, -1, 0, 3, 7, 8, INT64_MAX};
-  for (const int64_t first : wild) {
-    for (const int64_t second : wild) {
+// On a GPU key_lengths and cu_seqlens are not validated: any values must give ranges within the tensors.
+void test_invalid_lengths() {
+  const int64_t invalid[] = {INT64_MIN, -1, 0, 3, 7, 8, INT64_MAX};
+  for (const int64_t first : invalid) {
+    for (const int64_t second : invalid) {
       const int64_t starts[] = {first, second};
       AttentionProblem p;
       p.seqlen_q = p.seqlen_k = 7;
@@ -45,13 +45,13 @@ void test_wild_lengths() {
       p.key_lengths = nullptr;
       p.cu_seqlens_q = p.cu_seqlens_k = starts;
       const Sequence s = sequence_of(p, 0);
-      check(s.begin_q >= 0 && s.length_q >= 0 && s.begin_q + s.length_q <= 7, "a sequence stays within the rows");
+      check(s.begin_q >= 0 && s.length_q >= 0 && s.begin_q + s.length_q <= 7, "a sequence stays within the tensor");
       check(s.length_q <= 4 && s.length_k <= 4, "a sequence is no longer than the longest");
     }
   }
 }
 
-// block_mask and visible_keys agree with a look at each pair, for every block of every tiling of a small problem.
+// block_mask and visible_keys agree with the mask of each pair, for every block of a small problem.
 void check_blocks(const AttentionProblem& p) {
   const Sequence s = sequence_of(p, 0);
   const Band band{p.window_left, p.window_right};
@@ -63,9 +63,9 @@ void check_blocks(const AttentionProblem& p) {
       for (int64_t k = 0; k < p.seqlen_k; ++k) {
         bool seen = false;
         for (int64_t q = q0; q < q1; ++q) seen = seen || sees(p, q, k, p.seqlen_q, s.length_k);
-        check(!seen || (k >= keys.begin && k < keys.end), "visible_keys holds every visible key");
+        check(!seen || (k >= keys.begin && k < keys.end), "visible_keys contains every visible key");
         check(seen || k < keys.begin || k >= keys.end || !banded || q1 - q0 > 1 || k >= s.length_k,
-              "visible_keys of one query holds no other key");
+              "visible_keys of one query contains no other key");
       }
       for (int64_t k0 = 0; k0 < s.length_k; ++k0) {
         for (int64_t k1 = k0 + 1; k1 <= s.length_k; ++k1) {
@@ -74,8 +74,8 @@ void check_blocks(const AttentionProblem& p) {
             for (int64_t k = k0; k < k1; ++k) seen += sees(p, q, k, p.seqlen_q, s.length_k) ? 1 : 0;
           }
           const BlockMask block = band.block_mask({q0, q1}, {k0, k1}, s.diagonal);
-          check(block != BlockMask::kEmpty || seen == 0, "a skipped block holds nothing");
-          check((block == BlockMask::kFull) == (seen == (q1 - q0) * (k1 - k0)), "a full block hides nothing");
+          check(block != BlockMask::kEmpty || seen == 0, "an empty block has no visible pair");
+          check((block == BlockMask::kFull) == (seen == (q1 - q0) * (k1 - k0)), "a full block has only visible pairs");
         }
       }
     }
@@ -122,7 +122,7 @@ void test_packed_sequences() {
 
 void test_headers() {
   test_philox();
-  test_wild_lengths();
+  test_invalid_lengths();
   test_blocks();
   test_packed_sequences();
 }

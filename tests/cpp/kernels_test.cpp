@@ -1,5 +1,5 @@
-// Every row of the kernel table that this CPU can run: right numbers, no byte touched outside the buffers, and the same
-// bits for any order of jobs and for several threads.
+// Every row of the kernel table that this CPU can run: accuracy, no access outside the buffers, and bit-equal results
+// for any order of jobs and several threads.
 #include <atomic>
 #include <string_view>
 #include <thread>
@@ -38,7 +38,7 @@ void run(const CpuKernel& kernel, const AttentionProblem& problem, Order order) 
   }
 }
 
-// Of the type that a kernel's products round to.
+// The eps of the type that a kernel rounds the operands of its products to.
 double product_eps(const CpuKernel& kernel, DType dtype) {
   const bool rounds_to_tf32 = std::string_view(kernel.name).find("tf32") != std::string_view::npos;
   return rounds_to_tf32 ? 0x1p-10 : eps_of(dtype);
@@ -53,9 +53,9 @@ void compare(const std::string& what, double got, double want, double allowed) {
     ++tally().checks;
 }
 
-// The largest error allowed.
+// The bound of an error.
 struct Bound {
-  double relative, absolute;  // relative: to the sum of the magnitudes of the terms
+  double relative, absolute;  // relative to the sum of the magnitudes of the terms
   double of(const Numbers& want, size_t i) const { return relative * want.magnitudes[i] + absolute; }
 };
 
@@ -87,7 +87,7 @@ std::vector<char> bytes_of(const std::vector<const Guarded*>& buffers) {
   return bytes;
 }
 
-// Runs the kernel in each order over poisoned outputs, which must come out alike.
+// Runs the kernel in each order of jobs over poisoned outputs; the results must be bit-equal.
 template <class Prepare>
 void run_in_every_order(const std::string& what, const CpuKernel& kernel, const std::vector<Guarded*>& outputs,
                         Prepare&& prepare) {
@@ -102,17 +102,17 @@ void run_in_every_order(const std::string& what, const CpuKernel& kernel, const 
   }
 }
 
-// Weights and small results of float16 are multiples of its least positive number.
+// Weights and small results of float16 may be subnormal, multiples of 2^-24.
 Bound bound_of(const CpuKernel& kernel, DType dtype) {
   return {3 * product_eps(kernel, dtype), dtype == DType::kFloat16 ? 0x1p-24 : 0};
 }
 
-// The exponential that serves bfloat16 alone has fewer digits than float32.
+// The exponential of the bfloat16 kernel is less accurate than float32.
 Bound logsumexp_bound_of(const CpuKernel& kernel, DType dtype) {
   return {dtype == DType::kBFloat16 ? 0x1p-16 : 3 * product_eps(kernel, accumulate_type(dtype)), 0};
 }
 
-// Derivatives along the tangents sum twice as many terms and are known from central differences.
+// Tangents sum twice as many terms, and their expected values are central differences.
 Bound tangent_bound_of(const CpuKernel& kernel, DType dtype) {
   const Bound bound = bound_of(kernel, dtype);
   return {2 * bound.relative + 1e-9, bound.absolute};
@@ -190,7 +190,7 @@ void test_kernel(const CpuKernel& kernel, Call& call, const Expected& expected, 
     case Pass::kDoubleBackward:
       if (refuses(call.double_backward())) break;
       test_double_backward(what, kernel, call, tangents, true);
-      test_double_backward(what + " without out's", kernel, call, tangents, false);
+      test_double_backward(what + " without out_tangent", kernel, call, tangents, false);
       break;
   }
 }
@@ -199,7 +199,7 @@ void test_case(const Case& spec) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     Call call(spec, dtype);
     const Expected expected = expect(call), tangents = expected_tangents(call);
-    // A forward kernel first, so that out and logsumexp are there when the others read them.
+    // Forward kernels first: the others read their out and logsumexp.
     for (const bool forward : {true, false}) {
       for (const CpuKernel& kernel : cpu_kernels()) {
         if ((kernel.pass == Pass::kForward) == forward) test_kernel(kernel, call, expected, tangents);
@@ -208,9 +208,11 @@ void test_case(const Case& spec) {
   }
 }
 
-// A thread's memory is bounded, whatever the length.
+constexpr int64_t kMaxCopies = 5;  // of all inputs, in the accumulate type
+
+// The memory of a thread is bounded, that of a call linear in the lengths.
 template <class Problem>
-void test_scratch(const CpuKernel& kernel) {
+void test_memory(const CpuKernel& kernel) {
   int planned = 0;
   bool lacked = false;
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
@@ -234,9 +236,12 @@ void test_scratch(const CpuKernel& kernel) {
           lacked |= std::string_view(reason).ends_with("which this CPU lacks");
           continue;
         }
-        const size_t bytes = kernel.plan(p).scratch_bytes;
-        check(bytes <= size_t{4} << 20,
-              std::string(kernel.name) + " takes " + std::to_string(bytes) + " bytes a thread");
+        const Plan plan = kernel.plan(p);
+        check(plan.scratch_bytes <= size_t{4} << 20,
+              std::string(kernel.name) + " takes " + std::to_string(plan.scratch_bytes) + " bytes per thread");
+        const int64_t elements = (length_q + length_k) * head_dim;
+        check(plan.shared_bytes <= static_cast<size_t>(kMaxCopies * elements * size_of(accumulate_type(dtype))),
+              std::string(kernel.name) + " takes " + std::to_string(plan.shared_bytes) + " bytes per call");
         ++planned;
       }
     }
@@ -244,18 +249,18 @@ void test_scratch(const CpuKernel& kernel) {
   check(planned > 0 || lacked, std::string(kernel.name) + " was never planned");
 }
 
-void test_scratch_of(const CpuKernel& kernel) {
+void test_memory_of(const CpuKernel& kernel) {
   switch (kernel.pass) {
     case Pass::kForward:
-      return test_scratch<ForwardProblem>(kernel);
+      return test_memory<ForwardProblem>(kernel);
     case Pass::kBackward:
-      return test_scratch<BackwardProblem>(kernel);
+      return test_memory<BackwardProblem>(kernel);
     case Pass::kWeights:
-      return test_scratch<WeightsProblem>(kernel);
+      return test_memory<WeightsProblem>(kernel);
     case Pass::kJvp:
-      return test_scratch<JvpProblem>(kernel);
+      return test_memory<JvpProblem>(kernel);
     case Pass::kDoubleBackward:
-      return test_scratch<DoubleBackwardProblem>(kernel);
+      return test_memory<DoubleBackwardProblem>(kernel);
   }
 }
 
@@ -353,7 +358,7 @@ std::vector<Case> cases() {
 }  // namespace
 
 void test_kernels(int every) {
-  for (const CpuKernel& kernel : cpu_kernels()) test_scratch_of(kernel);
+  for (const CpuKernel& kernel : cpu_kernels()) test_memory_of(kernel);
   int number = 0;
   for (const Case& spec : cases()) {
     if (number++ % every == 0) test_case(spec);

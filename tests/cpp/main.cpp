@@ -1,14 +1,14 @@
-// Optional argument n: of the cases of the kernels only every n-th, for machines that emulate.
+// The optional argument n runs only every n-th case of the kernel tests, for emulated machines.
 #include <cstdio>
 #include <cstdlib>
 
 #include "check.h"
 
-int main(int count, char** words) {
+int main(int argc, char** argv) {
   using namespace attention_ext::test;
   test_headers();
   test_vectors();
-  test_kernels(count > 1 ? std::atoi(words[1]) : 1);
+  test_kernels(argc > 1 ? std::atoi(argv[1]) : 1);
   std::printf("%ld checks, %ld failures\n", tally().checks.load(), tally().failures.load());
   return tally().failures == 0 ? 0 : 1;
 }

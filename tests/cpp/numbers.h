@@ -19,7 +19,7 @@ using Half = _Float16;
 
 inline DType accumulate_type(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
-// Between 1 and the next number.
+// The distance from 1 to the next larger number.
 inline double eps_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
@@ -93,7 +93,7 @@ inline void store_number(void* data, DType dtype, int64_t i, double x) {
   }
 }
 
-// (batch, heads, rows, columns) as a View sees it, with (batch, rows, heads, columns) memory where heads_last.
+// (batch, heads, rows, columns), with (batch, rows, heads, columns) memory where heads_last.
 struct Array {
   Guarded memory;
   View view;
@@ -127,8 +127,8 @@ struct Array {
   }
 };
 
-// Sums in double, (batch, heads, rows, columns), and the sum of the magnitudes of each one's terms: rounding errors
-// grow with the latter.
+// Sums in double, (batch, heads, rows, columns), and for each the sum of the magnitudes of its terms, with which
+// rounding errors grow.
 struct Numbers {
   int64_t heads, rows, columns;
   std::vector<double> values, magnitudes;

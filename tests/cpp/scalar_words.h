@@ -1,4 +1,4 @@
-// One lane of the arithmetic that core/philox.h asks for.
+// The scalar instance of the arithmetic that core/philox.h is written in.
 #pragma once
 
 #include "core/philox.h"

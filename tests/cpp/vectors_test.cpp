@@ -1,4 +1,4 @@
-// The elementary functions of the baseline vectors, against the C library in the next wider type.
+// exp2 and tanh of the baseline vectors, against the C library in the next wider type.
 #include <cmath>
 #include <limits>
 #include <string>
@@ -15,11 +15,11 @@ namespace {
 template <class T>
 using Wide = std::conditional_t<sizeof(T) == 4, double, long double>;
 
-// The largest error in units of the last place of the result.
+// The largest error, in units in the last place of the result.
 template <class T, class F, class G>
-double worst_error(T low, T high, F&& function, G&& exact) {
+double largest_error(T low, T high, F&& function, G&& exact) {
   constexpr int kSteps = 40001;
-  double worst = 0;
+  double largest = 0;
   for (int i = 0; i < kSteps; ++i) {
     const T x = low + (high - low) * static_cast<T>(i) / static_cast<T>(kSteps - 1);
     const T got = function(splat<T>(x))[0];
@@ -27,10 +27,10 @@ double worst_error(T low, T high, F&& function, G&& exact) {
     const T rounded = static_cast<T>(want);
     if (std::abs(rounded) < std::numeric_limits<T>::min()) continue;
     const T unit = std::nextafter(std::abs(rounded), std::numeric_limits<T>::infinity()) - std::abs(rounded);
-    worst =
-        std::max(worst, static_cast<double>(std::abs(static_cast<Wide<T>>(got) - want) / static_cast<Wide<T>>(unit)));
+    largest =
+        std::max(largest, static_cast<double>(std::abs(static_cast<Wide<T>>(got) - want) / static_cast<Wide<T>>(unit)));
   }
-  return worst;
+  return largest;
 }
 
 template <class T>
@@ -38,10 +38,10 @@ void test_functions(const std::string& name, T lowest) {
   const T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
   const auto power = [](Vec<T> x) { return exp2<T>(x); };
   const auto tanh = [](Vec<T> x) { return attention_ext::tanh<T>(x); };
-  const double of_exp2 = worst_error<T>(lowest, 0, power, [](auto x) { return std::exp2(x); });
+  const double of_exp2 = largest_error<T>(lowest, 0, power, [](auto x) { return std::exp2(x); });
   check(of_exp2 < 2, name + " exp2 is " + std::to_string(of_exp2) + " units off");
-  for (const T reach : {T(1e-3), T(0.5), T(30)}) {
-    const double of_tanh = worst_error<T>(-reach, reach, tanh, [](auto x) { return std::tanh(x); });
+  for (const T bound : {T(1e-3), T(0.5), T(30)}) {
+    const double of_tanh = largest_error<T>(-bound, bound, tanh, [](auto x) { return std::tanh(x); });
     check(of_tanh < 4, name + " tanh is " + std::to_string(of_tanh) + " units off");
   }
   check(power(splat<T>(-infinity))[0] == 0, name + " exp2(-inf)");

@@ -1,26 +1,26 @@
-// Which row of the GPU's table a call takes, with planners that plan nothing.
+// The row of the GPU kernel table that a call selects, with stub planners.
 #include "gpu/table.cpp"
 
 #include <cstdio>
 
 namespace attention_ext {
 
-#define PLANS_NOTHING(planner, ...)       \
+#define STUB_PLANNER(planner, ...)        \
   template <__VA_ARGS__>                  \
   Plan planner(const AttentionProblem&) { \
     return {};                            \
   }
-PLANS_NOTHING(plan_forward, class Plan, class Element)
-PLANS_NOTHING(plan_decode, class Plan, class Element)
-PLANS_NOTHING(plan_backward, class Plan, class Element)
-PLANS_NOTHING(plan_weights, class Plan, class Element)
-PLANS_NOTHING(plan_jvp, class Plan, class Element)
-PLANS_NOTHING(plan_double_backward, class Plan, class Element)
-PLANS_NOTHING(plan_simt_forward, class Plan)
-PLANS_NOTHING(plan_simt_backward, class Plan)
-PLANS_NOTHING(plan_simt_weights, class Plan)
-PLANS_NOTHING(plan_simt_jvp, class Plan)
-PLANS_NOTHING(plan_simt_double_backward, class Plan)
+STUB_PLANNER(plan_forward, class Plan, class Element)
+STUB_PLANNER(plan_decode, class Plan, class Element)
+STUB_PLANNER(plan_backward, class Plan, class Element)
+STUB_PLANNER(plan_weights, class Plan, class Element)
+STUB_PLANNER(plan_jvp, class Plan, class Element)
+STUB_PLANNER(plan_double_backward, class Plan, class Element)
+STUB_PLANNER(plan_simt_forward, class Plan)
+STUB_PLANNER(plan_simt_backward, class Plan)
+STUB_PLANNER(plan_simt_weights, class Plan)
+STUB_PLANNER(plan_simt_jvp, class Plan)
+STUB_PLANNER(plan_simt_double_backward, class Plan)
 
 template <>
 void add_clear_unowned<GpuPlan>(GpuPlan&, Pass, const AttentionProblem&) {}

@@ -1,4 +1,4 @@
-// Blocks of threads own every tile of every sequence exactly once, however sequences are packed.
+// Every tile of every packed sequence belongs to exactly one thread block, for any lengths.
 #include <cstdio>
 #include <random>
 #include <set>
@@ -26,7 +26,7 @@ AttentionProblem packed(const std::vector<int64_t>& cu_seqlens) {
   AttentionProblem p;
   p.batch = static_cast<int64_t>(cu_seqlens.size()) - 1;
   p.cu_seqlens_q = cu_seqlens.data();
-  p.seqlen_q = p.max_seqlen_q = cu_seqlens.back();  // the longest is not known
+  p.seqlen_q = p.max_seqlen_q = cu_seqlens.back();  // the longest sequence is not known
   return p;
 }
 
@@ -41,7 +41,7 @@ void check(const AttentionProblem& p, const std::vector<int64_t>& lengths, int64
     for (int64_t index = 0; index < ceil_div(lengths[b], rows); ++index) {
       expect(owned.count({b, index}) == 1, "no block owns a tile", rows);
       const SequenceTile back = tiles.at(tiles.place({b, index}));
-      expect(back.batch == b && back.index == index, "a place is another tile's", rows);
+      expect(back.batch == b && back.index == index, "place() is not the inverse of at()", rows);
     }
   }
 }
@@ -64,7 +64,7 @@ int main() {
       p.cu_seqlens_q = nullptr;
       check(p, std::vector<int64_t>(batch, p.seqlen_q), rows);
     }
-    // On a GPU nobody has looked at the numbers.
+    // cu_seqlens on a GPU are not validated.
     for (int64_t& x : cu_seqlens) x = static_cast<int64_t>(random() % 2000) - 500;
     AttentionProblem p = packed(cu_seqlens);
     p.seqlen_q = p.max_seqlen_q = 1000;

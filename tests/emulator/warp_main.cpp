@@ -1,4 +1,4 @@
-// The warp layer's own promises: products and shuffles are right, copies land at their wait, errors are told.
+// The emulated warp layer: products, shuffles, copies that complete at their wait, and errors.
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
@@ -32,8 +32,8 @@ bool fails_with(const char* text, Body body) {
 
 void test_shuffle_and_vote() {
   run_warps(2, 0, [] {
-    check(shuffle_xor(thread_index(), 5) == (thread_index() ^ 5), "shuffle_xor gives another lane's number");
-    check(any_in_warp(thread_index() == 40) == (thread_index() >= kWarpSize), "any_in_warp is of one warp alone");
+    check(shuffle_xor(thread_index(), 5) == (thread_index() ^ 5), "shuffle_xor gives the value of another lane");
+    check(any_in_warp(thread_index() == 40) == (thread_index() >= kWarpSize), "any_in_warp is of one warp only");
   });
 }
 
@@ -61,7 +61,7 @@ void test_product() {
   });
 }
 
-void test_copies_land_at_their_wait() {
+void test_copies_complete_at_their_wait() {
   alignas(16) static const float source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
   run_warps(1, 2 * 16 * kWarpSize, [] {
     auto* first = reinterpret_cast<float*>(shared_memory()) + 8 * thread_index();
@@ -70,11 +70,11 @@ void test_copies_land_at_their_wait() {
     commit_copies();
     copy_async(first + 4, source + 4, 8);
     commit_copies();
-    check(first[0] != first[0], "a copy has not landed before its wait");
+    check(first[0] != first[0], "a copy is not complete before its wait");
     wait_copies<1>();
-    check(first[3] == 4 && first[4] != first[4], "a wait is for all groups but the last");
+    check(first[3] == 4 && first[4] != first[4], "wait_copies<1> is for all groups but the last");
     wait_copies<0>();
-    check(first[5] == 6 && first[6] == 0, "what is not copied of 16 bytes is 0");
+    check(first[5] == 6 && first[6] == 0, "the rest of 16 bytes is 0");
   });
 }
 
@@ -103,7 +103,7 @@ void test_errors() {
   check(fails_with("on their way",
                    [] {
                      copy_async(shared_memory(), nullptr, 0);
-                     wait_copies<0>();  // for groups alone, and there is none
+                     wait_copies<0>();  // waits for committed groups, and there is none
                    }),
         "a copy that nothing waits for");
 }
@@ -114,6 +114,6 @@ void test_errors() {
 int main() {
   attention_ext::test_shuffle_and_vote();
   attention_ext::test_product();
-  attention_ext::test_copies_land_at_their_wait();
+  attention_ext::test_copies_complete_at_their_wait();
   attention_ext::test_errors();
 }
