@@ -93,7 +93,7 @@ def test_subset_of_heads_decodes_with_a_cache() -> None:
 )
 def test_parameters_of_all_heads_raise(name: str, parameter: str) -> None:
     part = with_heads(build(name), [0, 1], parameters=False)
-    with pytest.raises(RuntimeError, match=f"expected `{parameter}` for the 2 heads that `q_proj` gives, got 4: which"):
+    with pytest.raises(RuntimeError, match=f"expected `{parameter}` for the 2 heads that `q_proj` gives, got 4: it is"):
         part(torch.randn(2, 5, EMBED, dtype=torch.float64))
 
 
@@ -112,9 +112,9 @@ def widths(query: int, key: int, value: int, **options: Any) -> Attention:
         (widths(12, 3, 12), "expected `k_proj` to give whole heads of 6 features, got 3"),
         (widths(12, 12, 14, head_dim_v=3), "expected `v_proj` to give whole heads of 3 features, got 14"),
         (widths(12, 12, 6), "expected `v_proj` to give as many heads as `k_proj`, 2, got 1"),
-        (widths(12, 24, 24), "to give 4 and 4 heads, or the same share of both, got 2 and 4: which key head"),
-        (widths(12, 12, 12, num_kv_heads=2), "to give 4 and 2 heads, or the same share of both, got 2 and 2"),
-        (widths(24, 6, 6, num_kv_heads=2), "to give 4 and 2 heads, or the same share of both, got 4 and 1"),
+        (widths(12, 24, 24), "to give 4 and 4 heads, or the same fraction of both, got 2 and 4: the key head"),
+        (widths(12, 12, 12, num_kv_heads=2), "to give 4 and 2 heads, or the same fraction of both, got 2 and 2"),
+        (widths(24, 6, 6, num_kv_heads=2), "to give 4 and 2 heads, or the same fraction of both, got 4 and 1"),
         (widths(12, 0, 0), "got 2 and 0"),
     ],
 )

@@ -73,9 +73,9 @@ class Wrapper(Tensor):
 
 FALLBACKS: dict[str, tuple[str, Callable[[], Any]]] = {
     "subclass": ("tensor subclass", lambda: attend(tensor(5).as_subclass(Wrapper))),
-    "list": ("an argument that is no tensor", lambda: attend([[1.0]])),
-    "array": ("an argument that is no tensor", lambda: attend(tensor(5).numpy())),
-    "mask list": ("an argument that is no tensor", lambda: attend(tensor(5), attn_mask=[[1.0]])),
+    "list": ("argument is not a tensor", lambda: attend([[1.0]])),
+    "array": ("argument is not a tensor", lambda: attend(tensor(5).numpy())),
+    "mask list": ("argument is not a tensor", lambda: attend(tensor(5), attn_mask=[[1.0]])),
     "number as a tensor": ("scale of type Tensor", lambda: attend(tensor(5), scale=torch.tensor(0.5))),
     "text": ("dropout_p of type str", lambda: attend(tensor(5), dropout_p="0")),
     "nothing": ("dropout_p of type NoneType", lambda: attend(tensor(5), dropout_p=None)),
@@ -85,8 +85,8 @@ FALLBACKS: dict[str, tuple[str, Callable[[], Any]]] = {
     "grouped number": ("enable_gqa of type int", lambda: attend(tensor(5), enable_gqa=0)),
     "nan": ("scale nan", lambda: attend(tensor(5), scale=math.nan)),
     "inf": ("scale inf", lambda: attend(tensor(5), scale=math.inf)),
-    "no dimensions": ("less than two dimensions", lambda: attend(tensor(5)[0, 0, 0, 0])),
-    "one dimension": ("less than two dimensions", lambda: attend(tensor(5)[0, 0, 0])),
+    "no dimensions": ("fewer than two dimensions", lambda: attend(tensor(5)[0, 0, 0, 0])),
+    "one dimension": ("fewer than two dimensions", lambda: attend(tensor(5)[0, 0, 0])),
     "integers": ("dtype torch.int64", lambda: attend(tensor(5).long())),
     "head_dim 0": ("empty tensor", lambda: attend(tensor(5)[..., :0])),
     "no queries, mismatched mask": ("empty tensor", lambda: attend(tensor(0), tensor(5), attn_mask=torch.ones(3, 3))),
@@ -95,7 +95,7 @@ FALLBACKS: dict[str, tuple[str, Callable[[], Any]]] = {
     "no key heads": ("empty tensor", lambda: attend(tensor(5), tensor(5)[:, :0])),
     "no grouped key heads": ("empty tensor", lambda: attend(tensor(5), tensor(5)[:, :0], enable_gqa=True)),
     "heads of keys and values": (
-        "grouped heads of keys unlike those of values",
+        "grouped keys and values with different heads",
         lambda: attend(tensor(5), tensor(5)[:, :2], tensor(5)[:, :1], enable_gqa=True),
     ),
     "bias of other lengths": ("tensor subclass", lambda: attend(tensor(5), attn_mask=causal_upper_left(4, 4))),
@@ -295,7 +295,7 @@ def test_sdpa_within_another_patch_raises() -> None:
     with OtherPatch() as other:
         with (
             pytest.raises(
-                RuntimeError, match=r"got .*test_sdpa\.OtherPatch\..*wrapper, which .*: open sdpa\(\) before"
+                RuntimeError, match=r"got .*test_sdpa\.OtherPatch\..*wrapper, which .*: enter sdpa\(\) before"
             ),
             sdpa(),
         ):
@@ -308,7 +308,7 @@ def test_another_patch_within_is_called() -> None:
     with sdpa() as routed:
         with OtherPatch() as other:
             attend(tensor(5))
-            with pytest.raises(RuntimeError, match="open sdpa"), sdpa():
+            with pytest.raises(RuntimeError, match="enter sdpa"), sdpa():
                 pass
         attend(tensor(5))
     assert (other.calls, routed.taken, dict(routed.left)) == (1, 1, {"tensor subclass": 1})
@@ -339,7 +339,7 @@ def test_context_parallelism() -> None:
         def parallel() -> Any:
             return context_parallel(mesh, buffers=[torch.randn(8)], buffer_seq_dims=[0])
 
-        refused = pytest.raises(RuntimeError, match=r"_context_parallel\..*, which would not be called any more")
+        refused = pytest.raises(RuntimeError, match=r"_context_parallel\..*, which would be bypassed")
         with parallel(), refused, sdpa():
             pass
         with sdpa():

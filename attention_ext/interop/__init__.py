@@ -1,4 +1,4 @@
-"""Ways into the library for code that was written against torch."""
+"""Replaces torch's attention in existing code: modules by `replace_`, function calls by `sdpa`."""
 
 from attention_ext.interop.replace import Replacement, replace_, restore_
 from attention_ext.interop.sdpa import Routed, sdpa

@@ -1,7 +1,7 @@
-"""Turns the nn.MultiheadAttention modules of a model into ours, and back.
+"""Swaps the nn.MultiheadAttention modules of a model for ours in place, and back.
 
-A module changes its class and stays the same object: parameters, buffers, hooks, device, dtype, training mode, places
-where it is shared and references that an optimizer or a wrapper holds to it are not touched.
+Only the class of a module changes. It stays the same object, so parameters, buffers, hooks, device, dtype, training
+mode and all references to it, such as those of optimizers and wrappers, are kept.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from attention_ext.modules.multihead import MultiheadAttention
 
 __all__ = ["Replacement", "replace_", "restore_"]
 
-# Set on an nn.TransformerEncoder while it may not hand nested tensors to its layers, which it does where it was True.
+# Marks an nn.TransformerEncoder whose use_nested_tensor was set to False by replace_.
 _NESTED_FLAG = "_use_nested_tensor_before_replacement"
 
 
@@ -23,9 +23,9 @@ class Replacement:
     """What `replace_` or `restore_` did.
 
     Attributes:
-        model: the model, itself a changed module if it is one.
+        model: the model.
         swapped: names of the modules that changed class; "" is the model itself. A shared module is named once.
-        left: names of attention modules that did not, with the reason.
+        left: names of attention modules that did not change, with the reason.
         encoders: names of the nn.TransformerEncoder modules whose ``use_nested_tensor`` changed.
     """
 
@@ -33,19 +33,19 @@ class Replacement:
     swapped: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     encoders: list[str] = field(default_factory=list)
-    _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)  # of all names but those left
+    _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)  # swapped modules and encoders
 
     def restore(self) -> "Replacement":
-        """Gives what this replacement swapped its former class back."""
+        """Restores the class of every module that this replacement swapped."""
         report = Replacement(self.model, _modules=self._modules)
-        present = set(self.model.modules())  # perhaps under another name, where it was wrapped meanwhile
+        present = set(self.model.modules())  # a module that was wrapped since then has another name
         for name in self.swapped:
             module = self._modules[name]
             if module not in present:
                 report.left[name] = "no longer in the model"
             elif not isinstance(module, MultiheadAttention):
                 report.left[name] = "no longer an attention_ext.MultiheadAttention"
-            elif reason := _not_exactly(MultiheadAttention, module):
+            elif reason := _reason_not_exact(MultiheadAttention, module):
                 report.left[name] = reason
             else:
                 _change_class(module, nn.MultiheadAttention)
@@ -66,17 +66,16 @@ class Replacement:
 def replace_(model: nn.Module) -> Replacement:
     r"""Makes every nn.MultiheadAttention in model an `attention_ext.MultiheadAttention`, in place.
 
-    Also the model itself, if it is one. Only torch's own class is swapped, with parametrizations if it has some; a
-    subclass, or a ``forward`` set on the module, may compute something else. An nn.TransformerEncoder that holds
-    a swapped module no longer makes a nested tensor of padded input at inference (which would skip padded positions,
-    and return zeros for them).
+    The model itself may be one. Only torch's own class is swapped, with or without parametrizations; a subclass, or a
+    ``forward`` set on the module, may compute something else. An nn.TransformerEncoder with a swapped module no longer
+    converts padded input to a nested tensor at inference (which would skip padded positions and return zeros for them).
 
     Returns:
-        A report, to print, and to undo with ``restore()``.
+        A report that can be printed, and undone with ``restore()``.
     """
     report = Replacement(model)
     for name, module in model.named_modules():
-        reason = _why_not(module)
+        reason = _reason_to_leave(module)
         if reason is None:
             _change_class(module, MultiheadAttention)
             report.swapped.append(name)
@@ -91,26 +90,26 @@ def replace_(model: nn.Module) -> Replacement:
 
 
 def restore_(model: nn.Module) -> Replacement:
-    """Makes every `attention_ext.MultiheadAttention` in model, but no subclass, torch's, in place; reports likewise."""
+    """Makes every `attention_ext.MultiheadAttention` in model, except subclasses, torch's class again, in place."""
     modules = dict(model.named_modules())
     ours = [name for name, module in modules.items() if isinstance(module, MultiheadAttention)]
     encoders = [name for name, module in modules.items() if hasattr(module, _NESTED_FLAG)]
     return Replacement(model, swapped=ours, encoders=encoders, _modules=modules).restore()
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """None: it can be swapped. Empty: it is no attention module that anybody would expect to be."""
+def _reason_to_leave(module: nn.Module) -> str | None:
+    """The reason why the module is not swapped; None if it can be, empty if it is no nn.MultiheadAttention."""
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted: replace before torch.jit.script" if module.original_name == "MultiheadAttention" else ""
     if not isinstance(module, nn.MultiheadAttention):
         return ""
     if isinstance(module, MultiheadAttention):
         return "already attention_ext.MultiheadAttention"
-    return _not_exactly(nn.MultiheadAttention, module)
+    return _reason_not_exact(nn.MultiheadAttention, module)
 
 
-def _not_exactly(expected: type[nn.MultiheadAttention], module: nn.MultiheadAttention) -> str | None:
-    """Why the module may compute something else than the class does."""
+def _reason_not_exact(expected: type[nn.MultiheadAttention], module: nn.MultiheadAttention) -> str | None:
+    """The reason why the module may not compute what its class does, or None."""
     base = _base_class(module)
     if base is not expected:
         overrides = " with a forward of its own" if base.forward is not expected.forward else ""
@@ -119,14 +118,14 @@ def _not_exactly(expected: type[nn.MultiheadAttention], module: nn.MultiheadAtte
 
 
 def _base_class(module: nn.Module) -> type[nn.Module]:
-    """The class of the module, without the one that parametrizations put in front."""
+    """The class of the module, without the subclass that parametrizations create."""
     bases = type(module).__bases__
     return bases[0] if parametrize.is_parametrized(module) and len(bases) == 1 else type(module)
 
 
 def _change_class(module: nn.Module, to: type[nn.MultiheadAttention]) -> None:
     if parametrize.is_parametrized(module):
-        # The class made for this one module holds the properties that compute its parameters.
+        # The subclass of this module has the properties that compute its parameters.
         contents = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{to.__name__}", (to,), contents)
     else:
@@ -138,7 +137,7 @@ def _change_class(module: nn.Module, to: type[nn.MultiheadAttention]) -> None:
 def _has_ours(module: nn.Module) -> bool:
     if not isinstance(module, nn.TransformerEncoder):
         return False
-    return any(isinstance(inner, MultiheadAttention) for inner in module.layers.modules())  # perhaps wrapped
+    return any(isinstance(inner, MultiheadAttention) for inner in module.layers.modules())  # also within wrappers
 
 
 def _forbid_nested(encoder: nn.Module) -> bool:

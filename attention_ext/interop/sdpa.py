@@ -23,18 +23,18 @@ from attention_ext.functional import attention
 __all__ = ["Routed", "sdpa"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_CLASSES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)  # the last two are what torch traces with
+_CLASSES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)  # the last two stand for tensors in tracing
 _DEVICES = ("cpu", "meta", "cuda") if build_info()["cuda"] else ("cpu", "meta")
 _BOOLS = (bool, torch.SymBool)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _TORCHS: Any = torch._C._nn.scaled_dot_product_attention
 
-_changing = Lock()
+_lock = Lock()
 
 
 @dataclass
 class Routed:
-    """How many calls went where.
+    """Counts of calls.
 
     Attributes:
         taken: calls that ran on this library.
@@ -46,7 +46,7 @@ class Routed:
 
 
 class _Dispatcher:
-    """In the place of torch's function while blocks are open. Whoever still calls it afterwards gets torch's."""
+    """Replaces torch's function while any block is active; references kept beyond the block call torch's."""
 
     def __init__(self) -> None:
         # Both import torch.compile, which takes seconds.
@@ -54,8 +54,8 @@ class _Dispatcher:
         from torch.nn.attention.bias import CausalBias, CausalVariant
 
         self.__name__ = "scaled_dot_product_attention"  # for torch.overrides
-        self.open: tuple[Routed, ...] = ()
-        self.aside = 0  # calls during which torch's function is back in its place
+        self.active: tuple[Routed, ...] = ()
+        self.bypasses = 0  # running calls for which torch's function is restored
         self.guard_or_false = guard_or_false
         self.causal_bias = CausalBias
         self.lower_right = CausalVariant.LOWER_RIGHT
@@ -77,48 +77,48 @@ class _Dispatcher:
         if isinstance(bias, self.causal_bias) and _causal_bias_fits(bias, query, key, is_causal):
             mask, causal = None, True
             alignment = "bottom_right" if bias.variant == self.lower_right else "top_left"
-        reason = self._why_not(query, key, value, mask, dropout_p, causal, scale, enable_gqa)
-        for routed in self.open:
+        reason = self._reason_for_fallback(query, key, value, mask, dropout_p, causal, scale, enable_gqa)
+        for routed in self.active:
             if reason:
                 routed.left[reason] += 1
             else:
                 routed.taken += 1
-        if not reason and self.open:
+        if not reason and self.active:
             return attention(query, key, value, mask, dropout_p, causal, scale, enable_gqa, causal_alignment=alignment)
         arguments = (query, key, value, attn_mask, dropout_p, is_causal)
         if has_torch_function((query, key, value, attn_mask)):
-            with self._stepped_aside():
+            with self._torchs_function_restored():
                 return _TORCHS(*arguments, scale=scale, enable_gqa=enable_gqa)
         return _TORCHS(*arguments, scale=scale, enable_gqa=enable_gqa)
 
     __call__.__qualname__ = "scaled_dot_product_attention"  # for errors about the arguments
 
     @contextmanager
-    def _stepped_aside(self) -> Iterator[None]:
-        """A `__torch_function__` compares the function that it is given with the one in torch.nn.functional."""
-        with _changing:
-            self.aside += 1
-            self.settle()
+    def _torchs_function_restored(self) -> Iterator[None]:
+        """For a `__torch_function__` that compares its function with the one in torch.nn.functional."""
+        with _lock:
+            self.bypasses += 1
+            self.install()
         try:
             yield
         finally:
-            with _changing:
-                self.aside -= 1
-                self.settle()
+            with _lock:
+                self.bypasses -= 1
+                self.install()
 
-    def settle(self) -> None:
-        """Puts this or torch's function in place, unless somebody else's is there. The caller holds the lock."""
-        found: Any = F.scaled_dot_product_attention
-        if found is not _TORCHS and found is not self:
+    def install(self) -> None:
+        """Installs this or torch's function, unless another patch is installed. The caller holds the lock."""
+        current: Any = F.scaled_dot_product_attention
+        if current is not _TORCHS and current is not self:
             return
-        place: Any = self if self.open and not self.aside else _TORCHS
-        F.scaled_dot_product_attention = place
-        if self.open:
+        function: Any = self if self.active and not self.bypasses else _TORCHS
+        F.scaled_dot_product_attention = function
+        if self.active:
             builtins()[id(self)] = "aten::scaled_dot_product_attention"  # for torch.jit.script
         else:
             builtins().pop(id(self), None)
 
-    def _why_not(
+    def _reason_for_fallback(
         self,
         query: Tensor,
         key: Tensor,
@@ -131,7 +131,7 @@ class _Dispatcher:
     ) -> str:
         tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
         if not all(isinstance(x, Tensor) for x in tensors):
-            return "an argument that is no tensor"
+            return "argument is not a tensor"
         if any(type(x) not in _CLASSES for x in tensors):
             return "tensor subclass"
         if any(x.is_nested for x in tensors):
@@ -145,11 +145,11 @@ class _Dispatcher:
         if isinstance(scale, float) and not math.isfinite(scale):
             return f"scale {scale}"
         if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
-            return "less than two dimensions"
+            return "fewer than two dimensions"
         if any(self.guard_or_false(x.numel() == 0) for x in (query, key, value)):
             return "empty tensor"
         if enable_gqa and key.shape[-3:-2] != value.shape[-3:-2]:
-            return "grouped heads of keys unlike those of values"
+            return "grouped keys and values with different heads"
         if query.dtype not in _DTYPES:
             return f"dtype {query.dtype}"
         return "" if query.device.type in _DEVICES else f"device {query.device.type}"
@@ -164,52 +164,51 @@ def _dispatcher() -> Any:
 def sdpa() -> Iterator[Routed]:
     r"""Within the block, ``F.scaled_dot_product_attention(...)`` is `attention_ext.attention`; yields counts of calls.
 
-    Covered: Python code, of any thread, that looks the function up in torch.nn.functional when it calls it, as
-    ``F.scaled_dot_product_attention(...)`` and torch's own Python modules do. Not covered: names bound earlier by
+    Routed: Python code in any thread that looks the function up in torch.nn.functional at each call, as
+    ``F.scaled_dot_product_attention(...)`` and torch's own Python modules do. Not routed: names bound earlier by
     ``from torch.nn.functional import ...``, C++ callers, scripted functions, and graphs that torch.compile made
     outside.
 
-    Calls that this library does not serve are torch's, and are counted in ``left``: tensor subclasses other than
-    torch.nn.attention.bias.CausalBias, nested and empty tensors, tensors of less than two dimensions, grouped heads of
-    which keys and values have different numbers, dtypes and devices without kernels, a ``scale`` that is not finite,
-    and arguments of types other than the documented ones, among them numbers given as tensors. Such a call computes or
-    raises what it does outside. A mask together with ``is_causal`` hides what either of them hides; torch does the
-    same or refuses, depending on its backend.
+    Calls that this library does not serve fall back to torch and are counted in ``left``: tensor subclasses other than
+    torch.nn.attention.bias.CausalBias, nested and empty tensors, tensors of fewer than two dimensions, grouped keys and
+    values with different numbers of heads, dtypes and devices without kernels, a ``scale`` that is not finite, and
+    arguments of undocumented types, such as tensors for numbers. Their results and errors are those of torch. With both
+    a mask and ``is_causal`` a key is hidden by either; torch does the same or raises, depending on its backend.
 
-    While ``__torch_function__`` of a subclass or a mode handles such a call, torch's function is back in its place, for
-    all threads.
+    During a fallback through the ``__torch_function__`` of a subclass or a mode, torch's function is restored for all
+    threads.
 
-    What recomputes a call later must do so in a block too: where torch.utils.checkpoint is used within, call
-    ``backward()`` within as well, or torch's function recomputes, with other dropout.
+    Recomputation must take place in a block too: with torch.utils.checkpoint, call ``backward()`` within the block, or
+    torch's function recomputes the call with another dropout mask.
 
-    Blocks may overlap, in threads too: a call counts in every one that is open, and torch's function is back when the
-    last one ends. Where somebody else replaces the function within, theirs is called, and calls torch's when the last
-    block has ended: under torch's ``context_parallel``, opened within, calls are context parallel and count as left.
+    Blocks may overlap, in threads too: a call is counted in every active block, and torch's function is restored when
+    the last one ends. A patch that is installed within the block is called, and calls this function, or torch's once
+    the last block has ended: under torch's ``context_parallel``, entered within, calls are context parallel and count
+    as left.
 
     Raises:
-        RuntimeError: where somebody else's function is in the place of torch's when the block is opened: calls
-            that theirs is to serve would be taken from it.
+        RuntimeError: if another patch of the function is installed when the block is entered: it would be bypassed.
     """
     dispatcher, routed = _dispatcher(), Routed()
-    with _changing:
-        found: Any = F.scaled_dot_product_attention
-        if found is not _TORCHS and found is not dispatcher:
-            name = getattr(found, "__qualname__", type(found).__qualname__)
+    with _lock:
+        current: Any = F.scaled_dot_product_attention
+        if current is not _TORCHS and current is not dispatcher:
+            name = getattr(current, "__qualname__", type(current).__qualname__)
             raise RuntimeError(
                 "sdpa: expected torch's own function as F.scaled_dot_product_attention, got "
-                f"{getattr(found, '__module__', None)}.{name}, which would not be called any more: open sdpa() before "
-                "it is put in place, or after torch's is back"
+                f"{getattr(current, '__module__', None)}.{name}, which would be bypassed: enter sdpa() before it is "
+                "installed, or after torch's function is restored"
             )
-        dispatcher.open += (routed,)
-        dispatcher.settle()
+        dispatcher.active += (routed,)
+        dispatcher.install()
     try:
         yield routed
     finally:
-        with _changing:
-            dispatcher.open = tuple(other for other in dispatcher.open if other is not routed)
-            dispatcher.settle()
+        with _lock:
+            dispatcher.active = tuple(other for other in dispatcher.active if other is not routed)
+            dispatcher.install()
 
 
 def _causal_bias_fits(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> bool:
-    """Else it is torch's to refuse."""
+    """Otherwise torch raises the error."""
     return not is_causal and (bias.seq_len_q, bias.seq_len_kv) == (query.size(-2), key.size(-2))

@@ -1,4 +1,4 @@
-"""Layers on the library's operators."""
+"""Attention layers and positional encodings."""
 
 from attention_ext.modules.attention import Attention, KVCache, alibi_slopes
 from attention_ext.modules.multihead import MultiheadAttention

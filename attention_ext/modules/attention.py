@@ -1,4 +1,4 @@
-"""An attention layer with everything the operator offers, and a cache of keys and values for decoding."""
+"""An attention layer with every option of the operator, and a KV cache for decoding."""
 
 import math
 from typing import Any
@@ -19,9 +19,9 @@ __all__ = ["Attention", "KVCache", "alibi_slopes"]
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
     r"""The slopes ``(num_heads,)``, float32, of the ALiBi paper: ``2^(-8 i / n)`` for i = 1 .. n, n a power of two.
 
-    For other numbers of heads: those of the power of two below, then every second one of the power of two above.
+    For other n: the slopes of the next lower power of two, then every second one of the next higher power of two.
 
-    Source: "Train Short, Test Long" (arXiv:2108.12409), and the authors' code for the rest.
+    Source: "Train Short, Test Long" (arXiv:2108.12409), for other n the authors' code.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     steps = torch.arange(2, 2 * num_heads + 1, 2, device=device) % (2 * power + 1)  # 2, 4 .. 2 power, 1, 3 ..
@@ -29,14 +29,14 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
 
 
 class KVCache:
-    r"""Keys and values of the positions decoded so far, in memory that grows by doubling.
+    r"""The keys and values of all positions decoded so far, in memory that grows by doubling.
 
-    Pass one cache per layer to :class:`Attention`; it appends what it projects and attends to everything. It is for
-    inference: storing under autograd is refused. Until a reset, all that is appended has the sizes, dtype and device of
-    what is stored.
+    Pass one cache per layer to :class:`Attention`, which appends new keys and values and attends to all. It is for
+    inference: appending tensors that require grad raises. Until a reset, all keys and all values have the same shape
+    but for the length, the same dtype and the same device.
 
     Args:
-        capacity: positions to make room for at first.
+        capacity: the initial capacity, in positions.
     """
 
     def __init__(self, capacity: int = 256) -> None:
@@ -46,7 +46,7 @@ class KVCache:
         self._value: Tensor | None = None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (..., H, L, D) and (..., H, L, Dv); returns views (..., H, length, D) of all that is stored."""
+        """Appends (..., H, L, D) and (..., H, L, Dv); returns views (..., H, length, D) of all keys and values."""
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise RuntimeError("KVCache: expected inference (torch.no_grad()), got keys or values that require grad")
         if key.size(-2) != value.size(-2):
@@ -55,40 +55,40 @@ class KVCache:
             if buffer is not None and self.length > 0 and _kind(buffer) != _kind(new):
                 raise RuntimeError(f"KVCache: expected `{name}` to be {_kind(buffer)}, as before, got {_kind(new)}")
         end = self.length + key.size(-2)
-        self._key, self._value = self._with_room(self._key, key, end), self._with_room(self._value, value, end)
+        self._key, self._value = self._grown(self._key, key, end), self._grown(self._value, value, end)
         self._key[..., self.length : end, :] = key
         self._value[..., self.length : end, :] = value
         self.length = end
         return self._key[..., :end, :], self._value[..., :end, :]
 
-    def _with_room(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
+    def _grown(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
         if buffer is None or _kind(buffer) != _kind(new):
             buffer = new[..., :0, :]
         if end <= buffer.size(-2):
             return buffer
         self.capacity = max(self.capacity, 2 ** math.ceil(math.log2(end)))
-        with torch.inference_mode(False):  # else it could be written to in that mode only
+        with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
             grown = new.new_zeros(*new.shape[:-2], self.capacity, new.size(-1))
         grown[..., : self.length, :] = buffer[..., : self.length, :]
         return grown
 
     def reset(self) -> None:
-        """Forgets every position; the memory stays."""
+        """Removes all positions but keeps the memory."""
         self.length = 0
 
 
 def _kind(x: Tensor) -> tuple[list[int | str], torch.dtype, torch.device]:
-    """What all that one cache stores has in common."""
+    """Shape but for the length, dtype and device: equal for everything in a cache."""
     return [*x.shape[:-2], "length", x.size(-1)], x.dtype, x.device
 
 
 class Attention(nn.Module):
-    r"""Multi-head attention, batch first, with free head sizes, grouped heads and every score change of the operator.
+    r"""Multi-head attention, batch first, any head_dim, grouped heads and all masks and score mods of the operator.
 
     Shapes: B any number of leading dimensions, L queries, S keys, H num_heads.
 
     Args:
-        embed_dim: features of the query, and of the output unless ``out_dim`` says otherwise.
+        embed_dim: features of the query.
         num_heads: heads of the query.
         num_kv_heads: heads of key and value; divides num_heads. None: num_heads.
         head_dim: features of a query or key head. None: embed_dim // num_heads, which must divide.
@@ -96,26 +96,26 @@ class Attention(nn.Module):
         kdim: features of the key input. None: embed_dim.
         vdim: features of the value input. None: kdim.
         out_dim: features of the output. None: embed_dim.
-        bias: whether the four projections have one.
-        dropout: probability with which a weight is dropped in training.
+        bias: whether the four projections have a bias.
+        dropout: probability of dropping a weight in training.
         is_causal: a query sees keys up to its own position.
-        causal_alignment: ``"top_left"`` or ``"bottom_right"``; with a cache always the latter, the last query at the
-            last key.
-        window: (left, right), positions around the diagonal that are seen; None: no limit.
+        causal_alignment: ``"top_left"`` or ``"bottom_right"`` (the last query is at the last key, as always with a
+            cache).
+        window: (left, right), the visible positions on either side of the diagonal; None: no limit.
         scale: factor on the dot product; None: 1 / sqrt(head_dim). Not with cosine similarity.
         softcap: replaces a score by ``softcap * tanh(score / softcap)``; 0 means no softcap.
         similarity: ``"dot"``, or ``"cosine"``: unit-length queries and keys, times a trained temperature per head
-            (parameter ``log_temperature``, at first log 10, at most log 100).
+            (parameter ``log_temperature``, initially log 10, at most log 100).
         alibi: None, ``"fixed"`` slopes, or ``"trained"`` ones (parameter ``slopes``).
-        sinks: one trained logit per head (parameter ``sinks``, at first 0) that takes weight and gives no value.
-        rotary: turns queries and keys by their positions; with bottom-right alignment the last query by that of the
-            last key, whatever ``key_lengths`` says.
+        sinks: one trained logit per head (parameter ``sinks``, initially 0) that joins the softmax without a value.
+        rotary: rotary encoding of queries and keys; with bottom-right alignment the last query has the position of the
+            last key, regardless of ``key_lengths``.
 
-    Heads are counted by the widths that ``q_proj``, ``k_proj`` and ``v_proj`` give. So the projections may be replaced
-    by ones of fewer heads (pruning), or sharded (ColwiseParallel on these three, RowwiseParallel on ``out_proj``), with
-    DTensors between them or with each rank's own part. Key heads are to be sharded as query heads are, unless all query
-    heads that arrive read the one key head that arrives. Slopes, sinks and temperatures may be whole, ``num_heads`` of
-    them: this rank's part is then taken, as ``q_proj.weight``, a DTensor, is sharded.
+    The number of heads in a call follows from the output widths of ``q_proj``, ``k_proj`` and ``v_proj``, so that these
+    may be replaced by ones with fewer heads (pruning), or sharded (ColwiseParallel on these three, RowwiseParallel on
+    ``out_proj``), with DTensors or local tensors between them. Query and key heads must be sharded alike, unless all
+    local query heads share a single key head. Slopes, sinks and temperatures may be unsharded; they are then sharded as
+    the DTensor ``q_proj.weight`` is.
 
     Source: grouped heads arXiv:2305.13245, cosine similarity arXiv:2111.09883, ALiBi arXiv:2108.12409, softcap
     arXiv:2408.00118, sinks arXiv:2309.17453 and their trained form in gpt-oss.
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         self._reset_scores()
 
     def reset_parameters(self) -> None:
-        """Gives every parameter the value, or distribution, that it has at first."""
+        """Initialises all parameters as the constructor does."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             projection.reset_parameters()
         self._reset_scores()
@@ -226,26 +226,26 @@ class Attention(nn.Module):
         need_weights: bool = False,
         average_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        r"""Attends from query to key and value; key None is self-attention, value None takes the key.
+        r"""Attention of query to key and value; key defaults to query, value to key.
 
         Args:
             query: ``(B, L, embed_dim)``.
             key: ``(B, S, kdim)``.
             value: ``(B, S, vdim)``.
-            attn_mask: broadcastable to ``(B, H, L, S)``; bool, True attends, or floating, added.
-            is_causal: None: as constructed.
+            attn_mask: broadcastable to ``(B, H, L, S)``; bool (True: attend) or floating (added to the scores).
+            is_causal: overrides the constructor's.
             key_lengths: ``(B,)``: keys from this position on are hidden.
-            cache: keys and values are appended to it, and all of them attended to; S counts them all.
+            cache: keys and values are appended to it, and queries attend to all of them; S is their number.
             need_weights: also return the weights, after dropout.
-            average_weights: their mean over heads, ``(B, L, S)``, instead of ``(B, H, L, S)``.
+            average_weights: return their mean over heads, ``(B, L, S)``, instead of ``(B, H, L, S)``.
 
         Returns:
             The output ``(B, L, out_dim)``, and the weights or None.
 
         Raises:
-            RuntimeError: where heads arrive of which it is not known which they are: parameters per head, fixed slopes
-                or the mean over heads are for another number of them, or query and key heads are not in the ratio of
-                ``num_heads`` to ``num_kv_heads``. Also as :func:`attention_ext.attention`.
+            RuntimeError: if the number of heads does not match per-head parameters, fixed slopes or the mean over
+                heads, or if query and key heads are not in the ratio of ``num_heads`` to ``num_kv_heads``. Also as
+                :func:`attention_ext.attention`.
         """
         key = query if key is None else key
         value = key if value is None else value
@@ -270,8 +270,8 @@ class Attention(nn.Module):
             k = F.normalize(k, dim=-1)
         if self.rotary is not None:
             stored = 0 if cache is None else cache.length
-            apart = k.size(-2) - q.size(-2) if self.causal_alignment == "bottom_right" and cache is None else 0
-            q, k = self.rotary(q, stored + max(apart, 0)), self.rotary(k, stored + max(-apart, 0))
+            shift = k.size(-2) - q.size(-2) if self.causal_alignment == "bottom_right" and cache is None else 0
+            q, k = self.rotary(q, stored + max(shift, 0)), self.rotary(k, stored + max(-shift, 0))
         if cache is not None:
             k, v = cache.append(k, v)
         window_left, window_right = window_sides(self.window)
@@ -316,11 +316,11 @@ class Attention(nn.Module):
         if heads_q * self.num_kv_heads != heads_k * self.num_heads and not in_one_group:
             raise RuntimeError(
                 f"Attention: expected `q_proj` and `k_proj` to give {self.num_heads} and {self.num_kv_heads} heads, or "
-                f"the same share of both, got {heads_q} and {heads_k}: which key head a query head reads is not known"
+                f"the same fraction of both, got {heads_q} and {heads_k}: the key head of each query head is undefined"
             )
 
     def _per_head(self, name: str, parameter: Tensor, query: Tensor) -> Tensor:
-        """The parameter (num_heads, ...) of those heads that query (..., H, L, D) has."""
+        """The part of the parameter (num_heads, ...) for the heads of query (..., H, L, D)."""
         heads = query.size(-3)
         if is_dtensor(query):
             parameter = beside(parameter, query)
@@ -329,7 +329,7 @@ class Attention(nn.Module):
         if parameter.size(0) != heads:
             raise RuntimeError(
                 f"Attention: expected `{name}` for the {heads} heads that `q_proj` gives, got {parameter.size(0)}: "
-                "which of them these are is known where `q_proj.weight`, or its output, is a DTensor sharded by heads"
+                "it is sharded only if `q_proj.weight`, or its output, is a DTensor sharded by heads"
             )
         return parameter
 

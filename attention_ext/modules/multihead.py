@@ -1,7 +1,7 @@
 """A drop-in for torch.nn.MultiheadAttention on the library's kernels.
 
-Projections, head views and masks are here; the attention itself is an operator. The argument
-checks are torch's own functions where it has them, so that errors keep their type and text.
+This module does the projections, head views and masks, and calls the operator. Where torch has functions for argument
+checks it calls these, so that errors keep their type and text.
 """
 
 import torch
@@ -14,23 +14,22 @@ __all__ = ["MultiheadAttention"]
 class MultiheadAttention(nn.MultiheadAttention):
     r"""Multi-head attention with the constructor, parameters, arguments and results of torch.nn.MultiheadAttention.
 
-    Training takes memory linear in the lengths, also with dropout, masks and a trained mask; with ``need_weights`` the
-    weights alone are as large as they are. State dicts go either way between the two classes, and one seed gives both
-    the same initial weights. Differences from torch's class:
+    Training memory is linear in the lengths, also with dropout, masks and a trained mask; with ``need_weights``, only
+    the returned weights take L x S memory. State dicts are interchangeable between the two classes, and the same seed
+    gives the same initial parameters. Differences from torch's class:
 
     - A query whose keys are all masked has output 0 and weights 0 (torch: NaN with ``need_weights``).
     - ``out_proj`` is called as a module, so its hooks and wrappers run.
-    - ``is_causal`` together with ``attn_mask``, with ``need_weights=False``, is taken at its word also where there is a
-      ``key_padding_mask``: the mask is not read (torch reads it then), unless ``add_bias_kv`` or ``add_zero_attn``
-      appended keys that every query sees.
+    - With ``is_causal`` and ``need_weights=False``, ``attn_mask`` is not read even if there is a ``key_padding_mask``
+      (torch reads it then), unless ``add_bias_kv`` or ``add_zero_attn`` appended keys that every query sees.
     - Dropout draws other random numbers. A mask may have another floating dtype than the query.
-    - Nested tensors are refused, in every mode. The output is contiguous also with ``batch_first``.
-    - An input that is modified in place before backward raises there, also with ``batch_first``, where torch copies it.
-    - torch.fx and torch.ao.quantization.prepare know torch's own class alone: trace with a ``torch.fx.Tracer`` whose
+    - Nested tensors raise, in every mode. The output is contiguous also with ``batch_first``.
+    - Backward raises if an input was modified in place, also with ``batch_first``, where torch copies it.
+    - torch.fx and torch.ao.quantization.prepare handle torch's own class only: trace with a ``torch.fx.Tracer`` whose
       ``is_leaf_module`` is also True for this class; it is not quantized.
-    - ``_qkv_same_embed_dim`` reads False. By this attribute torch's ``TransformerEncoderLayer`` and
-      ``TransformerEncoder`` decide whether to compute with this module's parameters without calling it. Whether the
-      projections are packed is said by ``in_proj_weight is not None``.
+    - ``_qkv_same_embed_dim`` is False, so that torch's ``TransformerEncoderLayer`` and ``TransformerEncoder`` do not
+      take their fast path, which would bypass this module's forward. ``in_proj_weight is not None`` tells whether the
+      projections are packed.
 
     As in torch's class, ``num_heads`` may be changed after construction: ``head_dim`` is not read, heads have
     ``embed_dim // num_heads`` features. ``embed_dim`` is only compared with the query's.
@@ -40,10 +39,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         unbatched. Output as query; weights ``(N, L, S)`` averaged over heads, or ``(N, num_heads, L, S)``.
 
     Raises:
-        AssertionError: for ranks, embedding sizes, mask dtypes or padding shapes that do not fit, and nested input.
-        RuntimeError: for an ``attn_mask`` of a wrong shape, batch sizes that differ, and ``is_causal`` without
+        AssertionError: for invalid ranks, embedding sizes, mask dtypes or padding shapes, and nested input.
+        RuntimeError: for an ``attn_mask`` of a wrong shape, mismatched batch sizes, and ``is_causal`` without
             ``attn_mask``.
-        TypeError: for a mask that is no tensor.
+        TypeError: for a mask that is not a tensor.
 
     Source: "Attention Is All You Need" (arXiv:1706.03762), as implemented by torch.nn.MultiheadAttention.
     """
@@ -71,12 +70,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = False
 
     def reset_parameters(self) -> None:
-        """Gives every parameter the value, or distribution, that it has at first, in the order of the constructor."""
+        """Initialises all parameters as the constructor does, in the same order."""
         self.out_proj.reset_parameters()
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """torch's own, without the attribute by which others choose a way around this class."""
+        """torch's own, which reads _qkv_same_embed_dim, by in_proj_weight."""
         if self.in_proj_weight is not None:
             nn.init.xavier_uniform_(self.in_proj_weight)
         else:
@@ -128,7 +127,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         batch_first = self.batch_first or not is_batched
         self._check_sizes(query, key, value, batch_first)
 
-        # The hint spares reading the mask, but causal hides appended keys, which the mask shows to every query.
+        # A causal call need not read the mask, but hides appended keys, which the mask shows to every query.
         is_causal = is_causal and not need_weights
         if is_causal and key_padding_mask is not None:
             is_causal = self._appended_keys() == 0
@@ -150,7 +149,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return output if is_batched else output.squeeze(0), weights
 
     def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
-        """torch's checks and texts, which name sequence-first shapes."""
+        """torch's checks, whose messages have sequence-first shapes."""
         if query.size(-1) != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.size(-1)}")
         if query.size(-1) % self.num_heads != 0:
@@ -174,13 +173,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         return int(self.bias_k is not None) + int(self.add_zero_attn)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, H, length, head_dim) views of what the projections write, with the appended keys.
+        """(N, H, length, head_dim) views of the projections' outputs, with the appended keys.
 
-        One product serves inputs that are one tensor, as in torch; its parts are not copied apart.
+        Inputs that are the same tensor share one product, as in torch; its parts are not copied.
         """
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is None:
-            q, k, v = self._project_apart(query, key, value)
+            q, k, v = self._project_separately(query, key, value)
         elif query is key and key is value:
             q, k, v = F.linear(query, weight, bias).unflatten(-1, [3, self.embed_dim]).unbind(-2)
         elif key is value:
@@ -204,7 +203,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             v = _append(v, zero, batch_first)
         return self._heads(q, batch_first), self._heads(k, batch_first), self._heads(v, batch_first)
 
-    def _project_apart(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_separately(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bias_q: Tensor | None = None
         bias_k: Tensor | None = None
         bias_v: Tensor | None = None
@@ -222,9 +221,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _visible(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, seqlen_q: int, seqlen_k: int
     ) -> Tensor | None:
-        """torch's masks, where True blocks, as one that broadcasts to (N, H, L, S), where True attends; or as a sum.
+        """torch's masks, in which True hides, as one broadcastable to (N, H, L, S), in which True attends, or a bias.
 
-        Only both masks together need an array of their own, (N, 1, L, S), or (N, H, L, S) if attn_mask has that size.
+        Only both masks together are materialised, as (N, 1, L, S), or (N, H, L, S) if attn_mask has that size.
         """
         appended = self._appended_keys()
         if attn_mask is not None:
@@ -250,7 +249,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return mask
 
     def _checked(self, attn_mask: Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> Tensor:
-        """torch's checks and texts."""
+        """torch's checks and messages."""
         if attn_mask.dim() == 2:
             if attn_mask.shape != (seqlen_q, seqlen_k):
                 raise RuntimeError(
@@ -265,7 +264,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def _is_added(mask: Tensor | None, name: str) -> bool:
-    """Whether a mask is added rather than hiding (or is of a dtype that is to be refused)."""
+    """Whether a mask is not bool, so a bias (or of a dtype that raises later)."""
     if mask is None:
         return False
     if not isinstance(mask, Tensor):
@@ -274,15 +273,15 @@ def _is_added(mask: Tensor | None, name: str) -> bool:
 
 
 def _unsqueeze(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of one, batch first, in which inputs that were one tensor still are."""
+    """A batch of one, batch first; inputs that are the same tensor stay the same."""
     batched_value = value.unsqueeze(0)
     batched_key = batched_value if key is value else key.unsqueeze(0)
     batched_query = batched_key if query is key else query.unsqueeze(0)
     return batched_query, batched_key, batched_value
 
 
-def _append(x: Tensor, row: Tensor, batch_first: bool) -> Tensor:
-    """(N, S, E), or (S, N, E), with row (1, 1, E) as one more position of every sequence."""
+def _append(x: Tensor, token: Tensor, batch_first: bool) -> Tensor:
+    """(N, S, E), or (S, N, E), with token (1, 1, E) appended to every sequence."""
     if batch_first:
-        return torch.cat([x, row.expand(x.size(0), 1, -1)], dim=1)
-    return torch.cat([x, row.expand(1, x.size(1), -1)], dim=0)
+        return torch.cat([x, token.expand(x.size(0), 1, -1)], dim=1)
+    return torch.cat([x, token.expand(1, x.size(1), -1)], dim=0)

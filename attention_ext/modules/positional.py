@@ -1,6 +1,6 @@
-"""Position codes: sinusoidal and learned ones are added to the input, rotary ones turn queries and keys.
+"""Positional encodings: sinusoidal and learned ones are added to the input, rotary ones rotate queries and keys.
 
-Each takes `offset`, the position of the first row, so that decoding against a cache continues where it stopped.
+Each takes `offset`, the position of the first token, for decoding with a cache.
 """
 
 import torch
@@ -14,7 +14,7 @@ __all__ = ["LearnedPositions", "RotaryPositions", "SinusoidalPositions"]
 class SinusoidalPositions(nn.Module):
     r"""Adds ``sin(p / base^(i / embed_dim))`` at even features i and the cosine of the same angle at i + 1.
 
-    There is no longest length and no state: codes are computed, in float32 (float64 for float64 input).
+    The encoding is computed for any length, in float32 (float64 for float64 input); there is no state.
 
     Args:
         embed_dim: features of the input; any number >= 1.
@@ -33,8 +33,8 @@ class SinusoidalPositions(nn.Module):
         if x.size(-1) != self.embed_dim:
             raise RuntimeError(f"SinusoidalPositions: expected {self.embed_dim} features, got {x.size(-1)}")
         angles = position_angles(x, offset, x.size(-2), self.embed_dim, self.base)
-        codes = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-        return x + codes[:, : self.embed_dim].to(x.dtype)
+        encoding = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+        return x + encoding[:, : self.embed_dim].to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, base={self.base}"
@@ -80,15 +80,15 @@ class LearnedPositions(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    r"""Turns pairs of features by an angle that grows with the position, so that scores depend on distances.
+    r"""Rotates pairs of features by an angle proportional to the position, so that scores depend on relative positions.
 
-    Apply it to queries and keys, not to values. The angles are computed in float32 (float64 for float64 input), and so
-    is the turn.
+    Apply it to queries and keys, not to values. Angles and rotations are computed in float32 (float64 for float64
+    input).
 
     Args:
-        head_dim: features that are turned, an even number; those beyond it pass as they are.
+        head_dim: the number of features to rotate, even; further features are unchanged.
         base: longest wavelength over 2 pi, in positions.
-        interleaved: pairs are neighbours (0, 1), (2, 3), ... as in the paper; by default feature i goes with
+        interleaved: pairs are adjacent, (0, 1), (2, 3), ... as in the paper; by default feature i is paired with
             ``i + head_dim / 2``, as in most language models.
 
     Source: "RoFormer" (arXiv:2104.09864).
@@ -108,14 +108,14 @@ class RotaryPositions(nn.Module):
             raise RuntimeError(f"RotaryPositions: expected at least {self.head_dim} features, got {x.size(-1)}")
         angles = position_angles(x, offset, x.size(-2), self.head_dim, self.base)
         cosine, sine = angles.cos(), angles.sin()
-        turned = x[..., : self.head_dim].to(angles.dtype)
+        rotated = x[..., : self.head_dim].to(angles.dtype)
         if self.interleaved:
-            first, second = turned[..., 0::2], turned[..., 1::2]
+            first, second = rotated[..., 0::2], rotated[..., 1::2]
         else:
-            first, second = turned.chunk(2, dim=-1)
+            first, second = rotated.chunk(2, dim=-1)
         pair = [first * cosine - second * sine, second * cosine + first * sine]
-        turned = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
-        return torch.cat([turned.to(x.dtype), x[..., self.head_dim :]], dim=-1)
+        rotated = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
+        return torch.cat([rotated.to(x.dtype), x[..., self.head_dim :]], dim=-1)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, base={self.base}, interleaved={self.interleaved}"
