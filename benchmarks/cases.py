@@ -1,4 +1,4 @@
-"""The cases by name: sizes, masks and score changes, and the pairs of queries and keys that they leave."""
+"""The benchmark cases: sizes, masks and score mods, and the number of visible query-key pairs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention call, with one of mask, window, softcap, alibi, sinks and packed at most.
+    """One attention call, with at most one of mask, window, softcap, alibi, sinks and packed.
 
     Attributes:
-        name: says what is special about it; unique together with the dtype.
+        name: unique together with the dtype.
         mask: "half_padding" (bool, the second half of the keys), "bias" (float, per head) or "bias_grad" (with its
             gradient).
         packed: lengths of packed sequences, for attention_varlen; length_q and length_k are then their sum.
-        peaked: scores so far apart that most weights vanish, many of them below the smallest normal number.
-        layout: "heads_first", "heads_last" (the memory of a projection) or "unaligned" (rows of head_dim + 1 numbers).
+        peaked: scores so far apart that most weights underflow or are subnormal.
+        layout: "heads_first", "heads_last" (the memory of a projection) or "unaligned" (row stride head_dim + 1).
         passes: see `passes.PASSES`.
-        bandwidth_bound: the share that counts is that of the read bandwidth, not of the multiply-adds.
-        with_torch: False where torch would need memory for every score of a very long sequence.
+        bandwidth_bound: the share is of the read bandwidth, not of the peak multiply-add rate.
+        with_torch: False where torch would materialise the scores of a very long sequence.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Case:
                 object.__setattr__(self, name, value)
 
     def pairs(self) -> int:
-        """Query-key pairs that the masks leave, over all heads and batch entries."""
+        """Visible query-key pairs, over all heads and batch entries."""
         lengths = [(x, x) for x in self.packed] or [(self.length_q, self.length_k)]
         visible = sum(self._visible(q, k) for q, k in lengths)
         return self.batch * self.heads * visible // (2 if self.mask == "half_padding" else 1)
@@ -78,7 +78,7 @@ class Case:
         return int((last - first + 1).clamp(min=0).sum())
 
     def read_bytes(self) -> int:
-        """Of key and value."""
+        """The size of key and value."""
         numbers = self.batch * self.kv_heads * self.length_k * (self.head_dim + self.head_dim_v)
         return numbers * self.dtype.itemsize
 

@@ -1,9 +1,9 @@
-"""Prints benchmark files: our time against torch's, and the share of the machine's limit that each reaches.
+"""Prints benchmark files: our time and torch's, and the share of the machine's peak that each reaches.
 
 python benchmarks/compare.py out/benchmark.json                 one file
-python benchmarks/compare.py out/before.json out/after.json     and how ours changed since the first file
+python benchmarks/compare.py out/before.json out/after.json     also the change of our time since the first file
 python benchmarks/compare.py --markdown main out/benchmark.json     a table of one group
-python benchmarks/compare.py --fail-below 1.0 out/benchmark.json   exits with 1 where torch is faster than that
+python benchmarks/compare.py --fail-below 1.0 out/benchmark.json   exits with 1 if a speedup over torch is lower
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def key(row: Row) -> tuple[str, ...]:
     return tuple(str(row.get(name)) for name in ("group", "case", "dtype", "pass", "length"))
 
 
-def speed_up(row: Row) -> float | None:
+def speedup(row: Row) -> float | None:
     return row["torch_s"] / row["ours_s"] if row.get("torch_s") else None
 
 
 def share(row: Row, who: str) -> float | None:
-    """Of the peak multiply-add rate or of the read bandwidth."""
+    """The share of the peak multiply-add rate or of the read bandwidth."""
     if row.get("limit_per_s") and row.get(f"{who}_s"):
         return row["work"] / row[f"{who}_s"] / row["limit_per_s"]
     return None
@@ -50,7 +50,7 @@ def line(row: Row, before: Row | None = None) -> str:
     if row["group"] == "memory":
         ours, theirs = mebibytes(row["ours_bytes"]), mebibytes(row["torch_bytes"])
         return f"{row['case']} L{row['length']}: ours {ours}, torch {theirs}"
-    ratio = speed_up(row)
+    ratio = speedup(row)
     times = [f"{duration(row[f'{who}_s']):>11} {percent(share(row, who)):>5}" for who in ("ours", "torch")]
     text = f"{row['case']:48} {row['dtype']:9} {row['pass']:22} {times[0]}   torch {times[1]}"
     text += "" if ratio is None else f"   {ratio:>6.2f}x"
@@ -60,13 +60,13 @@ def line(row: Row, before: Row | None = None) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A line for each case: share of the limit and speed-up over torch, by pass."""
-    timed = [row for row in rows if speed_up(row)]
+    """A table row per case: share of the limit and speedup over torch, by pass."""
+    timed = [row for row in rows if speedup(row)]
     passes = list(dict.fromkeys(row["pass"] for row in timed))
     cases: dict[tuple[str, str], dict[str, str]] = {}
     for row in timed:
         shares = [percent(share(row, who)) for who in ("ours", "torch")]
-        text = f"{shares[0]} ({shares[1]}), {speed_up(row):.2f}x" if shares[0] else f"{speed_up(row):.2f}x"
+        text = f"{shares[0]} ({shares[1]}), {speedup(row):.2f}x" if shares[0] else f"{speedup(row):.2f}x"
         cases.setdefault((row["case"], row["dtype"]), {})[row["pass"]] = text
     titles = ["Case", "dtype", *(name.replace("_", " ") for name in passes)]
     lines = [titles, ["---"] * len(titles)]
@@ -77,7 +77,7 @@ def markdown(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="one file, or an earlier and a later one")
-    parser.add_argument("--fail-below", type=float, metavar="RATIO", help="the least speed-up over torch")
+    parser.add_argument("--fail-below", type=float, metavar="RATIO", help="the lowest speedup over torch that passes")
     parser.add_argument(
         "--markdown", metavar="GROUP", help="print a table of one group for docs/performance.md and stop"
     )
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     slow = []
     for row in latest["results"]:
         print(line(row, before.get(key(row))))
-        ratio = speed_up(row)
+        ratio = speedup(row)
         if options.fail_below is not None and ratio is not None and ratio < options.fail_below:
             slow.append(row)
     if slow:

@@ -1,7 +1,6 @@
-"""How memory grows with the length: what a process's peak resident set grows by while it computes once.
+"""Memory by length: the growth of the peak resident set during one call.
 
-Each measurement is a process of its own, which has computed something short before, so that libraries and buffers are
-there.
+Each measurement runs in its own process, after a short call that loads libraries and allocates buffers.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def hessian_vector_product(ours: bool, length: int) -> Callable[[], object]:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryCase:
-    """score_matrices: how many matrices of scores torch holds at once, roughly, to tell when that is too much."""
+    """score_matrices: an estimate of the score matrices that torch holds at once, to skip calls that exceed memory."""
 
     name: str
     prepare: Callable[[bool, int], Callable[[], object]]
@@ -79,7 +78,7 @@ def free_bytes() -> int:
 
 
 def peak_bytes(case: MemoryCase, ours: bool, length: int, threads: int) -> int | None:
-    """None where torch would need more memory than there is."""
+    """None where torch would need more memory than is free."""
     if not ours and case.torch_needs(length) > free_bytes():
         return None
     context = multiprocessing.get_context("spawn")

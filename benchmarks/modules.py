@@ -1,4 +1,4 @@
-"""Training steps and inference of whole modules: torch's, and the same module after attention_ext.replace_."""
+"""Training steps and inference of modules: torch's, and the same modules after attention_ext.replace_."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def build(case: ModuleCase) -> ModulePair:
     replaced = copy.deepcopy(stock)
     attention_ext.replace_(replaced)
     if case.kind == "attention" and not isinstance(replaced, attention_ext.MultiheadAttention):
-        raise RuntimeError("replace_ left the module as it was")
+        raise RuntimeError("replace_ did not swap the module")
     x = torch.randn(case.batch, case.length, case.width, requires_grad=case.training)
 
     def step(module: nn.Module) -> Callable[[], object]:

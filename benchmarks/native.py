@@ -1,4 +1,4 @@
-"""C++ of the benchmarks, compiled on first use for the machine that it runs on."""
+"""The benchmarks' C++ code, compiled on first use with -march=native."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLAGS = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", f"-I{ROOT / '
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
-    """What `name`.cpp of this folder compiles to, again whenever it or a header that it may include changes."""
+    """The library of `name`.cpp of this folder, compiled again when it or a header of csrc changes."""
     source = Path(__file__).with_name(name).with_suffix(".cpp")
     texts = [source, *sorted((ROOT / "csrc" / "core").glob("*.h")), *sorted((ROOT / "csrc" / "cpu").rglob("*.h"))]
     digest = hashlib.sha256(" ".join(FLAGS).encode())

@@ -1,5 +1,5 @@
-// What the parts of a forward and a backward pass take apart, each on operands that lie in the cache: the kernels' own
-// functions (csrc/cpu/kernels), at their own tile and block sizes. Compiled for the machine it runs on.
+// The times of the parts of a forward and a backward pass, each alone on operands in the cache: the functions of
+// csrc/cpu/kernels, at their tile and block sizes. Compiled with -march=native.
 #include <algorithm>
 #include <chrono>
 #include <memory>
@@ -48,7 +48,7 @@ class Parts {
     for (int q = 0; q < kQueries<T>; ++q) logsumexp_[q] = delta_[q] = T(0.5);
   }
 
-  // Of queries, or of grad_out.
+  // Packing rows of query or grad_out.
   double rows_in() {
     return seconds(
         [&] { transpose_rows<C>(as_operand(query_), kQueries<T>, kQueryVectors, depth_, columns_of_query_); });
@@ -77,7 +77,7 @@ class Parts {
   double weights() {
     return seconds([&] { operands(); });
   }
-  // Of keys, or of values.
+  // grad_key or grad_value.
   double key_gradient() {
     return seconds([&, by_query = operands().by_query] {
       multiply<C>(by_rows(by_query), as_operand(query_), kQueries<T> / C::kPair, grad_key_, keys_, columns_ / kLanes<T>,
@@ -121,7 +121,7 @@ class Parts {
     logsumexp_[kLogsumexpNumbers<T>] = {}, delta_[kQueries<T>] = {};
 };
 
-// As parts.py reads it.
+// The layout of Seconds in parts.py.
 struct Seconds {
   double rows_in, rows_out, scores, softmax, values, weights, key_gradient, query_gradient;
 };
@@ -146,7 +146,7 @@ int tile_bytes() { return kQueryVectors * kVectorBytes; }
 Seconds float32_parts(int64_t head_dim, int64_t keys) { return measure<FloatCompute>(head_dim, keys); }
 Seconds float64_parts(int64_t head_dim, int64_t keys) { return measure<DoubleCompute>(head_dim, keys); }
 
-// Where bfloat16 has no products of its own it is widened, and computed as float32.
+// Without BF16 products bfloat16 is widened and computed as float32.
 Seconds bfloat16_parts(int64_t head_dim, int64_t keys) {
 #if defined(__AVX512BF16__)
   return measure<BFloat16Compute>(head_dim, keys);

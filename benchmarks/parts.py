@@ -1,11 +1,11 @@
-"""What bounds a pass once its rows are in the cache: its parts timed apart, by the kernels' own functions.
+"""The bound of a pass with its rows in the cache: its parts timed separately, by the kernels' functions.
 
 python benchmarks/parts.py                                a table for docs/performance.md
 python benchmarks/parts.py --dtype bfloat16 --repeats 30
 
-A part is a percentage of the time that the pass' products would take at the peak multiply-add rate. `at most` is the
-share of the peak that remains when every part is as fast as it is alone; `reached` is what the whole pass does from
-Python, on heads that fill L2. Shortest times everywhere: this is about limits, `run.py` about what is usual.
+A part is a percentage of the time that the products of the pass would take at the peak multiply-add rate. `at most` is
+the share of the peak if every part is as fast as it is alone; `reached` is the share of the whole pass, called from
+Python on heads that fit L2. Times are the shortest, since these are limits; `run.py` has medians.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SHAPES = [(64, 1024), (128, 1024), (32, 1024), (64, 128)]  # head_dim, length
 
 
 class Seconds(ctypes.Structure):
-    """Of one tile of queries against one block of keys, as in parts.cpp."""
+    """The times of one tile of queries and one block of keys, as in parts.cpp."""
 
     _fields_ = [(name, ctypes.c_double) for name in PARTS]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """How often a pass needs each part: of a block, of a tile's rows for each block, of a tile's rows once."""
+    """The parts of a pass: per block, on the rows of a tile per block, and on the rows of a tile once."""
 
     products: Sequence[str]
     elementwise: str
@@ -75,7 +75,7 @@ def shortest(run: Callable[[], object]) -> float:
 
 
 def measure(dtype: str, head_dim: int, length: int, repeats: int) -> list[list[str]]:
-    """A row of the table for each pass."""
+    """A table row per pass."""
     heads = max(1, ROWS_IN_L2 // length)
     case = Case(
         f"H{heads} L{length} d{head_dim}", "parts", DTYPES[dtype], heads=heads, length_q=length, head_dim=head_dim
@@ -110,7 +110,7 @@ def shares(case: Case, name: str, parts: Sequence[Seconds], limit: float, whole:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=int, default=10, help="how often everything is measured, in turns")
+    parser.add_argument("--repeats", type=int, default=10, help="rounds of measurements")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     titles = ["Case", "dtype", "pass", "products", "softmax", "rows", "at most", "reached"]

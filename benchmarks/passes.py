@@ -1,4 +1,4 @@
-"""The passes that are timed: how to run one, and the multiply-adds that it cannot avoid when it stores no scores."""
+"""The timed passes, and the minimal number of multiply-adds of each without storing scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[[], object]
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """key_products, value_products: how often a pair of query and key costs head_dim and head_dim_v multiply-adds."""
+    """key_products, value_products: the products of head_dim and head_dim_v multiply-adds per query-key pair."""
 
     prepare: Callable[[Way, Sequence[Tensor]], Run]
     key_products: int
@@ -54,7 +54,7 @@ def jvp(way: Way, inputs: Sequence[Tensor]) -> Run:
 
 
 def double_backward(way: Way, inputs: Sequence[Tensor]) -> Run:
-    """The gradient of the gradients, along a vector for each."""
+    """The vector-Jacobian product of the gradients."""
     out = way(*inputs)
     (grad,) = like([out])
     grad.requires_grad_()
@@ -64,7 +64,7 @@ def double_backward(way: Way, inputs: Sequence[Tensor]) -> Run:
 
 
 def hessian_vector_product(way: Way, inputs: Sequence[Tensor]) -> Run:
-    """Of the output's product with a fixed tensor: forward, backward and double backward."""
+    """Of the output's dot product with a fixed tensor: forward, backward and double backward."""
     (grad,) = like([way(*inputs).detach()])
     vectors = like(inputs)
 
@@ -75,9 +75,9 @@ def hessian_vector_product(way: Way, inputs: Sequence[Tensor]) -> Run:
     return run
 
 
-# What a pair costs. forward: q k, p v. backward: q k, dS k, dS q; grad v, p grad. jvp: forward, then q k, tq k, q tk;
-# p tv, tp v. double backward: the jvp's five products; then two each for query and key; grad v, grad tv, tp grad; where
-# grad needs no gradient, p tv and tp v are not needed either.
+# Products per pair. forward: q k, p v. backward: q k, dS k, dS q; grad v, p grad. jvp: forward, then q k, tq k, q tk;
+# p tv, tp v. double backward: the five products of the jvp; two each for query and key; grad v, grad tv, tp grad.
+# If grad does not require grad, p tv and tp v are not needed.
 PASSES = {
     "forward": Pass(forward, 1, 1),
     "backward": Pass(backward, 3, 2),

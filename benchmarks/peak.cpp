@@ -1,5 +1,5 @@
-// What one core can do at most: multiply-adds a second in registers, and bytes a second read from memory. Compiled on
-// first use for the machine it runs on (-march=native), and called from as many threads as are measured.
+// The peak rates of a core: multiply-adds per second in registers, and bytes per second read from memory. Compiled on
+// first use with -march=native, and called from each measured thread.
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -29,7 +29,7 @@ constexpr int kRepeats = 5;
 #define KEEP_IN_REGISTER(x) asm volatile("" : "+x"(x))
 #endif
 
-// The best of a few runs of `work`, which returns how much it did.
+// The best rate of a few runs of `work`, which returns the amount of its work.
 template <class Work>
 double best_rate(Work work) {
   using Clock = std::chrono::steady_clock;
@@ -68,7 +68,7 @@ extern "C" {
 double float32_rate(int64_t iterations) { return fma_rate<float>(iterations); }
 double float64_rate(int64_t iterations) { return fma_rate<double>(iterations); }
 
-// Of the dot-product instruction where there is one, else of float32, in which bfloat16 is then computed.
+// Of the dot-product instruction if available, else of float32, in which bfloat16 is then computed.
 double bfloat16_rate(int64_t iterations) {
 #if defined(__AVX512BF16__)
   constexpr int kPairs = 32;  // multiply-adds of one instruction
@@ -89,7 +89,7 @@ double bfloat16_rate(int64_t iterations) {
 #endif
 }
 
-// bytes a second; `data` should be far larger than the caches.
+// Bytes per second; `data` should be far larger than the caches.
 double read_rate(const float* data, int64_t bytes) {
   typedef float Vector __attribute__((vector_size(kVectorBytes), aligned(4)));
   constexpr int kLanes = kVectorBytes / sizeof(float);

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured beside each case: multiply-adds in registers, bytes read from memory."""
+"""The machine's peak, measured with each case: multiply-adds in registers, bytes read from memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import native
 import torch
 
-FMA_ITERATIONS = 40_000  # half a millisecond or so
+FMA_ITERATIONS = 40_000  # about half a millisecond
 READ_BYTES = 256 * 2**20
 
 
@@ -31,14 +31,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _on_all(threads: int, probe: Callable[[], float]) -> float:
-    """ctypes lets go of the interpreter lock, so the probes run side by side."""
+    """ctypes releases the GIL, so the probes run concurrently."""
     if threads == 1:
         return probe()
     return sum(future.result() for future in [_pool(threads).submit(probe) for _ in range(threads)])
 
 
 def flops(dtype: torch.dtype, threads: int) -> float:
-    """Floating-point operations a second; float16 is computed in float32."""
+    """Floating-point operations per second; float16 is computed in float32."""
     name = {torch.float64: "float64_rate", torch.bfloat16: "bfloat16_rate"}.get(dtype, "float32_rate")
     return _on_all(threads, lambda: getattr(library(), name)(FMA_ITERATIONS))
 
@@ -49,7 +49,7 @@ def _memory() -> torch.Tensor:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second; each thread reads a part of its own."""
+    """Bytes per second; each thread reads its own part."""
     part = READ_BYTES // threads // 64 * 64
     starts = iter([_memory().data_ptr() + i * part for i in range(threads)])
     return _on_all(threads, lambda: library().read_rate(next(starts), part))

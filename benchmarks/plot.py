@@ -26,7 +26,7 @@ COLOURS = {
 }
 TORCH_COLOUR = "#c8553d"
 ROW_INCHES, BAR = 0.3, 0.3
-# What the overview leaves out: other dtypes, and variants of a case that it shows already.
+# The overview has float32 only, and one variant of each case.
 OVERVIEW = re.compile(r"(?!.*(weights|dropout 0\.0|autocast|L1024 d32|L1024 d128|H1 L4096|B1 H8 L8192))")
 
 
@@ -34,20 +34,20 @@ def label(row: compare.Row) -> str:
     return f"{row['case']}, {row['dtype']}"
 
 
-def place(row: compare.Row, rows: list[compare.Row], names: list[str]) -> float:
-    """The bars of a case lie one below another, around its name."""
+def position(row: compare.Row, rows: list[compare.Row], names: list[str]) -> float:
+    """The position of a bar; those of a case are grouped around its name."""
     passes = [other["pass"] for other in rows if label(other) == label(row)]
     return names.index(label(row)) + BAR * (passes.index(row["pass"]) - (len(passes) - 1) / 2)
 
 
 def draw_speed(axes: Axes, rows: list[compare.Row]) -> None:
-    """A bar for each pass of each case: how many times as fast as torch's best path."""
+    """A bar for each pass of each case: the speedup over torch's fastest equivalent."""
     names = list(dict.fromkeys(map(label, rows)))
     for which in (name for name in COLOURS if any(row["pass"] == name for row in rows)):
         bars = [row for row in rows if row["pass"] == which]
         axes.barh(
-            [place(row, rows, names) for row in bars],
-            [compare.speed_up(row) or 0 for row in bars],
+            [position(row, rows, names) for row in bars],
+            [compare.speedup(row) or 0 for row in bars],
             BAR,
             color=COLOURS[which],
             label=which.replace("_", " "),
@@ -57,7 +57,7 @@ def draw_speed(axes: Axes, rows: list[compare.Row]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_title("Times as fast as torch's best path")
+    axes.set_title("Speedup over torch's fastest equivalent")
     axes.legend(loc="lower right", fontsize=8)
 
 
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     timed = [
         row
         for row in measured["results"]
-        if row.get("torch_s") and row["pass"] != "inference" and row["group"] != "flex"  # its cases are those of main
+        if row.get("torch_s") and row["pass"] != "inference" and row["group"] != "flex"  # same cases as main
     ]
     memory = [row for row in measured["results"] if row["group"] == "memory" and "training step" in row["case"]]
     overview = [

@@ -1,11 +1,11 @@
-"""Times our attention and torch's best path for the same in turns, with a probe of the machine's limit between them.
+"""Times our attention and torch's equivalents in turns, with a probe of the machine's peak in between.
 
 python benchmarks/run.py                          every group, one thread, into out/benchmark.json
 python benchmarks/run.py --group main --match causal --threads 2
 python benchmarks/run.py --list
 
-Times are medians. A share is that of the peak multiply-add rate (of the read bandwidth where that is the limit) and
-counts only the query-key pairs that masks leave. `compare.py` prints the file, `plot.py` draws it.
+Times are medians. A share is of the peak multiply-add rate (of the read bandwidth where that is the limit) and counts
+only visible query-key pairs. `compare.py` prints the file, `plot.py` plots it.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--group", nargs="+", choices=GROUPS, default=GROUPS)
-    parser.add_argument("--match", default="", help="a regular expression that name and dtype of a case must contain")
+    parser.add_argument("--match", default="", help="a regular expression to search in the name and dtype of a case")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds for each pass of a case")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds per pass of a case")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "benchmark.json")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     return parser.parse_args(arguments)

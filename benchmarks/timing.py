@@ -1,4 +1,4 @@
-"""Times callables in turns, so that a change of the machine's speed meets all of them alike."""
+"""Times callables in turns, so that changes of the machine's speed affect all of them alike."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-SHORTEST = 200e-6  # a shorter call is repeated within one measurement
+SHORTEST = 200e-6  # shorter calls are repeated within one measurement
 ROUNDS = (3, 60)
-WARM = 0.5  # a first call that takes longer than this is not made again before measuring
+WARM = 0.5  # a first call that takes longer is not repeated before measuring
 
 
 def _seconds(function: Callable[[], object], repeats: int) -> float:
@@ -21,7 +21,7 @@ def _seconds(function: Callable[[], object], repeats: int) -> float:
 def medians(
     functions: Mapping[str, Callable[[], object]], probe: Callable[[], float], budget: float
 ) -> tuple[dict[str, float], float, int]:
-    """Median seconds of each function, the median of the probe that runs between them, and how many rounds there were.
+    """The median seconds of each function, the median of the probe between them, and the number of rounds.
 
     budget: seconds for all rounds together; there are at least 3.
     """
@@ -30,7 +30,7 @@ def medians(
         once[name] = _seconds(function, 1)
         if once[name] < WARM:
             once[name] = _seconds(function, 1)
-    # As many for all: the first call after others finds its code and data cold, and must weigh the same for each.
+    # Equal for all: the first call after another function runs with cold caches, with the same weight for each.
     repeats = max(1, round(SHORTEST / max(min(once.values()), 1e-7)))
     round_time = repeats * sum(once.values())
     rounds = min(ROUNDS[1], max(ROUNDS[0], int(budget / round_time)))

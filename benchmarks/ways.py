@@ -1,4 +1,4 @@
-"""The ways to compute a case: ours, and what torch users write for the same result today."""
+"""The implementations of a case: our call, and torch's equivalents."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attention_ext
 
-Way = Callable[..., Tensor]  # of query, key and value, and of the mask where that is trained
+Way = Callable[..., Tensor]  # of query, key, value, and a trained mask if there is one
 
 
 @dataclasses.dataclass
 class Ways:
-    """The tensors of a case, our way, and torch's by name. `inputs` are what a way takes and what gradients are of."""
+    """The inputs of a case, with respect to which gradients are taken, our implementation, and torch's by name."""
 
     inputs: list[Tensor]
     ours: Way
@@ -107,12 +107,12 @@ def _differentiable_twice(case: Case) -> Way:
 
 
 def _flex(case: Case, inputs: list[Tensor]) -> Way:
-    """Compiled before it is timed. On CPUs it is for inference only."""
+    """Compiled before timing. On CPUs it supports inference only."""
     left = case.window and case.window[0]
-    reach = case.length_q if left is None else left
+    window_left = case.length_q if left is None else left
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key <= reach)
+        return (query >= key) & (query - key <= window_left)
 
     block_mask = None
     if case.is_causal:
@@ -128,7 +128,7 @@ def _flex(case: Case, inputs: list[Tensor]) -> Way:
 
 
 def _theirs(case: Case, fixed_mask: Tensor | None, options: dict[str, Any]) -> dict[str, Way]:
-    """Masks are made once, outside of what is timed, as a careful user would."""
+    """Masks are precomputed, outside the timing."""
     if case.softcap:
         return {"written out": _with_softcap(case)}
     if case.sinks:
@@ -152,9 +152,9 @@ def _theirs(case: Case, fixed_mask: Tensor | None, options: dict[str, Any]) -> d
 
 
 def _window_mask(length_q: int, length_k: int, window: Window) -> Tensor:
-    ahead = torch.arange(length_k) - torch.arange(length_q)[:, None]
+    distance = torch.arange(length_k) - torch.arange(length_q)[:, None]
     left, right = (math.inf if side is None else side for side in window)
-    return (ahead >= -left) & (ahead <= right)
+    return (distance >= -left) & (distance <= right)
 
 
 def _with_softcap(case: Case) -> Way:

@@ -1,9 +1,9 @@
-"""Trains a causal character-level Transformer twice from one seed: with torch's attention, and with ours in its place.
+"""Trains a causal character-level Transformer twice with the same seed: with torch's attention, and with ours.
 
-The model is torch's own nn.TransformerEncoder, the text is Python's own documentation (pydoc_data.topics), and each
-run has a process of its own, so that its peak memory is its own: what the resident set grew by after the model, the
-optimizer and the data were there (on CUDA: what the allocator held at most). "attention" is the share of a step's time
-that the attention operator takes, forward and backward, by torch's profiler.
+The model is torch's own nn.TransformerEncoder, the text is Python's documentation (pydoc_data.topics). Each run has its
+own process, in which peak memory is measured: the growth of the resident set after the model, the optimizer and the
+data were allocated (on CUDA: the peak of the allocator). "attention" is the share of a step's time in the attention
+operator, forward and backward, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def load_text() -> tuple[Tensor, int]:
 
 
 def resident_mib(field_name: str) -> float:
-    """VmRSS is what this process holds in memory now, VmHWM what it held at most."""
+    """VmRSS is the resident set of this process, VmHWM its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field_name + ":"):
             return int(line.split()[1]) / 1024
@@ -83,7 +83,7 @@ def resident_mib(field_name: str) -> float:
 def attention_share(profile: torch.profiler.profile, op: str, on_cuda: bool) -> float:
     """The part of the profiled steps spent in `op`, forward and backward.
 
-    An autograd node carries the sequence number of the operator that made it, which tells its backward's time.
+    An autograd node has the sequence number of the operator that created it, by which its backward is found.
     """
 
     def duration(event: torch.autograd.profiler_util.FunctionEvent) -> float:
@@ -106,8 +106,8 @@ def attention_share(profile: torch.profiler.profile, op: str, on_cuda: bool) -> 
 
 
 def train(ours: bool, options: argparse.Namespace, connection: Connection) -> None:
-    """Sends (loss, ms) after each step, and at the end a Result."""
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler would write into the progress bar
+    """Sends (loss, ms) after each step and a Result at the end."""
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler would print into the progress bar
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
@@ -199,7 +199,7 @@ def show(results: dict[str, Result], options: argparse.Namespace) -> None:
 
 
 def check(stock: Result, ours: Result, options: argparse.Namespace) -> None:
-    """Our operator ran in every layer of every step, torch's in none; and the curves agree where they can."""
+    """Our operator ran in every layer of every step, torch's in none; without dropout the loss curves agree."""
     expected = options.layers * PROFILED_STEPS
     if (ours.our_calls, ours.torch_calls, stock.our_calls, stock.torch_calls) != (expected, 0, 0, expected):
         sys.exit(

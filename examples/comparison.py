@@ -1,4 +1,4 @@
-"""What an example computed, held against the same code on torch's own attention."""
+"""Compares derivatives with those of the same code on torch's own attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def stock_torch(model: nn.Module) -> Iterator[None]:
-    """Within the block the model's attention is torch's own, on the one path that has derivatives of derivatives."""
+    """Within the block the model's attention is torch's, on the math path, the only one with second derivatives."""
     if not attention_ext.restore_(model).swapped:
         raise RuntimeError("the model holds no attention_ext.MultiheadAttention to compare with torch's")
     try:
@@ -32,12 +32,12 @@ def stock_torch(model: nn.Module) -> Iterator[None]:
         attention_ext.replace_(model)
 
 
-def check(what: str, model: nn.Module, compute: Callable[[], Iterable[Tensor]]) -> None:
-    """`compute` runs the model on fixed data; it is called once with our attention, once with torch's."""
+def check(name: str, model: nn.Module, compute: Callable[[], Iterable[Tensor]]) -> None:
+    """Calls `compute`, which runs the model on fixed data, with our attention and with torch's."""
     ours = torch.cat([x.detach().flatten() for x in compute()])
     with stock_torch(model):
         torchs = torch.cat([x.detach().flatten() for x in compute()])
     difference = ((ours - torchs).norm() / torchs.norm()).item()
-    print(f"{what}: differs from stock torch's by {difference:.1e} of its norm")
+    print(f"{name}: differs from stock torch's by {difference:.1e} of its norm")
     if not difference <= TOLERANCE:
         sys.exit(f"the difference is more than {TOLERANCE}")

@@ -1,9 +1,9 @@
-"""Follows the top curvature of a small causal Transformer while gradient descent trains it on text.
+"""Tracks the top curvature of a small causal Transformer during gradient descent on text.
 
-The top curvature is the eigenvalue of the Hessian of the loss, in all parameters, that is largest in size. Power
-iteration finds it with Hessian-vector products alone, each a forward-mode derivative (torch.func.jvp) of a reverse-mode
-gradient (torch.func.grad). On a quadratic loss gradient descent with step size lr diverges where a curvature exceeds
-2 / lr, which the picture shows dashed. The model is torch's own nn.TransformerEncoder after attention_ext.replace_.
+The top curvature is the eigenvalue of the Hessian of the loss, over all parameters, of largest absolute value. Power
+iteration computes it by Hessian-vector products, each a forward-mode derivative (torch.func.jvp) of a reverse-mode
+gradient (torch.func.grad). On a quadratic loss gradient descent with step size lr diverges if a curvature exceeds
+2 / lr, the dashed line of the plot. The model is torch's own nn.TransformerEncoder after attention_ext.replace_.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import attention_ext
 
 
 class Loss:
-    """The loss of a model on fixed text as a function of one vector that holds all parameters."""
+    """The loss of a model on fixed text as a function of the vector of all parameters."""
 
     def __init__(self, model: nn.Module, tokens: Tensor) -> None:
         self.model, self.tokens = model, tokens
@@ -50,10 +50,10 @@ class Curvature(NamedTuple):
     products: int
 
 
-def top_curvature(loss: Loss, vector: Tensor, start: Tensor, residual: float, most_products: int) -> Curvature:
-    """Power iteration, until the residual is as small as asked."""
+def top_curvature(loss: Loss, vector: Tensor, start: Tensor, residual: float, max_products: int) -> Curvature:
+    """Power iteration until the residual is at most the given one."""
     direction = start
-    for products in range(1, most_products + 1):
+    for products in range(1, max_products + 1):
         direction = direction / direction.norm()
         product = loss.hessian_times(vector, direction)
         value = torch.dot(direction, product).item()
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 
 def descend(loss: Loss, options: argparse.Namespace) -> tuple[list[Row], Tensor]:
-    """Measures every few steps, from the direction that the measurement before found."""
+    """Measures every few steps, starting from the previous eigenvector."""
     vector, direction = loss.start, torch.randn_like(loss.start)
     rows = []
     with report.progress("gradient descent", options.steps + 1) as advance:
@@ -100,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--every", type=int, default=10, help="steps between two measurements")
-    parser.add_argument("--products", type=int, default=100, help="Hessian-vector products of a measurement at most")
-    parser.add_argument("--residual", type=float, default=0.01, help="at which a measurement ends, of its value")
+    parser.add_argument("--products", type=int, default=100, help="maximum Hessian-vector products per measurement")
+    parser.add_argument("--residual", type=float, default=0.01, help="relative residual at which a measurement ends")
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)

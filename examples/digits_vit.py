@@ -1,7 +1,7 @@
 """Trains a small vision Transformer on scikit-learn's handwritten digits with our MultiheadAttention inside torch's
-encoder layer, and reports the accuracy on images that it has not seen.
+encoder layer, and reports the accuracy on test images.
 
-Each 8 x 8 image is read as 16 patches of 2 x 2 pixels; a class token in front of them collects the answer.
+Each 8 x 8 image is split into 16 patches of 2 x 2 pixels, preceded by a class token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class VisionTransformer(nn.Module):
 
 
 def load_images() -> list[Tensor]:
-    """Training images and labels, test images and labels; a quarter of the 1,797 images is for the test."""
+    """Training images and labels, test images and labels; a quarter of the 1,797 images are test images."""
     digits = load_digits()
     split = train_test_split(
         digits.images / 16.0, digits.target, test_size=0.25, random_state=0, stratify=digits.target

@@ -1,9 +1,9 @@
 """Trains a small vision Transformer on handwritten digits with a penalty on its input gradients, and attacks it.
 
-The penalty is the squared norm of the gradient of the loss in the pixels, so that training differentiates through the
-backward pass of the attention ("double backpropagation", Drucker and LeCun, 1992). A second model of the same seed is
-trained without. Each is then shown test images in which every pixel was moved by a small amount in the direction that
-raises its loss (the fast gradient sign method): the flatter model should mind less.
+The penalty is the squared norm of the gradient of the loss with respect to the pixels, so that training differentiates
+through the backward pass of the attention ("double backpropagation", Drucker and LeCun, 1992). A second model of the
+same seed is trained without it. Both are then evaluated on test images perturbed by the fast gradient sign method, to
+which the penalised model should be more robust.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from digits_vit import VisionTransformer, accuracy, load_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SHIFTS = [0.0, 0.025, 0.05, 0.075, 0.1]  # of a pixel, between 0 and 1
+EPSILONS = [0.0, 0.025, 0.05, 0.075, 0.1]  # perturbation of each pixel, whose values are between 0 and 1
 
 
 def penalised_loss(model: nn.Module, images: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """The loss with the penalty, and the mean squared norm of an image's gradient."""
+    """The loss with the penalty, and the mean squared norm of the input gradients."""
     images = images.clone().requires_grad_()
     losses = F.cross_entropy(model(images), labels, reduction="none")
-    (slope,) = torch.autograd.grad(losses.sum(), images, retain_graph=True, create_graph=penalty > 0)
-    steepness = slope.square().sum(dim=(1, 2)).mean()
-    return losses.mean() + penalty * steepness, steepness.detach()
+    (gradient,) = torch.autograd.grad(losses.sum(), images, retain_graph=True, create_graph=penalty > 0)
+    squared_norm = gradient.square().sum(dim=(1, 2)).mean()
+    return losses.mean() + penalty * squared_norm, squared_norm.detach()
 
 
 def train(name: str, penalty: float, data: list[Tensor], options: argparse.Namespace) -> nn.Module:
@@ -41,25 +41,25 @@ def train(name: str, penalty: float, data: list[Tensor], options: argparse.Names
         for _ in range(options.steps):
             batch = torch.randint(len(images), (options.batch,))
             optimizer.zero_grad()
-            loss, steepness = penalised_loss(model, images[batch], labels[batch], penalty)
+            loss, squared_norm = penalised_loss(model, images[batch], labels[batch], penalty)
             loss.backward()
             optimizer.step()
             schedule.step()
-            advance(f"loss {loss.item():.3f}  squared input gradient {steepness.item():.3f}")
+            advance(f"loss {loss.item():.3f}  squared input gradient {squared_norm.item():.3f}")
     return model
 
 
-def attacked(model: nn.Module, images: Tensor, labels: Tensor, shift: float) -> float:
-    """The accuracy on images of which each pixel was moved by `shift` to raise the loss."""
+def attacked(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> float:
+    """The accuracy on images with each pixel perturbed by `epsilon` to increase the loss."""
     images = images.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(F.cross_entropy(model(images), labels), images)
-    return accuracy(model, (images.detach() + shift * slope.sign()).clamp(0, 1), labels)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(images), labels), images)
+    return accuracy(model, (images.detach() + epsilon * gradient.sign()).clamp(0, 1), labels)
 
 
 def draw(curves: dict[str, list[float]], axes: Any) -> None:
     for (name, curve), style in zip(curves.items(), ("o--", "o-"), strict=True):
-        axes.plot(SHIFTS, [100 * x for x in curve], style, label=name)
-    axes.set(xlabel="shift of each pixel", ylabel="accuracy on test images, %", ylim=(0, 100))
+        axes.plot(EPSILONS, [100 * x for x in curve], style, label=name)
+    axes.set(xlabel="perturbation of each pixel", ylabel="accuracy on test images, %", ylim=(0, 100))
     axes.legend()
 
 
@@ -81,12 +81,12 @@ def main() -> None:
         name: train(name, penalty, [train_x, train_y], options)
         for name, penalty in [("without penalty", 0.0), ("with penalty", options.penalty)]
     }
-    curves = {name: [attacked(model, test_x, test_y, x) for x in SHIFTS] for name, model in models.items()}
+    curves = {name: [attacked(model, test_x, test_y, x) for x in EPSILONS] for name, model in models.items()}
     rows = [
         [name, f"{penalised_loss(model, test_x, test_y, 0.0)[1]:.3f}", *(f"{x:.1%}" for x in curves[name])]
         for name, model in models.items()
     ]
-    header = ["", "squared gradient", *("as they are" if x == 0 else f"moved by {x}" for x in SHIFTS)]
+    header = ["", "squared gradient", *("clean" if x == 0 else f"perturbed by {x}" for x in EPSILONS)]
     report.table(f"Accuracy on {len(test_x)} test images", header, rows)
     if options.compare:
         model = models["with penalty"]

@@ -1,10 +1,10 @@
-"""Trains a small Transformer to draw handwritten digits in one step, with a loss that needs a forward-mode derivative.
+"""Trains a small Transformer to generate handwritten digits in one step, with a loss that contains a jvp.
 
 MeanFlow (Geng et al., "Mean Flows for One-step Generative Modeling", arXiv:2505.13447). On the straight path
 z = (1 - t) image + t noise the velocity is v = noise - image. The model u(z, r, t) learns the mean velocity from time
-r to t, which obeys u = v - (t - r) du/dt; the total derivative du/dt, along dz = v, dr = 0, dt = 1, is one
-torch.func.jvp through the model, attention included. One step draws a digit: noise - u(noise, 0, 1). A classifier (the
-nearest real digits) says how many of the drawings it reads as the digit that was asked for.
+r to t, which satisfies u = v - (t - r) du/dt; the total derivative du/dt, along dz = v, dr = 0, dt = 1, is one
+torch.func.jvp through the model, attention included. One step generates a digit: noise - u(noise, 0, 1). The accuracy
+is the fraction of samples that a nearest-neighbour classifier assigns to the requested digit.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class MeanVelocity(nn.Module):
         return out.unflatten(2, (PATCH, PATCH)).unflatten(1, (GRID, GRID)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def random_times(count: int, apart: float) -> tuple[Tensor, Tensor]:
-    """r <= t, both logit-normal; a share `apart` of the pairs differs, the rest is r = t: plain flow matching."""
+def random_times(count: int, distinct: float) -> tuple[Tensor, Tensor]:
+    """r <= t, both logit-normal; a fraction `distinct` of the pairs has r < t, the rest r = t: plain flow matching."""
     times = torch.sigmoid(torch.randn(2, count) - 0.4)
     r, t = times.min(0).values, times.max(0).values
-    return torch.where(torch.rand(count) < apart, r, t), t
+    return torch.where(torch.rand(count) < distinct, r, t), t
 
 
 def mean_flow_loss(
     model: nn.Module, images: Tensor, digits: Tensor, noise: Tensor, r: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The loss, each error weighted by its own inverse, and the mean squared error."""
+    """The loss, in which each error is weighted by its inverse, and the mean squared error."""
     z = torch.lerp(images, noise, t[:, None, None])
     velocity = noise - images
 
@@ -92,7 +92,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, options: argparse.Na
         for _ in range(options.steps):
             batch = torch.randint(len(images), (options.batch,))
             noise = torch.randn(options.batch, SIDE, SIDE)
-            times = random_times(options.batch, options.apart)
+            times = random_times(options.batch, options.distinct)
             optimizer.zero_grad()
             loss, error = mean_flow_loss(model, images[batch], labels[batch], noise, *times)
             loss.backward()
@@ -104,7 +104,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, options: argparse.Na
 
 
 def sheet(images: Tensor) -> Tensor:
-    """(rows * columns, 8, 8) of ten columns to one picture with a pixel between them."""
+    """(rows * 10, 8, 8) to one image of ten columns with a pixel between them."""
     padded = F.pad(images, (1, 1, 1, 1), value=-1.0)
     return padded.unflatten(0, (-1, CLASSES)).transpose(1, 2).flatten(2).flatten(0, 1)
 
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--apart", type=float, default=0.5, help="share of r < t; 0 is plain flow matching")
+    parser.add_argument("--distinct", type=float, default=0.5, help="fraction of r < t; 0 is plain flow matching")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=3)
@@ -140,14 +140,14 @@ def main() -> None:
 
     classifier = KNeighborsClassifier(3).fit(images.flatten(1).numpy(), labels.numpy())
 
-    def share_read(images: Tensor, labels: Tensor) -> str:
+    def classified(images: Tensor, labels: Tensor) -> str:
         return f"{classifier.score(images.clamp(-1, 1).flatten(1).numpy(), labels.numpy()):.1%}"
 
-    asked = torch.arange(CLASSES).repeat(20)
-    drawings = {"1 step" if steps == 1 else f"{steps} steps": generate(model, asked, steps) for steps in (1, 8)}
-    rows = [[name, str(len(x)), share_read(x, asked)] for name, x in drawings.items()]
-    rows.append(["real test images", str(len(test_images)), share_read(test_images, test_labels)])
-    report.table("Digits drawn in", ["", "drawings", "read as asked"], rows)
+    requested = torch.arange(CLASSES).repeat(20)
+    samples = {"1 step" if steps == 1 else f"{steps} steps": generate(model, requested, steps) for steps in (1, 8)}
+    rows = [[name, str(len(x)), classified(x, requested)] for name, x in samples.items()]
+    rows.append(["real test images", str(len(test_images)), classified(test_images, test_labels)])
+    report.table("Digits generated in", ["", "samples", "classified as requested"], rows)
     if options.compare:
         noise, times = torch.randn(32, SIDE, SIDE), random_times(32, 1.0)
 
@@ -159,7 +159,7 @@ def main() -> None:
     panels = {
         "real": test_images[torch.stack([(test_labels == i).nonzero()[:8, 0] for i in range(CLASSES)], 1).flatten()]
     }
-    panels |= {f"drawn in {name}": x[:80] for name, x in drawings.items() if name != "2 steps"}
+    panels |= {f"generated in {name}": x[:80] for name, x in samples.items()}
     report.picture(options.out, *(partial(draw, *panel) for panel in panels.items()))
 
 

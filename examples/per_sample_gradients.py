@@ -1,9 +1,8 @@
 """Trains a small vision Transformer on handwritten digits with differentially private gradient descent.
 
-Every step computes the gradient of each image on its own (torch.func.vmap of torch.func.grad), scales it down to norm
---clip where it is longer, adds Gaussian noise of --noise times that norm to their sum, and steps along the result. No
-image can then move the model by more than its share, whatever its gradient was. What that is worth as a privacy budget
-is for an accountant to say; there is none here.
+Every step computes per-sample gradients (torch.func.vmap of torch.func.grad), clips each to norm --clip, adds Gaussian
+noise of --noise times that norm to their sum, and steps along the result. This bounds the influence of each image on
+the model. There is no privacy accounting.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Gradients = dict[str, Tensor]
 
 
 def per_sample_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Gradients:
-    """For each parameter its gradient for each image: (images, *parameter.shape)."""
+    """The gradients (images, *parameter.shape) by parameter."""
     parameters = {name: x.detach() for name, x in model.named_parameters()}
 
     def loss(parameters: Gradients, image: Tensor, label: Tensor) -> Tensor:
@@ -34,12 +33,12 @@ def per_sample_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Gr
 
 
 def norms(gradients: Gradients) -> Tensor:
-    """(images,), each over all parameters."""
+    """(images,), over all parameters."""
     return torch.stack([x.flatten(1).norm(dim=1) for x in gradients.values()]).norm(dim=0)
 
 
 def privatise(gradients: Gradients, clip: float, noise: float) -> Gradients:
-    """The mean over images of clipped gradients, with the noise that hides any one of them."""
+    """The mean over images of clipped gradients, with noise."""
     lengths = norms(gradients)
     factors = (clip / lengths).clamp(max=1.0)
     summed = {name: torch.tensordot(factors, x, dims=1) for name, x in gradients.items()}

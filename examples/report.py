@@ -1,4 +1,4 @@
-"""What the examples show: progress, a table, a picture. Plain text, or nothing, where rich or matplotlib is missing."""
+"""Progress bars, tables and plots of the examples; plain text without rich, no plots without matplotlib."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Advance = Callable[[str], None]
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """Yields a function to call once per step, with a short text on how it goes."""
+    """Yields a function to call once per step, with a short status text."""
     if rich is None:
         done = 0
 
@@ -45,7 +45,7 @@ def progress(title: str, total: int) -> Iterator[Advance]:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column is text, the others are numbers."""
+    """The first column is left-aligned text, the others are numbers."""
     if rich is None:
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         print(title)
@@ -61,7 +61,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def picture(path: Path, *panels: Callable[[Any], None]) -> None:
-    """Writes a picture of panels side by side, each drawn by a function that is given its axes, and says so."""
+    """Writes a figure of panels side by side, each drawn by a function of its axes, and prints its path."""
     try:
         import matplotlib
 

@@ -78,7 +78,7 @@ def test_gate_that_cannot_run_fails_in_ci_only(
     monkeypatch.setattr("sys.argv", [tool])
     monkeypatch.delenv("CI", raising=False)
     module.main()
-    assert "skipped: there is no nvcc" in capsys.readouterr().out
+    assert "skipped: nvcc was not found" in capsys.readouterr().out
     monkeypatch.setenv("CI", "true")
-    with pytest.raises(SystemExit, match="failed: there is no nvcc"):
+    with pytest.raises(SystemExit, match="failed: nvcc was not found"):
         module.main()

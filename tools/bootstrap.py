@@ -1,7 +1,7 @@
-"""Sets up an environment, builds the extension in place and prints the interpreter to use. Does only what is missing.
+"""Sets up an environment, builds the extension in place and prints the interpreter to use. Skips finished steps.
 
-The interpreter is the active environment's, else .venv's. .venv is made when neither is there; where nothing can be
-installed it borrows the packages of an interpreter that already has torch.
+The interpreter is that of the active environment, else of .venv, which is created if needed. If no package can be
+installed, .venv uses the system packages of an interpreter that has torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def say(text: str) -> None:
 
 
 def call(*command: object) -> bool:
-    """Runs a command with its output on stderr, since stdout carries the answer."""
+    """Runs a command with its output on stderr, since stdout has the result."""
     return subprocess.run([str(word) for word in command], cwd=ROOT, stdout=sys.stderr).returncode == 0
 
 
@@ -62,7 +62,7 @@ def has_torch(python: Path) -> bool:
 
 @contextmanager
 def locked(patience: float = PATIENCE) -> Iterator[None]:
-    """One bootstrap at a time. The system frees the lock of a process that ends, however it ends."""
+    """Only one bootstrap runs at a time. The system releases the lock when its process ends."""
     LOCK.parent.mkdir(exist_ok=True)
     with open(LOCK, "a+") as lock:
         begin = time.monotonic()
@@ -98,7 +98,7 @@ def install(python: Path, *what: object) -> bool:
 
 
 def prerequisites() -> None:
-    """What pip cannot install. Debian splits Python into several packages."""
+    """Checks for what pip cannot install. Debian splits Python into several packages."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     missing = [
         package
@@ -110,11 +110,11 @@ def prerequisites() -> None:
         if not found
     ]
     if missing:
-        sys.exit(f"bootstrap: something is missing; on Debian: apt-get install {' '.join(missing)}")
+        sys.exit(f"bootstrap: missing prerequisites; on Debian: apt-get install {' '.join(missing)}")
 
 
 def environment() -> Path:
-    """An interpreter with torch in it."""
+    """An interpreter that has torch."""
     active = os.environ.get("VIRTUAL_ENV")
     if active is None and sys.prefix != sys.base_prefix:
         active = sys.prefix
@@ -129,7 +129,7 @@ def environment() -> Path:
     if install(python, f"torch=={TORCH}"):
         return python
     if not active and has_torch(Path(sys.executable)):
-        say(f"no package index: borrowing torch from {sys.executable}")
+        say(f"torch cannot be installed: using that of {sys.executable}")
         shutil.rmtree(folder)
         venv.create(folder, system_site_packages=True, symlinks=True)
         return python
@@ -140,8 +140,8 @@ def requirements(python: Path, file: Path) -> None:
     known = facts(python)
     stamp = Path(known["prefix"]) / f"attention_ext-{file.name}"
     wanted = digest(known["torch"], files=[file])
-    borrowed = not known["torch_home"].startswith(known["prefix"])
-    if borrowed or (stamp.exists() and stamp.read_text() == wanted):
+    is_shared = not known["torch_home"].startswith(known["prefix"])
+    if is_shared or (stamp.exists() and stamp.read_text() == wanted):
         return
     say(f"installing {file.name}")
     if not install(python, "--require-hashes", "--requirement", file):
@@ -167,7 +167,7 @@ def build(python: Path) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 10):  # noqa: UP036 - a plain answer is better than what an older Python would say
+    if sys.version_info < (3, 10):  # noqa: UP036 - a clear message instead of an older Python's errors
         sys.exit("bootstrap: needs Python 3.10 or later")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lint", action="store_true", help="also install what the lints need")

@@ -1,6 +1,6 @@
-"""Type-checks the CUDA binding where torch is a CPU build, whose wheel has all headers but one, which is generated.
+"""Type-checks the CUDA binding with a CPU build of torch, whose wheel has all headers except one generated header.
 
-Needs nvcc's headers. No CUDA kernel and no GPU takes part.
+Needs nvcc's headers, but no GPU.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ def binding() -> list[Path]:
 
 @contextlib.contextmanager
 def cuda_headers(compiler: str) -> Iterator[list[Path]]:
-    """Folders with what a torch without CUDA lacks."""
+    """Folders with the headers that a CPU build of torch lacks."""
     with tempfile.TemporaryDirectory() as folder:
         stub = Path(folder) / GENERATED
         stub.parent.mkdir(parents=True)
-        stub.write_text("// a build of torch with CUDA says here how it was linked\n")
+        stub.write_text("// generated in CUDA builds of torch\n")
         yield [Path(folder), *nvcc.include_folders(compiler)]
 
 
 def compiler_command(headers: list[Path]) -> list[str]:
-    """Warnings count, but not those of the headers."""
+    """Warnings are errors, except in headers."""
     command = [*os.environ.get("CXX", "c++").split(), "-std=c++20", "-Wall", "-Wextra", "-Werror"]
     command += [f"-I{ROOT / folder}" for folder in ("csrc", "attention_ext/include")]
     return command + [word for folder in headers for word in ("-isystem", str(folder))]
 
 
 def type_check(file: Path, command: list[str]) -> bool:
-    """Compiles as far as types go."""
+    """Compiles without generating code."""
     print(f"type-check: {file.relative_to(ROOT)}", flush=True)
     return subprocess.run([*command, "-fsyntax-only", str(file)]).returncode == 0
 
@@ -52,7 +52,7 @@ def type_check(file: Path, command: list[str]) -> bool:
 def main() -> None:
     compiler = nvcc.find()
     if compiler is None:
-        return gate.cannot_run("there is no nvcc, so there are no CUDA headers")
+        return gate.cannot_run("nvcc was not found, so there are no CUDA headers")
     if torch.version.cuda is not None:
         return print("skipped: this torch has CUDA, so the build compiles the binding")
     torch_headers = [Path(folder) for folder in cpp_extension.include_paths()]

@@ -1,4 +1,4 @@
-"""Who may use whom, in C++ by #include and in Python by import. Prints each breach; exits with 1 if there is one."""
+"""Checks dependency rules, of #include in C++ and import in Python. Prints violations; exits with 1 if any."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A file takes the rule of the longest folder that it lies in. Headers are named relative to csrc.
+# The rule of the longest matching folder applies. Headers are relative to csrc.
 CPP_RULES = {
     "csrc/core": ["core/"],
     "csrc/cpu": ["core/", "cpu/"],
@@ -25,7 +25,7 @@ MAY_USE_TORCH = ("csrc/torch", "csrc/python", "attention_ext/include")
 TORCH_HEADER = re.compile(r"(torch|ATen|c10|caffe2|pybind11)/|Python\.h")
 INCLUDE = re.compile(r'^\s*#\s*include\s*(["<])([^">]+)[">]', re.MULTILINE)
 
-# A module may import what has a lower or the same layer. What is not named here may import anything of the package.
+# A module may import modules of lower layers and its own. Modules that are not listed may import anything.
 PYTHON_LAYERS = [
     ["attention_ext.paths", "attention_ext._C"],
     ["attention_ext.ops"],
@@ -34,7 +34,7 @@ PYTHON_LAYERS = [
     ["attention_ext.modules"],
     ["attention_ext.interop", "attention_ext.tutorials"],
 ]
-# Users' code, by example: it sees what users see.
+# Benchmarks and examples may import the public package only.
 PUBLIC = ("attention_ext.testing", "attention_ext.reference", "attention_ext.info")
 OUTSIDE = ("benchmarks", "examples")
 
@@ -43,7 +43,7 @@ def longest(folders: list[str] | tuple[str, ...], path: str) -> str | None:
     return max((folder for folder in folders if path.startswith(folder + "/")), key=len, default=None)
 
 
-def cpp_breaches(path: str, text: str) -> Iterator[str]:
+def cpp_violations(path: str, text: str) -> Iterator[str]:
     rule = longest(list(CPP_RULES), path)
     if rule is None:
         return
@@ -73,7 +73,7 @@ def imports(module: str, is_package: bool, tree: ast.Module) -> Iterator[str]:
             yield from (f"{source}.{alias.name}" for alias in node.names)
 
 
-def python_breaches(path: str, text: str) -> Iterator[str]:
+def python_violations(path: str, text: str) -> Iterator[str]:
     file = Path(path)
     is_package = file.name == "__init__.py"
     module = ".".join(file.with_suffix("").parts[: -1 if is_package else None])
@@ -81,14 +81,14 @@ def python_breaches(path: str, text: str) -> Iterator[str]:
     for used in imports(module, is_package, ast.parse(text)):
         level = layer(used)
         if own is not None and level is not None and level > own:
-            yield f"{path}: {module} may not import {used}, which is above it"
+            yield f"{path}: {module} may not import {used}, which is in a higher layer"
         inside = used.startswith("attention_ext.") and used.count(".") > 1
         if path.startswith(OUTSIDE) and inside and not used.startswith(PUBLIC):
-            yield f"{path}: {path.split('/')[0]} see the public package only, and this imports {used}"
+            yield f"{path}: {path.split('/')[0]} may import the public package only, but imports {used}"
 
 
-def breaches(path: str, text: str) -> list[str]:
-    check = python_breaches if path.endswith(".py") else cpp_breaches
+def violations(path: str, text: str) -> list[str]:
+    check = python_violations if path.endswith(".py") else cpp_violations
     return list(check(path, text))
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     for folder in ("csrc", "attention_ext", "tests/cpp", "tests/emulator", "benchmarks", "examples"):
         for file in sorted((ROOT / folder).rglob("*")):
             if file.suffix in (".h", ".cpp", ".cu", ".py"):
-                found += breaches(file.relative_to(ROOT).as_posix(), file.read_text())
+                found += violations(file.relative_to(ROOT).as_posix(), file.read_text())
     print(*found, sep="\n", end="\n" if found else "")
     sys.exit(1 if found else 0)
 

@@ -1,4 +1,4 @@
-"""Builds the commit that is checked out twice, in two folders, and compares the binaries to the byte. Takes minutes."""
+"""Builds the checked-out commit twice, in two folders, and compares the binaries. Takes minutes."""
 
 from __future__ import annotations
 

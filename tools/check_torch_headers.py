@@ -1,7 +1,7 @@
-"""Type-checks csrc/torch against the headers of the oldest torch that is supported, without installing it.
+"""Type-checks csrc/torch against the headers of the oldest supported torch, without installing it.
 
-They come out of the smallest wheel of that version, one for another system: the headers are the same in all of them.
-The CUDA binding is left out where there is no nvcc.
+The headers come from the smallest wheel of that version, for another platform: they are the same in all wheels. Without
+nvcc the CUDA binding is skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TORCH = "2.11.0"
 WHEEL = ["--platform", "macosx_11_0_arm64", "--python-version", "3.12", "--only-binary=:all:", "--no-deps"]
 HEADERS = ROOT / "build" / f"torch-{TORCH}-headers"
 INCLUDE = "torch/include/"
-SHARED = ("ATen/ATen.h", "torch/library.h", "torch/csrc/autograd/saved_variable.h")  # nearly all there is to be read
+SHARED = ("ATen/ATen.h", "torch/library.h", "torch/csrc/autograd/saved_variable.h")  # most of the headers
 
 
 def fetch() -> bool:
@@ -44,7 +44,7 @@ def fetch() -> bool:
 
 
 def precompiled(command: list[str], folder: Path) -> list[str]:
-    """The command for files that need SHARED, which is read once: for each file it would take most of the time."""
+    """The command with SHARED as a precompiled header, which takes most of the time of each file otherwise."""
     header = folder / "shared.h"
     header.write_text("".join(f"#include <{name}>\n" for name in SHARED))
     subprocess.run([*command, "-x", "c++-header", str(header), "-o", f"{header}.gch"], check=True)

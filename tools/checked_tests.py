@@ -1,7 +1,7 @@
-"""Builds the extension with checks in it, in a folder of its own, and runs tests with it.
+"""Builds an instrumented variant of the extension in a separate folder, and runs tests with it.
 
 python tools/checked_tests.py sanitized                     the address and undefined-behaviour sanitizers; GCC
-python tools/checked_tests.py assertions                    the C++ library's own checks of indices and iterators
+python tools/checked_tests.py assertions                    libstdc++'s assertions on indices and iterators
 python tools/checked_tests.py sanitized tests/test_x.py -k dropout    arguments go to pytest
 
 The first build of the sanitized variant takes many minutes.
@@ -17,13 +17,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Every pass and every refusal; of the long lists a part.
+# Every pass and all errors; a subset of the long parametrizations.
 TESTS = ["backward", "double_backward", "forward_ad", "weights", "varlen", "dropout", "edges", "errors"]
 DEFAULT = [*(f"tests/test_{name}.py" for name in TESTS), "--every", "29"]
 
 
 def build(variant: str, folder: Path) -> dict[str, str]:
-    """The environment in which the package is the variant."""
+    """The environment variables that select the variant."""
     environment = {**os.environ, "ATTENTION_EXT_VARIANT": variant}
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(folder), "--build-lib", str(folder)]
     if subprocess.run(command, cwd=ROOT, env=environment).returncode != 0:
@@ -40,7 +40,7 @@ def runtime(name: str) -> str:
 
 
 def sanitizers(reports: Path) -> dict[str, str]:
-    """The runtime has to be there before Python is, and a C++ library for the exceptions that it watches."""
+    """Preloads the sanitizer runtime before Python, and libstdc++, whose exceptions it intercepts."""
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     options = {name: f"{value}:log_path={reports / name}" for name, value in options.items()}
     return {**options, "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}"}
@@ -60,7 +60,7 @@ def main() -> None:
         environment |= sanitizers(reports)
     words = arguments or DEFAULT
     tests = [str(ROOT / word) if (ROOT / word.partition("::")[0]).exists() else word for word in words]
-    # In a folder from which the package in the sources is not found.
+    # Runs in a folder from which the package in the sources is not importable.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *tests]
     status = subprocess.run(command, cwd=folder, env=environment).returncode
     for report in sorted(reports.iterdir()):

@@ -1,8 +1,8 @@
-"""Compiles every CUDA unit and holds what each kernel takes to tools/cuda_budget.json: registers, stack, spills, shared
-memory.
+"""Compiles every CUDA unit and compares registers, stack, spills and shared memory of each kernel with
+tools/cuda_budget.json.
 
-A stack or a spill in a 16-bit forward or backward kernel fails, and so do growth beyond the budget and warnings.
---update rewrites the budget. Skips with a reason where there is no nvcc; needs no GPU.
+Fails on a stack or spills in a 16-bit forward or backward kernel, on growth beyond the budget and on warnings. --update
+rewrites the budget. Is skipped without nvcc; needs no GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UNITS = ROOT / "csrc" / "gpu" / "units"
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 STRICT = ["-Xptxas=-v", "-Xptxas=--warning-as-error", "--Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
-SERIALISED = re.compile(r"\(C75\d\d\)")  # ptxas made asynchronous products wait, and calls that information
+SERIALISED = re.compile(r"\(C75\d\d\)")  # ptxas reports serialised asynchronous products as information only
 MUST_NOT_SPILL = re.compile(r"(forward|backward)_(float16|bfloat16)")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<chip>\w+)'\n(?:.*\n)*?"
@@ -37,12 +37,12 @@ KERNEL = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """What a kernel takes: registers per thread, and bytes."""
+    """The resources of a kernel: registers per thread, and bytes."""
 
     registers: int
-    stack: int  # what is spilled, and arrays that are not in registers because an index is not a constant
+    stack: int  # spills, and arrays with indices that are not constant
     spilled: int
-    shared: int  # static; what a launch asks for comes on top
+    shared: int  # static, without the dynamic shared memory of a launch
 
     def exceeds(self, budget: Use) -> bool:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(budget), strict=True)
@@ -53,14 +53,14 @@ Uses = dict[str, Use]  # by "unit chip kernel"
 
 
 def readable(names: list[str]) -> list[str]:
-    """Template and its arguments, without namespaces and parameters."""
+    """Demangled template names with arguments, without namespaces and parameters."""
     plain = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
     short = [re.sub(r"\(anonymous namespace\)::|attention_ext::|^void ", "", name) for name in plain]
     return [re.sub(r"(?<=[\w>])\(.*$", "", name) for name in short]
 
 
 def parse(report: str) -> Uses:
-    """By "chip kernel", from what ptxas -v says of one unit."""
+    """By "chip kernel", from the report of ptxas -v for one unit."""
     found = list(KERNEL.finditer(report))
     names = readable([kernel["name"] for kernel in found]) if found else []
     return {
@@ -72,7 +72,7 @@ def parse(report: str) -> Uses:
 
 
 def compile_unit(compiler: str, unit: Path) -> Uses | None:
-    """None where it does not compile; then the compiler has said why."""
+    """None, after printing the compiler's output, if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         command = [compiler, *nvcc.FLAGS, *STRICT, *nvcc.FOR_CHIPS, "-fatbin", "-o", f"{folder}/unit.fatbin", str(unit)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -83,7 +83,7 @@ def compile_unit(compiler: str, unit: Path) -> Uses | None:
 
 
 def complaints(uses: Uses, budget: Uses) -> dict[str, str]:
-    """By kernel, what is wrong with it."""
+    """The complaint by kernel."""
     found = {}
     for kernel, use in uses.items():
         if (use.spilled or use.stack) and MUST_NOT_SPILL.match(kernel):
@@ -115,11 +115,11 @@ def write_budget(uses: Uses) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="make what the kernels take now their budget")
+    parser.add_argument("--update", action="store_true", help="set the budget to the current use")
     options = parser.parse_args()
     compiler = nvcc.find()
     if compiler is None:
-        return gate.cannot_run("there is no nvcc")
+        return gate.cannot_run("nvcc was not found")
     units = sorted(UNITS.glob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda unit: compile_unit(compiler, unit), units))
@@ -130,7 +130,7 @@ def main() -> None:
     wrong = complaints(uses, read_budget())
     show(uses, wrong)
     if broken or wrong:
-        sys.exit(f"CUDA gates: {broken} units do not compile, {len(wrong)} kernels are not as they should be")
+        sys.exit(f"CUDA gates: {broken} units do not compile, {len(wrong)} kernels have complaints")
 
 
 if __name__ == "__main__":

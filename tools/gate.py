@@ -1,4 +1,4 @@
-"""How a check that cannot run ends: in CI it has failed, elsewhere it says so and passes."""
+"""The end of a check that cannot run: failure in CI, a message otherwise."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import sys
 
 def cannot_run(reason: str) -> None:
     if os.environ.get("CI"):
-        sys.exit(f"failed: {reason}, and in CI every check has to run")
+        sys.exit(f"failed: {reason}, and in CI every check must run")
     print(f"skipped: {reason}")

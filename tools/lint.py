@@ -1,8 +1,8 @@
-"""Runs the lints, all of them or those named. CI and pre-commit call this, so they cannot disagree.
+"""Runs all lints or those named. CI and pre-commit call this too.
 
 python tools/lint.py                all
 python tools/lint.py ruff format    those two
-python tools/lint.py --fix          rewrites what ruff and clang-format can put right, then runs all
+python tools/lint.py --fix          applies the fixes of ruff and clang-format, then runs all
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cpp_format() -> bool:
 
 
 def clang_tidy() -> bool:
-    """The torch-free code, with the instruction sets that the build took for this machine."""
+    """The torch-free code, with the instruction sets that the build compiled for this machine."""
     built = {path.stem for path in (ROOT / "build").glob("temp-*/csrc/cpu/isa/*.o")}
     isa = [path for path in tracked("csrc/cpu/isa/*.cpp") if Path(path).stem in built]
     files = [*tracked(":(glob)csrc/cpu/*.cpp"), *isa]
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--fix", action="store_true")
     options = parser.parse_args()
     if unknown := set(options.lints) - set(LINTS):
-        parser.error(f"no lint is called {', '.join(sorted(unknown))}; there are {', '.join(LINTS)}")
+        parser.error(f"unknown lints {', '.join(sorted(unknown))}; available are {', '.join(LINTS)}")
     if options.fix:
         call("ruff", "check", "--fix", "--quiet")
         call("ruff", "format", "--quiet")

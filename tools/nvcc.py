@@ -1,4 +1,4 @@
-"""The CUDA compiler, and how kernels are compiled: for the build, the gates and the checks."""
+"""Finds nvcc, and has the flags of CUDA kernels for the build and the checks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
-# All from the PTX of sm_80, which is as much as kernels ask for: so each unit is optimised once, half of the work.
+# All from the PTX of sm_80, beyond which kernels use no instruction, so that each unit is optimised only once.
 FOR_CHIPS = [f"-gencode=arch=compute_80,code={chip}" for chip in ("sm_80", "sm_90a")]
-FOR_LATER_CHIPS = ["-gencode=arch=compute_80,code=compute_80"]  # the driver compiles it when it is loaded
+FOR_LATER_CHIPS = ["-gencode=arch=compute_80,code=compute_80"]  # compiled by the driver when loaded
 
 
 def find() -> str | None:
-    """Looks where torch looks."""
+    """Searches the same places as torch."""
     home = os.environ.get("CUDA_HOME")
     path = f"{home}/bin" if home else os.environ.get("PATH", "") + ":/usr/local/cuda/bin"
     return shutil.which("nvcc", path=path)
 
 
 def include_folders(compiler: str) -> list[Path]:
-    """The folders of its own headers."""
+    """The folders of nvcc's own headers."""
     command = [compiler, "--dryrun", "-x", "cu", "-E", "/dev/null"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return [Path(folder) for line in re.findall(r'INCLUDES="(.*)"', said) for folder in re.findall(r"-I(\S+)", line)]

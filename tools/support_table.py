@@ -1,8 +1,8 @@
-"""Writes the README's table of kernels from the kernel table of this machine, or with --check says where they differ.
+"""Updates the README's table of kernels from the kernel table of this machine, or compares the two with --check.
 
-A machine knows the kernels of its own architecture, and the dtypes of those that its CPU can run. What the README says
-of others stays as it is. CUDA kernels, which few machines can run, are listed in tools/cuda_kernels.json with what each
-was tested on: "emulated" or the name of a GPU.
+A machine has the kernels of its own architecture, and the dtypes of those that its CPU can run; other cells of the
+README are kept. CUDA kernels are listed in tools/cuda_kernels.json with what they were tested on: "emulated" or the
+name of a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Cells = dict[tuple[str, str], str]  # by kernel and instruction set
 
 
 def cells_here() -> tuple[Cells, list[tuple[str, str]]]:
-    """The kernels that run here, and all rows of the table."""
+    """The cells of kernels that run on this CPU, and the keys of all rows of its table."""
     rows = [row for row in attention_ext.kernels() if row["device"] == "cpu"]
     every = len(rows[0]["why_not"])
     cells, known = {}, []
@@ -90,7 +90,7 @@ def main() -> None:
     if not options.check:
         README.write_text(wanted)
     elif text != wanted:
-        sys.exit("the README's table of kernels is not that of the library: run python tools/support_table.py")
+        sys.exit("the README's table of kernels is out of date: run python tools/support_table.py")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Scripts a model, then trains the file for one step in a fresh Python process and in a C++ program (libtorch, CMake).
+"""Scripts a model, then trains it for one step in a new Python process and in a C++ program (libtorch, CMake).
 
-All three must see the same losses before and after the step. A second program calls the operator from C++.
+Both must compute the same losses before and after the step. A second C++ program calls the operator.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def losses(line: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-cpp", action="store_true", help="leave out the C++ programs, which take long to build")
+    parser.add_argument("--no-cpp", action="store_true", help="skip the C++ programs, which take long to build")
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as temporary:

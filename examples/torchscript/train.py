@@ -1,4 +1,4 @@
-"""What train.cpp does, in a Python process that knows only torch, the operator library and the TorchScript file."""
+"""The same as train.cpp, in a Python process with only torch, the operator library and the TorchScript file."""
 
 import sys
 
