@@ -210,6 +210,15 @@ def test_rule_rejects_small_errors(name: str, output: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rule_rejects_errors_beside_an_outlier_channel(dtype: torch.dtype) -> None:
+    sample = NAMED["outlier_plain"].build(dtype, "large")
+    right = evaluate(sample, reference.attention)
+    wrong = right["out"].clone()
+    wrong[..., 5] *= 1 + 8 * torch.finfo(dtype).eps  # channel 0 is the outlier
+    assert {x.name for x in compare(sample, {**right, "out": wrong}) if not x.ratio <= 1} == {"out"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rule_rejects_gradients_summed_in_half(dtype: torch.dtype) -> None:
     sample = NAMED["plain"].build(dtype, "large")
     right = evaluate(sample, reference.attention)

@@ -8,8 +8,9 @@ than 16-bit inputs, half the square of their eps. The second bounds the errors o
 and logsumexp where these are large: a few eps of the accumulate type. The floor matters where the baseline happens to
 be exact, as for one-hot rows.
 
-Infinities and NaNs must match and are excluded from the errors. The root mean square of few independent errors is
-noise: below ``FEW`` elements or queries only the largest error is checked.
+Channels (elements of head_dim) are first scaled to terms of equal size, so that errors of small channels are not hidden
+by a large one. Infinities and NaNs must match and are excluded from the errors. The root mean square of few independent
+errors is noise: below ``FEW`` elements or queries only the largest error is checked.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MAX_ROUNDING, RMS_ROUNDING = 1.0, 0.2
 MAX_ACCUMULATING, RMS_ACCUMULATING = 4.0, 1.0
 
 FEW = 64
+WITH_CHANNELS = ("out", "out_tangent", "query", "key", "value")  # ends of names of outputs (..., channels)
 
 Outputs = dict[str, Tensor]
 
@@ -118,8 +120,17 @@ def compare_outputs(
         rounding = eps**2 / 2 * torch.ones_like(got) if name == "logsumexp" else eps * sizes[name]
         floors = rounding, accumulate_eps * (score_sizes[name].square() + partial_sums).sqrt()
         few = min(batch * heads * seqlen_q, got.numel()) < FEW
-        comparisons.append(_compare_one(name, got, oracle[name], base[name], *floors, few))
+        scale = _channel_scale(sizes[name]) if name.endswith(WITH_CHANNELS) else torch.ones((), device=got.device)
+        comparisons.append(_compare_one(name, got, oracle[name], base[name], *floors, scale, few))
     return comparisons
+
+
+def _channel_scale(sizes: Tensor) -> Tensor:
+    """(channels,): 1 for the channel of the largest terms, below 1 for those of smaller terms."""
+    if sizes.numel() == 0:
+        return sizes.new_ones(())
+    rms = sizes.flatten(0, -2).square().mean(0).sqrt()
+    return torch.where(rms > 0, rms / rms.max(), 1)
 
 
 class Weights(NamedTuple):
@@ -186,8 +197,16 @@ def baseline(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple
 
 
 def _compare_one(
-    name: str, actual: Tensor, oracle: Tensor, baseline: Tensor, rounding: Tensor, accumulating: Tensor, few: bool
+    name: str,
+    actual: Tensor,
+    oracle: Tensor,
+    baseline: Tensor,
+    rounding: Tensor,
+    accumulating: Tensor,
+    scale: Tensor,
+    few: bool,
 ) -> Comparison:
+    """``scale`` divides all errors and floors, and broadcasts to them."""
     assert actual.shape == oracle.shape, f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}"
     assert actual.dtype == baseline.dtype, f"{name}: expected {baseline.dtype}, got {actual.dtype}"
     got, want = actual.double(), oracle.to(actual.dtype).double()
@@ -205,7 +224,8 @@ def _compare_one(
         return (x.square().sum() / count).sqrt()
 
     error, base, rounding, accumulating = (
-        x.where(finite, 0) for x in ((got - oracle).abs(), (baseline.double() - oracle).abs(), rounding, accumulating)
+        (x / scale).where(finite, 0)
+        for x in ((got - oracle).abs(), (baseline.double() - oracle).abs(), rounding, accumulating)
     )
     max_floor = MAX_ROUNDING * rounding.max() + MAX_ACCUMULATING * accumulating.max()
     rms_floor = RMS_ROUNDING * rms(rounding) + RMS_ACCUMULATING * rms(accumulating)

@@ -33,7 +33,7 @@ constexpr double kFarFromZero = 1024;
 // as the kernel for decoding does, so that all passes round a score alike.
 constexpr int64_t kFewQueries = 8;
 
-// A 4-D array (batch, heads, row, column) that somebody else owns. Strides count elements; 0 where broadcast.
+// A non-owning 4-D array (batch, heads, row, column). Strides count elements; 0 where broadcast.
 struct View {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -95,7 +95,7 @@ struct ForwardProblem : AttentionProblem {
   }
 };
 
-// Gradients that nobody wants stay null. With head_dim_v == 0 there is no value, no out and no grad_out.
+// Gradients that are not required are null. With head_dim_v == 0 there is no value, no out and no grad_out.
 struct BackwardProblem : AttentionProblem {
   View out, grad_out;                     // (b, h, q, d_v)
   const void* logsumexp = nullptr;        // (b, h, q)

@@ -26,7 +26,7 @@ struct Bundle : std::false_type {
   static constexpr size_t width = 1;
 };
 
-// What the dispatcher hands over for a member: tensors by reference, numbers by value.
+// The dispatcher's argument type for a member: tensors by reference, numbers by value.
 template <class Member>
 using MemberArgument = std::conditional_t<std::is_same_v<Member, std::optional<at::Tensor>>, const Member&, Member>;
 
