@@ -342,11 +342,11 @@ def test_leading_dimensions_that_do_not_broadcast(name: str, shape: tuple[int, .
 
 
 def test_undefined_and_none() -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="does not have a device"):
         ops.attention(None, torch.randn(B, HK, LK, D), torch.randn(B, HK, LK, DV))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="missing value for argument 'key'"):
         ops.attention(torch.randn(B, HQ, LQ, D))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="List with 5 elements to a fixed-size array of size 6"):
         ops.attention_backward(**backward(), output_mask=[True] * 5)
 
 
