@@ -80,11 +80,13 @@ def build(case: Case) -> Ways:
 
 
 def _packed(case: Case, options: dict[str, Any]) -> Way:
-    starts = torch.tensor([0, *case.packed], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *case.packed], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
     def way(*inputs: Tensor) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in inputs)
-        return attention_ext.attention_varlen(query, key, value, starts, starts, **options).transpose(0, 1)[None]
+        return attention_ext.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, **options).transpose(0, 1)[
+            None
+        ]
 
     return way
 

@@ -99,10 +99,10 @@ class TestCompile:
         assert_same(compiled(*inputs), func.vmap(func.grad(oracle_loss, ALL))(*inputs))
 
     def test_packed_sequences(self) -> None:
-        starts = torch.tensor([0, 2, 6])
+        cu_seqlens = torch.tensor([0, 2, 6])
 
         def packed(x: Tensor) -> Tensor:
-            return attention_ext.attention_varlen(x, x, x, starts, starts, is_causal=True).square().sum()
+            return attention_ext.attention_varlen(x, x, x, cu_seqlens, cu_seqlens, is_causal=True).square().sum()
 
         x = torch.randn(6, 2, 8, dtype=torch.float64, requires_grad=True)
         compiled = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -232,8 +232,8 @@ class TestFakeTensors:
 
         with FakeTensorMode():
             x = torch.empty(1, 2, 10, 8)
-            starts = torch.empty(4, dtype=torch.int32)
-            out = ops.attention(x, x, x, cu_seqlens_q=starts, cu_seqlens_k=starts)[0]
+            cu_seqlens = torch.empty(4, dtype=torch.int32)
+            out = ops.attention(x, x, x, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)[0]
             assert out.shape == x.shape
             lengths = torch.empty(1, dtype=torch.int32)
             assert ops.attention(x, x, x, key_lengths=lengths)[0].shape == x.shape

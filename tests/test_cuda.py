@@ -158,11 +158,11 @@ def test_repeats_are_bit_equal(device: str) -> None:
 INVALID = [[3, 1, 10**12, -5], [-(2**62), 2**62, 0, 7], [7, 7, 7, 7]]
 
 
-@pytest.mark.parametrize("starts", INVALID)
-def test_invalid_lengths_read_no_other_memory(starts: list[int], device: str) -> None:
+@pytest.mark.parametrize("lengths", INVALID)
+def test_invalid_lengths_read_no_other_memory(lengths: list[int], device: str) -> None:
     """Lengths on a GPU are not validated: results are undefined, but every access stays within the tensors."""
     packed = Spec("packed", lengths=(7, 9), batch=1).build(torch.float32, device=device)
-    invalid = torch.tensor(starts, device=device)
+    invalid = torch.tensor(lengths, device=device)
     attend(packed.replace(cu_seqlens_q=invalid, cu_seqlens_k=invalid.flip(0)))
     attend(packed.replace(cu_seqlens_q=invalid, cu_seqlens_k=invalid, attn_mask=torch.zeros(5, 4, device=device)))
     dense = Spec("dense", lengths=(7, 9), batch=4).build(torch.float32, device=device)

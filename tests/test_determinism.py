@@ -107,7 +107,7 @@ def test_results_independent_of_batch(spec: Spec, dtype: torch.dtype, device: st
 
 def test_results_independent_of_batch_entries_with_large_logsumexp(dtype: torch.dtype) -> None:
     """Calls with a logsumexp beyond 1024 compute its low-order part, by which other rows must not change."""
-    sample = Spec("far company", lengths=(40, 40), head_dims=(32, 32)).build(dtype)
+    sample = Spec("large logsumexp", lengths=(40, 40), head_dims=(32, 32)).build(dtype)
     mask = torch.zeros(2, 1, 1, 40, dtype=dtype)
     near = evaluate_all(sample.replace(attn_mask=mask))
     mask[1] = -5000.0

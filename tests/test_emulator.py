@@ -132,8 +132,8 @@ def test_uneven_sequences(dtype: torch.dtype, rows: str, emulate: Any, check_acc
     """Lengths so uneven that there are fewer thread blocks than sequences times tiles of the longest sequence."""
     spec = Spec("uneven", varlen=True, lengths="more_keys", causal="bottom_right", alibi="heads", head_dims=(16, 16))
     lengths = torch.tensor([(1, 130, 0, 2, 1, 1, 0, 0), (2, 70, 4, 1, 0, 200, 1, 0)], dtype=torch.int32)
-    starts_q, starts_k = torch.nn.functional.pad(lengths, (1, 0)).cumsum(1, dtype=torch.int32)
-    sample = spec.build(dtype, "large").replace(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+    cu_seqlens_q, cu_seqlens_k = torch.nn.functional.pad(lengths, (1, 0)).cumsum(1, dtype=torch.int32)
+    sample = spec.build(dtype, "large").replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     emulate(rows)
     check_accuracy(sample, evaluate(sample, operator))
 

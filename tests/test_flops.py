@@ -43,10 +43,10 @@ def test_grouped_heads() -> None:
 
 
 def test_packed_sequences() -> None:
-    starts = torch.tensor([0, 2, 2, 7])
+    cu_seqlens = torch.tensor([0, 2, 2, 7])
     x = torch.randn(7, H, D)
     with counted() as counter:
-        attention_ext.attention_varlen(x, x, x, starts, starts)
+        attention_ext.attention_varlen(x, x, x, cu_seqlens, cu_seqlens)
     assert counter.get_total_flops() == 2 * H * (2 * 2 + 5 * 5) * (D + D)
 
 

@@ -219,12 +219,12 @@ def test_vmap_over_padding_after_the_last_sequence(can_read: bool, monkeypatch: 
     sample = spec.build(torch.float64, "small")
     inputs = sample.inputs()
     values = tuple(batched(x, 0) for x in inputs.values())
-    starts = {name: sample.options[name] for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    many = tuple(torch.stack([x, x.clamp(max=int(x[-2])), x]) for x in starts.values())
+    cu_seqlens = {name: sample.options[name] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    many = tuple(torch.stack([x, x.clamp(max=int(x[-2])), x]) for x in cu_seqlens.values())
 
     def one(function: Callable[..., Any]) -> Callable[..., Any]:
-        def of_sample(values: Inputs, starts: Inputs) -> Any:
-            changed = replaced(sample, inputs, values).replace(cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+        def of_sample(values: Inputs, cu_seqlens: Inputs) -> Any:
+            changed = replaced(sample, inputs, values).replace(cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1])
             call = changed.call_operator if function is ops.attention else changed.call
             out, logsumexp = call(function)[:2]
             return out.square().sum() + logsumexp.masked_fill(logsumexp.isinf(), 0).sin().sum(), (out, logsumexp)
@@ -235,7 +235,7 @@ def test_vmap_over_padding_after_the_last_sequence(can_read: bool, monkeypatch: 
     actual = func.vmap(one(ops.attention))(values, many)
     assert_same(actual, pytree.tree_map(lambda *x: torch.stack(x), *expected))
     along = tuple(batched(x, 0) for x in directions(tuple(inputs.values())))
-    shared = tuple(starts.values())
+    shared = tuple(cu_seqlens.values())
 
     def hvp(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, t: func.jvp(lambda y: one(function)(y, shared)[0], (x,), (t,))
@@ -246,9 +246,11 @@ def test_vmap_over_padding_after_the_last_sequence(can_read: bool, monkeypatch: 
 
 
 def test_vmap_names_wrong_lengths() -> None:
-    x, ends = torch.randn(2, 1, 2, 6, 4), torch.tensor([[0, 6], [0, 7]])
+    x, cu_seqlens = torch.randn(2, 1, 2, 6, 4), torch.tensor([[0, 6], [0, 7]])
     with pytest.raises(RuntimeError, match="expected `cu_seqlens_q` to end with at most the packed length 6, got 7"):
-        func.vmap(lambda x, ends: ops.attention(x, x, x, cu_seqlens_q=ends, cu_seqlens_k=ends)[0])(x, ends)
+        func.vmap(lambda x, cu_seqlens: ops.attention(x, x, x, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)[0])(
+            x, cu_seqlens
+        )
 
 
 def test_vmap_over_lengths_and_bool_masks() -> None:

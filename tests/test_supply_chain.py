@@ -19,7 +19,7 @@ WITHOUT_NETWORK = """
 import socket
 
 def refuse(*arguments):
-    raise OSError(f"the network was asked for: {arguments}")
+    raise OSError(f"network access: {arguments}")
 
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 import attention_ext, attention_ext.info, attention_ext.testing, torch
@@ -46,8 +46,8 @@ def test_requirements_are_pinned_by_hash(name: str) -> None:
     pinned = re.split(r"\n(?=[\w.-]+==)", (ROOT / f"{name}.txt").read_text())[1:]
     assert all("--hash=sha256:" in entry for entry in pinned)
     named = {entry.split(" ")[0].split(";")[0].rstrip("\\") for entry in pinned}
-    asked = [line.split(";")[0].strip() for line in (ROOT / f"{name}.in").read_text().splitlines() if "==" in line]
-    assert set(asked) <= named
+    required = [line.split(";")[0].strip() for line in (ROOT / f"{name}.in").read_text().splitlines() if "==" in line]
+    assert set(required) <= named
 
 
 @pytest.fixture

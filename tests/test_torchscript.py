@@ -155,7 +155,7 @@ def test_flag_must_be_constant() -> None:
     def undecided(query: Tensor, flag: bool) -> Tensor:
         return attention_ext.attention(query, query, query, return_logsumexp=flag)
 
-    with pytest.raises(RuntimeError, match="'return_logsumexp' for boolean dispatch .* was not constant"):
+    with pytest.raises(RuntimeError, match=r"'return_logsumexp' for boolean dispatch .* was not constant"):
         torch.jit.script(undecided)
 
 

@@ -20,7 +20,7 @@ bool extra_mask_hides(int64_t distance) {
 }
 
 // cu_seqlens: sequence 1 has no query, the last one no key.
-int64_t start_of(int64_t total, int64_t sequences, int64_t i, bool of_keys) {
+int64_t cu_seqlen(int64_t total, int64_t sequences, int64_t i, bool of_keys) {
   if (i >= sequences) return total;
   if (of_keys) return i == sequences - 1 ? total : i * total / 3;
   return i == 0 ? 0 : total / 2;
@@ -64,8 +64,8 @@ Call::Call(const Case& c, DType type)
       slopes(static_cast<size_t>(c.heads) * 8),
       sinks(static_cast<size_t>(c.heads) * 8),
       lengths(static_cast<size_t>(c.batch) * 8),
-      starts_q((kSequences + 1) * 8),
-      starts_k((kSequences + 1) * 8),
+      cu_seqlens_q((kSequences + 1) * 8),
+      cu_seqlens_k((kSequences + 1) * 8),
       rng_state(16),
       grad_slopes(static_cast<size_t>(sequences() * c.heads) * 8),
       grad_sinks(static_cast<size_t>(sequences() * c.heads) * 8),
@@ -103,8 +103,8 @@ Call::Call(const Case& c, DType type)
   }
   for (int64_t b = 0; b < c.batch; ++b) static_cast<int64_t*>(lengths.data())[b] = b == 0 ? c.seqlen_k * 2 / 3 : b - 1;
   for (int64_t i = 0; i <= kSequences; ++i) {
-    static_cast<int64_t*>(starts_q.data())[i] = start_of(c.seqlen_q, kSequences, i, false);
-    static_cast<int64_t*>(starts_k.data())[i] = start_of(c.seqlen_k, kSequences, i, true);
+    static_cast<int64_t*>(cu_seqlens_q.data())[i] = cu_seqlen(c.seqlen_q, kSequences, i, false);
+    static_cast<int64_t*>(cu_seqlens_k.data())[i] = cu_seqlen(c.seqlen_k, kSequences, i, true);
   }
   if (c.key_lengths || c.poisoned_from < c.seqlen_k) poison_keys();
   static_cast<int64_t*>(rng_state.data())[0] = 0x123456789ABCDEF;
@@ -123,7 +123,7 @@ void Call::poison_keys() {
 }
 
 void Call::fill(AttentionProblem& p) const {
-  const auto* starts = static_cast<const int64_t*>(starts_q.data());
+  const auto* cu_seqlens = static_cast<const int64_t*>(cu_seqlens_q.data());
   p.batch = spec.varlen ? kSequences : spec.batch;
   p.heads = spec.heads;
   p.kv_heads = spec.kv_heads;
@@ -145,8 +145,8 @@ void Call::fill(AttentionProblem& p) const {
   if (spec.sinks) p.sinks = static_cast<const double*>(sinks.data());
   if (spec.key_lengths) p.key_lengths = static_cast<const int64_t*>(lengths.data());
   if (spec.varlen) {
-    p.cu_seqlens_q = starts;
-    p.cu_seqlens_k = static_cast<const int64_t*>(starts_k.data());
+    p.cu_seqlens_q = cu_seqlens;
+    p.cu_seqlens_k = static_cast<const int64_t*>(cu_seqlens_k.data());
     p.max_seqlen_q = p.max_seqlen_k = 0;
     for (int64_t i = 0; i < kSequences; ++i) {
       p.max_seqlen_q = std::max(p.max_seqlen_q, p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i]);
@@ -308,10 +308,10 @@ Expected expect(const Call& call) {
              {sequences, c.heads, 1, 1}};
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t b = c.varlen ? 0 : s;
-    const int64_t first_q = c.varlen ? value_at(call.starts_q, s) : 0,
-                  first_k = c.varlen ? value_at(call.starts_k, s) : 0;
-    const int64_t length_q = c.varlen ? value_at(call.starts_q, s + 1) - first_q : c.seqlen_q;
-    const int64_t length_k = c.varlen        ? value_at(call.starts_k, s + 1) - first_k
+    const int64_t first_q = c.varlen ? value_at(call.cu_seqlens_q, s) : 0,
+                  first_k = c.varlen ? value_at(call.cu_seqlens_k, s) : 0;
+    const int64_t length_q = c.varlen ? value_at(call.cu_seqlens_q, s + 1) - first_q : c.seqlen_q;
+    const int64_t length_k = c.varlen        ? value_at(call.cu_seqlens_k, s + 1) - first_k
                              : c.key_lengths ? value_at(call.lengths, s)
                                              : c.seqlen_k;
     for (int64_t h = 0; h < c.heads; ++h) {

@@ -28,7 +28,8 @@ struct Call {
   Array logsumexp, logsumexp_low, grad_logsumexp, weights;
   Array query_tangent, key_tangent, value_tangent, out_tangent, logsumexp_tangent;
   std::optional<Array> mask, grad_mask, mask_tangent;
-  Guarded slopes, sinks, lengths, starts_q, starts_k, rng_state, grad_slopes, grad_sinks, slopes_tangent, sinks_tangent;
+  Guarded slopes, sinks, lengths, cu_seqlens_q, cu_seqlens_k, rng_state, grad_slopes, grad_sinks, slopes_tangent,
+      sinks_tangent;
 
   Call(const Case& spec, DType dtype);
 

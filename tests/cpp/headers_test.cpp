@@ -35,7 +35,7 @@ void test_invalid_lengths() {
   const int64_t invalid[] = {INT64_MIN, -1, 0, 3, 7, 8, INT64_MAX};
   for (const int64_t first : invalid) {
     for (const int64_t second : invalid) {
-      const int64_t starts[] = {first, second};
+      const int64_t cu_seqlens[] = {first, second};
       AttentionProblem p;
       p.seqlen_q = p.seqlen_k = 7;
       p.max_seqlen_q = p.max_seqlen_k = 4;
@@ -43,7 +43,7 @@ void test_invalid_lengths() {
       const Sequence dense = sequence_of(p, 0);
       check(dense.length_k >= 0 && dense.length_k <= 7, "a key length stays within the keys");
       p.key_lengths = nullptr;
-      p.cu_seqlens_q = p.cu_seqlens_k = starts;
+      p.cu_seqlens_q = p.cu_seqlens_k = cu_seqlens;
       const Sequence s = sequence_of(p, 0);
       check(s.begin_q >= 0 && s.length_q >= 0 && s.begin_q + s.length_q <= 7, "a sequence stays within the tensor");
       check(s.length_q <= 4 && s.length_k <= 4, "a sequence is no longer than the longest");
@@ -104,16 +104,16 @@ void test_blocks() {
 }
 
 void test_packed_sequences() {
-  const int64_t starts_q[] = {0, 3, 3, 8}, starts_k[] = {0, 0, 4, 6};
+  const int64_t cu_seqlens_q[] = {0, 3, 3, 8}, cu_seqlens_k[] = {0, 0, 4, 6};
   AttentionProblem p;
   p.batch = 3;
   p.seqlen_q = p.max_seqlen_q = 8;
   p.seqlen_k = p.max_seqlen_k = 6;
-  p.cu_seqlens_q = starts_q;
-  p.cu_seqlens_k = starts_k;
+  p.cu_seqlens_q = cu_seqlens_q;
+  p.cu_seqlens_k = cu_seqlens_k;
   p.bottom_right = true;
   const Sequence last = sequence_of(p, 2);
-  check(last.tensor_batch == 0 && last.batch == 2 && last.begin_q == 3 && last.begin_k == 4, "where a sequence starts");
+  check(last.tensor_batch == 0 && last.batch == 2 && last.begin_q == 3 && last.begin_k == 4, "where a sequence begins");
   check(last.length_q == 5 && last.length_k == 2 && last.diagonal == -3, "how long a sequence is");
   check(sequence_of(p, 1).length_q == 0 && sequence_of(p, 0).length_k == 0, "an empty sequence");
 }
