@@ -13,15 +13,18 @@ from torch import Tensor
 Window = tuple[int | None, int | None] | None
 
 
-def check_types(
-    function: str, scale: Any, softcap: Any, dropout_p: Any, is_causal: Any, enable_gqa: Any, **flags: Any
-) -> None:
-    check_number(function, "scale", 1.0 if scale is None else scale)
-    check_number(function, "softcap", softcap)
-    check_number(function, "dropout_p", dropout_p)
-    for name, flag in {"is_causal": is_causal, "enable_gqa": enable_gqa, **flags}.items():
-        if not isinstance(flag, bool | torch.SymBool):
-            raise TypeError(f"{function}: expected `{name}` to be a bool, got {type(flag).__name__}")
+FLAGS = ("is_causal", "enable_gqa", "average_heads")
+
+
+def check_types(function: str, scale: Any, **given: Any) -> None:
+    """Flags are bools, all else numbers; scale may be None."""
+    if scale is not None:
+        check_number(function, "scale", scale)
+    for name, x in given.items():
+        if name not in FLAGS:
+            check_number(function, name, x)
+        elif not isinstance(x, bool | torch.SymBool):
+            raise TypeError(f"{function}: expected `{name}` to be a bool, got {type(x).__name__}")
 
 
 def check_number(function: str, name: str, number: Any) -> None:

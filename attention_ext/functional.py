@@ -94,7 +94,9 @@ def attention(
         or (is_causal is not False and is_causal is not True)
         or (enable_gqa is not False and enable_gqa is not True)
     ):
-        check_types("attention", scale, softcap, dropout_p, is_causal, enable_gqa)
+        check_types(
+            "attention", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
+        )
     # Every argument that is passed costs the dispatcher time: those at their defaults are left out.
     options: dict[str, Any] = {}
     if attn_mask is not None:
@@ -181,7 +183,9 @@ def attention_varlen(
             causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             return_logsumexp=return_logsumexp,
         )  # fmt: skip
-    check_types("attention_varlen", scale, softcap, dropout_p, is_causal, enable_gqa)
+    check_types(
+        "attention_varlen", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
+    )
     required = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     check_tensors("attention_varlen", required, {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks})
     left, right = window_sides(window)
@@ -251,7 +255,10 @@ def attention_weights(
                 attention_weights, tensors, query, key, logsumexp, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, average_heads, rows, rng_state,
             )  # fmt: skip
-        check_types("attention_weights", scale, softcap, dropout_p, is_causal, enable_gqa, average_heads=average_heads)
+        check_types(
+            "attention_weights", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal,
+            enable_gqa=enable_gqa, average_heads=average_heads,
+        )  # fmt: skip
         check_tensors("attention_weights", required, optional)
     left, right = window_sides(window)
     row_begin: int | None = None

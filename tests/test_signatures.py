@@ -15,8 +15,9 @@ from torch import Tensor
 from torch._jit_internal import boolean_dispatched
 
 import attention_ext
-from attention_ext import reference
+from attention_ext import ops, reference
 from attention_ext.arguments import Window
+from attention_ext.testing import DIFFERENTIABLE
 
 Option = tuple[str, Any, Any]  # name, type, default
 
@@ -151,3 +152,12 @@ def test_cpp_options() -> None:
         )
         assert defaults.pop(name) == ((True, "") if default is None else (False, str(text)))
     assert not defaults
+
+
+def test_differentiable_inputs_are_listed_in_one_order() -> None:
+    jvp = torch.ops.attention_ext.attention_jvp.default._schema
+    backward = torch.ops.attention_ext.attention_backward.default._schema
+    tangents = [x.name.removesuffix("_tangent") for x in jvp.arguments if x.name.endswith("_tangent")]
+    gradients = [x.name.removeprefix("grad_") for x in backward.returns]
+    assert tangents == gradients == list(DIFFERENTIABLE) == list(ops.schema.DIFFERENTIABLE)
+    assert [name for name in DIFFERENTIABLE if name in ops.schema.PER_HEAD] == list(ops.schema.PER_HEAD)

@@ -119,7 +119,7 @@ def _sizes(sample: Sample, tangents: Tangents, weights_of_sample: Weights, outpu
     out_tangent, mean = output_tangents["out_tangent"], output_tangents["logsumexp_tangent"][..., None]
 
     distance = distances(sample)
-    softcap_grad, softcap_grad2 = softcap_derivatives(query @ key.mT * scale, sample.options.get("softcap", 0.0))
+    softcap_grad, softcap_grad2 = softcap_derivatives(query @ key.mT * scale, sample.options)
     dot_tangent = scale**2 * (query_tangent.square() @ key.square().mT + query.square() @ key_tangent.square().mT)
     score_tangent = softcap_grad.square() * dot_tangent + mean.square()  # minus its mean over the row
     if "attn_mask" in tangents:

@@ -305,7 +305,7 @@ def _squared_terms(sample: Sample, weights_of_sample: Weights) -> Outputs:
     grad_logsumexp = 0 if sample.grad_logsumexp is None else sample.grad_logsumexp.square()[..., None]
 
     delta = (sample.grad_out.square() * out.square()).sum(-1, keepdim=True) + grad_logsumexp
-    softcap_grad = softcap_derivatives(query @ key.mT * scale, options.get("softcap", 0.0))[0]
+    softcap_grad = softcap_derivatives(query @ key.mT * scale, options)[0]
     independent = weights.square() * (sample.grad_out.square() @ value.square().mT)
     independent_dot, shared_dot = independent * softcap_grad**2, prob * softcap_grad
 
@@ -351,8 +351,9 @@ def distances(sample: Sample) -> Tensor:
     return reference.visible_keys(*lengths, **diagonal, device=sample.query.device)[1].double()
 
 
-def softcap_derivatives(score: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def softcap_derivatives(score: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The first and second derivative of softcap * tanh(score / softcap); 1 and 0 without a softcap."""
+    softcap = options.get("softcap", 0.0)
     if not softcap:
         return torch.ones_like(score), torch.zeros_like(score)
     tanh = torch.tanh(score / softcap)

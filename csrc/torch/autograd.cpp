@@ -28,10 +28,6 @@ using at::Tensor;
 using torch::autograd::collect_next_edges;
 using torch::autograd::compute_requires_grad;
 
-auto differentiable(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
-  return std::tie(query, key, value, options.attn_mask, options.alibi_slopes, options.sinks);
-}
-
 template <class... Argument>
 bool any_requires_grad(const std::tuple<Argument...>& arguments) {
   return std::apply([](const auto&... argument) { return compute_requires_grad(argument...); }, arguments);
@@ -50,6 +46,7 @@ std::optional<Tensor> if_defined(const Tensor& tensor) {
 
 Tensor or_zeros(const Tensor& tensor, const Tensor& like) { return tensor.defined() ? tensor : at::zeros_like(like); }
 
+using ops::differentiable;
 using ops::kInputs;
 constexpr size_t kGrads = 2;  // grad_out and grad_logsumexp, or the tangents of out and logsumexp
 
@@ -350,7 +347,7 @@ struct WeightsRule {
                                  const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,
                                  bool average_heads, std::optional<c10::SymInt> row_begin,
                                  std::optional<c10::SymInt> row_end) {
-    if (!request.grads[0].defined()) return variable_list(5);
+    if (!request.grads[0].defined()) return variable_list(request.wanted.size());
     const WeightsCall call(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
     return weights_gradients(call, request.grads[0], request.wanted);
   }

@@ -18,47 +18,51 @@ double* make_per_head(Tensor& gradient, const BackwardProblem& problem, const at
   return gradient.mutable_data_ptr<double>();
 }
 
-Tensor sum_per_head(const Tensor& sums, const Tensor& argument) {
-  return (argument.dim() == 1 ? sums.sum(0) : sums).to(argument.scalar_type());
+// Summed over the batch where the input has none, in its dtype.
+Tensor like_input(const Tensor& gradient, const Tensor& input) {
+  const Tensor sum = gradient.dim() > input.dim() ? gradient.sum(0) : gradient;
+  if (sum.scalar_type() == input.scalar_type()) return sum;
+  return on_huge_pages(at::empty(sum.sizes(), input.options())).copy_(sum);
 }
 
-Tensor cast(const Tensor& gradient, at::ScalarType dtype) {
-  if (gradient.scalar_type() == dtype) return gradient;
-  return on_huge_pages(at::empty(gradient.sizes(), gradient.options().dtype(dtype))).copy_(gradient);
-}
+Tensor like_input(const Tensor& gradient, const std::optional<Tensor>& input) { return like_input(gradient, *input); }
 
 }  // namespace
 
 GradientBuffers::GradientBuffers(BackwardProblem& problem, const Tensor& query, const Tensor& key, const Tensor& value,
                                  const AttentionOptions& options, const ops::OutputMask& output_mask)
-    : query_input_(query), options_(options) {
+    : inputs_(ops::differentiable(query, key, value, options)) {
+  using namespace ops;
   const auto wanted = existing_gradients(options, output_mask);
-  if (wanted[ops::kQuery]) problem.grad_query = make_heads_like(query_, query);
-  if (wanted[ops::kKey]) problem.grad_key = make_heads_like(key_, key);
-  if (wanted[ops::kValue]) problem.grad_value = make_heads_like(value_, value);
-  if (wanted[ops::kAttnMask]) {
+  auto& gradients = gradients_;
+  if (wanted[kQuery]) problem.grad_query = make_heads_like(gradients[kQuery], query);
+  if (wanted[kKey]) problem.grad_key = make_heads_like(gradients[kKey], key);
+  if (wanted[kValue]) problem.grad_value = make_heads_like(gradients[kValue], value);
+  if (wanted[kAttnMask]) {
     const auto dtype = accumulate_type(query.scalar_type());
-    mask_ = on_huge_pages(at::empty(options.attn_mask->sizes(), query.options().dtype(dtype))).zero_();
-    problem.grad_attn_mask = broadcast_view_of(mask_);
+    const Tensor sums = on_huge_pages(at::empty(options.attn_mask->sizes(), query.options().dtype(dtype)));
+    gradients[kAttnMask] = sums.zero_();
+    problem.grad_attn_mask = broadcast_view_of(sums);
   }
-  if (wanted[ops::kAlibiSlopes]) problem.grad_alibi_slopes = make_per_head(slopes_, problem, query.options());
-  if (wanted[ops::kSinks]) problem.grad_sinks = make_per_head(sinks_, problem, query.options());
+  if (wanted[kAlibiSlopes]) {
+    problem.grad_alibi_slopes = make_per_head(gradients[kAlibiSlopes], problem, query.options());
+  }
+  if (wanted[kSinks]) problem.grad_sinks = make_per_head(gradients[kSinks], problem, query.options());
 }
 
 void GradientBuffers::zero() const {
-  for (const Tensor* gradient : {&query_, &key_, &value_}) {
-    if (gradient->defined()) gradient->zero_();
+  for (const Tensor& gradient : gradients_) {
+    if (gradient.defined()) gradient.zero_();
   }
 }
 
 ops::Gradients GradientBuffers::results() const {
-  const auto or_none = [&](const Tensor& gradient) { return gradient.defined() ? gradient : not_made(query_input_); };
-  return {or_none(query_),
-          or_none(key_),
-          or_none(value_),
-          or_none(mask_.defined() ? cast(mask_, options_.attn_mask->scalar_type()) : mask_),
-          or_none(slopes_.defined() ? sum_per_head(slopes_, *options_.alibi_slopes) : slopes_),
-          or_none(sinks_.defined() ? sum_per_head(sinks_, *options_.sinks) : sinks_)};
+  size_t i = 0;
+  const auto result = [&](const auto& input) {
+    const Tensor& gradient = gradients_[i++];
+    return gradient.defined() ? like_input(gradient, input) : not_made(std::get<ops::kQuery>(inputs_));
+  };
+  return std::apply([&](const auto&... input) { return ops::Gradients{result(input)...}; }, inputs_);
 }
 
 }  // namespace attention_ext

@@ -18,9 +18,10 @@ class GradientBuffers {
   ops::Gradients results() const;
 
  private:
-  const at::Tensor& query_input_;
-  const AttentionOptions& options_;
-  at::Tensor query_, key_, value_, mask_, slopes_, sinks_;
+  using Inputs = decltype(ops::differentiable({}, {}, {}, {}));
+
+  Inputs inputs_;
+  std::array<at::Tensor, ops::kInputs> gradients_;  // undefined where not wanted
 };
 
 }  // namespace attention_ext

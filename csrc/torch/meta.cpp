@@ -20,19 +20,15 @@ ops::Forward attention_forward_meta(const Tensor& query, const Tensor& key, cons
 ops::Gradients empty_gradients(const Tensor& query, const Tensor& key, const Tensor& value,
                                const AttentionOptions& options, const ops::OutputMask& output_mask) {
   const auto wanted = existing_gradients(options, output_mask);
-  const auto heads_like = [&](bool wants, const Tensor& input) {
-    return wants ? empty_heads(input, input.sym_size(0), input.sym_size(1), input.sym_size(2), input.sym_size(3))
-                 : not_made(query);
+  size_t i = 0;
+  const auto like = [&](const std::optional<Tensor>& input) {
+    const size_t index = i++;
+    if (!wanted[index]) return not_made(query);
+    if (index >= ops::kAttnMask) return at::empty_symint(input->sym_sizes(), input->options());
+    return empty_heads(*input, input->sym_size(0), input->sym_size(1), input->sym_size(2), input->sym_size(3));
   };
-  const auto contiguous_like = [&](bool wants, const std::optional<Tensor>& input) {
-    return wants ? at::empty_symint(input->sym_sizes(), input->options()) : not_made(query);
-  };
-  return {heads_like(wanted[ops::kQuery], query),
-          heads_like(wanted[ops::kKey], key),
-          heads_like(wanted[ops::kValue], value),
-          contiguous_like(wanted[ops::kAttnMask], options.attn_mask),
-          contiguous_like(wanted[ops::kAlibiSlopes], options.alibi_slopes),
-          contiguous_like(wanted[ops::kSinks], options.sinks)};
+  return std::apply([&](const auto&... input) { return ops::Gradients{like(input)...}; },  // braces: in their order
+                    ops::differentiable(query, key, value, options));
 }
 
 ops::Gradients attention_backward_meta(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,

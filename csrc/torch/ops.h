@@ -18,6 +18,11 @@ enum Input : size_t { kQuery, kKey, kValue, kAttnMask, kAlibiSlopes, kSinks, kIn
 
 using OutputMask = std::array<bool, kInputs>;  // which gradients to compute
 
+inline auto differentiable(const Tensor& query, const Tensor& key, const Tensor& value,
+                           const AttentionOptions& options) {
+  return std::tuple_cat(std::tie(query, key, value), options.differentiable());
+}
+
 Forward attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
                           const std::optional<Tensor>& rng_state);
 

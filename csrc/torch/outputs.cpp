@@ -40,10 +40,12 @@ ops::OutputTangents empty_tangents(const Tensor& query, const Sizes& sizes, bool
 }
 
 ops::OutputMask existing_gradients(const AttentionOptions& options, ops::OutputMask output_mask) {
-  output_mask[ops::kAttnMask] =
-      output_mask[ops::kAttnMask] && options.attn_mask && options.attn_mask->scalar_type() != at::kBool;
-  output_mask[ops::kAlibiSlopes] = output_mask[ops::kAlibiSlopes] && options.alibi_slopes;
-  output_mask[ops::kSinks] = output_mask[ops::kSinks] && options.sinks;
+  size_t i = ops::kAttnMask;
+  const auto restrict_to = [&](const std::optional<Tensor>& input) {
+    output_mask[i] = output_mask[i] && input && input->scalar_type() != at::kBool;
+    ++i;
+  };
+  std::apply([&](const auto&... input) { (restrict_to(input), ...); }, options.differentiable());
   return output_mask;
 }
 

@@ -25,7 +25,8 @@ ops::InputTangents all_tangents_of(const Input&... input) {
 
 ops::InputTangents tangents_of(const Tensor& query, const Tensor& key, const Tensor& value,
                                const AttentionOptions& options) {
-  return all_tangents_of(query, key, value, options.attn_mask, options.alibi_slopes, options.sinks);
+  return std::apply([](const auto&... input) { return all_tangents_of(input...); },
+                    ops::differentiable(query, key, value, options));
 }
 
 ops::InputTangents tangents_of(const ops::InputTangents& tangents) {
@@ -45,9 +46,7 @@ std::optional<Tensor> primal(const std::optional<Tensor>& tensor) {
 }
 
 AttentionOptions primal(AttentionOptions options) {
-  options.attn_mask = primal(options.attn_mask);
-  options.alibi_slopes = primal(options.alibi_slopes);
-  options.sinks = primal(options.sinks);
+  std::apply([](auto&... input) { ((input = primal(input)), ...); }, options.differentiable());
   return options;
 }
 

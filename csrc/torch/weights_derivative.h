@@ -59,7 +59,7 @@ class WeightsCall {
   at::Tensor ungrouped(const at::Tensor& rows) const;
 };
 
-// Gradients of query, key, logsumexp, attn_mask, alibi_slopes; undefined where not wanted.
+// Gradients of the inputs of WeightsRule (autograd.cpp); undefined where not wanted.
 std::vector<at::Tensor> weights_gradients(const WeightsCall& call, const at::Tensor& grad,
                                           const std::vector<bool>& wanted);
 

@@ -14,8 +14,8 @@ struct AttentionResult {
 };
 
 // query (..., heads, seqlen_q, head_dim), key (..., kv_heads, seqlen_k, head_dim), value (..., kv_heads, seqlen_k,
-// head_dim_v), any strides; leading dimensions broadcast. rng_state: of another call, to repeat its dropout; none: drawn. Throws c10::Error
-// where an argument is not as it should be.
+// head_dim_v), any strides; leading dimensions broadcast. rng_state: of another call, to repeat its dropout; none:
+// drawn. Throws c10::Error where an argument is not as it should be.
 inline AttentionResult attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                  const AttentionOptions& options = {},
                                  const std::optional<at::Tensor>& rng_state = std::nullopt) {

@@ -29,6 +29,10 @@ struct AttentionOptions {
     return std::tie(attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window_left, window_right,
                     softcap, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
   }
+
+  // Those that have gradients and tangents, in the order in which the operators list them.
+  auto differentiable() const { return std::tie(attn_mask, alibi_slopes, sinks); }
+  auto differentiable() { return std::tie(attn_mask, alibi_slopes, sinks); }
 };
 
 }  // namespace attention_ext

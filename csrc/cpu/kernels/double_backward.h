@@ -4,7 +4,7 @@
 //   tiles    first P and P S', with them m = logsumexp', and either out' and D' = rowsum(grad_out out'), or dP, dP' and
 //            D' = rowsum(P' dP + P dP') where out' is not wanted, which saves two of twelve products; then
 //            P' = P (S' - m),  dS = P (dP - D),  dS' = P' (dP - D) + P (dP' - D');
-//            through the softcap f: dU = dS f',  dU' = dS' f' + dS f'' U';  then
+//            through the nonlinear score_mod f: dU = dS f',  dU' = dS' f' + dS f'' U';  then
 //            grad_query = scale (dU' key + dU key'),  grad_key = scale (dU'^T query + dU^T query'),
 //            grad_value = dropout(P')^T grad_out,  grad_attn_mask = dS'
 //   keys     the groups' sums become grad_key, grad_value and the gradients of slopes and sinks
@@ -66,7 +66,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     }
   }
 
-  // With a softcap its derivatives would have to be held too.
+  // The derivatives of a nonlinear score_mod would have to be held too.
   bool scores_held() const { return packed_kv_.end - first_key() <= held_.keys && !score_mods_of(p_).is_nonlinear(); }
   int64_t first_key() const { return visible_.begin / kKeys * kKeys; }
 

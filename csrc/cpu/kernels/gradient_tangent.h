@@ -80,11 +80,12 @@ void score_gradient_tangents(const AttentionProblem& p, const Dropout& dropout, 
 
 // dS, dS' become dU, dU'.
 template <class T>
-void apply_softcap_grad(const SoftcapGrads<T>& softcap, int64_t keys, int64_t vectors, const Gradients<T>& gradients) {
+void apply_softcap_grad(const SoftcapGrads<T>& softcap_grads, int64_t keys, int64_t vectors,
+                        const Gradients<T>& gradients) {
   for (int64_t r = 0; r < keys; ++r) {
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) {
       T *g = gradients.grad.row(r) + lane, *gt = gradients.tangent.row(r) + lane;
-      const Vec<T> grad = load(softcap.grad.row(r) + lane), grad2 = load(softcap.grad2.row(r) + lane);
+      const Vec<T> grad = load(softcap_grads.grad.row(r) + lane), grad2 = load(softcap_grads.grad2.row(r) + lane);
       store(gt, load(gt) * grad + load(g) * grad2);
       store(g, load(g) * grad);
     }
