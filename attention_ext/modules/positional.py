@@ -107,15 +107,7 @@ class RotaryPositions(nn.Module):
         if x.size(-1) < self.head_dim:
             raise RuntimeError(f"RotaryPositions: expected at least {self.head_dim} features, got {x.size(-1)}")
         angles = position_angles(x, offset, x.size(-2), self.head_dim, self.base)
-        cosine, sine = angles.cos(), angles.sin()
-        rotated = x[..., : self.head_dim].to(angles.dtype)
-        if self.interleaved:
-            first, second = rotated[..., 0::2], rotated[..., 1::2]
-        else:
-            first, second = rotated.chunk(2, dim=-1)
-        pair = [first * cosine - second * sine, second * cosine + first * sine]
-        rotated = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
-        return torch.cat([rotated.to(x.dtype), x[..., self.head_dim :]], dim=-1)
+        return turn_pairs(x, angles.cos(), angles.sin(), self.interleaved)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, base={self.base}, interleaved={self.interleaved}"
@@ -128,3 +120,16 @@ def position_angles(like: Tensor, offset: int, length: int, features: int, base:
     exponents = torch.arange(0, features, 2, dtype=dtype, device=like.device) / features
     angles = positions.unsqueeze(1) * base**-exponents
     return angles if torch.jit.is_scripting() else beside(angles, like)
+
+
+def turn_pairs(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+    """x (..., features) with its first 2 n features turned in the dtype of cosine and sine (..., n), the rest as is."""
+    features = 2 * cosine.size(-1)
+    turned = x[..., :features].to(cosine.dtype)
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned.chunk(2, dim=-1)
+    pair = [first * cosine - second * sine, second * cosine + first * sine]
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([turned.to(x.dtype), x[..., features:]], dim=-1)
