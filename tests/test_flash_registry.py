@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import subprocess
@@ -20,11 +21,11 @@ from torch.nn.attention import (
     list_flash_attention_impls,
     restore_flash_attention_impl,
 )
-from torch.nn.functional import scaled_dot_product_attention as bound_early
 from torch.profiler import profile
 
-from attention_ext.integrations.flash_registry import cpu_backward, cpu_forward, cuda_backward, cuda_forward
+from attention_ext.integrations import flash_registry
 
+bound_early: Any = F.scaled_dot_product_attention
 FORWARD, BACKWARD = "attention_ext::attention", "attention_ext::attention_backward"
 
 
@@ -76,7 +77,7 @@ CALLERS: dict[str, Callable[[Path], Callable[..., Tensor]]] = {
     "bound early": lambda _: lambda q, k, v: bound_early(q, k, v, is_causal=True),
     "module": lambda _: Layer(),
     "script": saved_and_loaded,
-    "trace": lambda _: torch.jit.trace(Layer(), [randn(2, 3, 5, 4)] * 3),  # type: ignore[no-untyped-call]
+    "trace": lambda _: torch.jit.trace(Layer(), [randn(2, 3, 5, 4)] * 3),
     "compiled": lambda _: torch.compile(Layer(), backend="aot_eager", fullgraph=True),
     "exported": lambda _: torch.export.export(Layer(), tuple(randn(2, 3, 5, 8, seed=i) for i in range(3))).module(),
 }
@@ -163,7 +164,7 @@ DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.
 def test_results_are_torchs(options: str, dtype: torch.dtype) -> None:
     """Their strides too, whatever those of the inputs are."""
     torch.manual_seed(0)
-    chosen = OPTIONS[options](dtype)
+    run = functools.partial(bound_early, **OPTIONS[options](dtype))
     heads = 2 if options == "grouped" else 4
     for order in ((0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)):
         inputs = [
@@ -171,11 +172,9 @@ def test_results_are_torchs(options: str, dtype: torch.dtype) -> None:
             .permute([order.index(d) for d in range(4)]).requires_grad_()
             for i, (h, n) in enumerate([(4, 7), (heads, 9), (heads, 9)])
         ]  # fmt: skip
-        expected = with_gradients(lambda q, k, v: bound_early(q, k, v, **chosen), *inputs)
+        expected = with_gradients(run, *inputs)
         activate()
-        actual, names = ours(
-            lambda inputs=inputs: with_gradients(lambda q, k, v: bound_early(q, k, v, **chosen), *inputs)
-        )
+        actual, names = ours(functools.partial(with_gradients, run, *inputs))
         restore_flash_attention_impl()
         assert names == {FORWARD, BACKWARD}
         torch.testing.assert_close(actual, expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
@@ -199,7 +198,7 @@ def test_switched_before_backward(active_in_forward: bool) -> None:
     inputs = [randn(2, 4, 7, 8), *(randn(2, 4, 9, 8, seed=i) for i in (1, 2))]
 
     def run(*inputs: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*inputs, attn_mask=hides_rows(torch.float32))
+        return bound_early(*inputs, attn_mask=hides_rows(torch.float32))
 
     expected = with_gradients(run, *inputs)
     if active_in_forward:
@@ -219,7 +218,7 @@ def test_second_derivatives() -> None:
     mask = hides_rows(torch.float64)[2:6, 1:6]
 
     def run(*inputs: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+        return bound_early(*inputs, attn_mask=mask)
 
     def second() -> bool:
         return torch.autograd.gradgradcheck(run, inputs)
@@ -292,11 +291,20 @@ def test_left_to_torch(name: str) -> None:
 
 def test_backward_left_to_torch() -> None:
     inputs = [randn(1, 2, 3, 4, seed=i) for i in range(3)]
-    expected = with_gradients(lambda q, k, v: bound_early(q, k, v, scale=math.inf), *inputs)
+    run = functools.partial(bound_early, scale=math.inf)
+    expected = with_gradients(run, *inputs)
     activate()
-    actual, names = ours(lambda: with_gradients(lambda q, k, v: bound_early(q, k, v, scale=math.inf), *inputs))
+    actual, names = ours(lambda: with_gradients(run, *inputs))
     assert names == set()
     torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_removed() -> None:
+    x = randn(1, 2, 3, 4)
+    overrides = flash_registry.FlashAttentionOverrides()
+    assert ours(lambda: bound_early(x, x, x))[1] == {FORWARD}
+    overrides.remove()
+    assert ours(lambda: bound_early(x, x, x))[1] == set()
 
 
 def test_activated_twice() -> None:
@@ -308,17 +316,19 @@ def test_activated_twice() -> None:
     assert ours(lambda: bound_early(x, x, x))[1] == set()
 
 
-SIGNATURES = {
-    "_scaled_dot_product_flash_attention_for_cpu": cpu_forward,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": cpu_backward,
-    "_scaled_dot_product_flash_attention": cuda_forward,
-    "_scaled_dot_product_flash_attention_backward": cuda_backward,
+KERNELS: dict[str, Any] = {
+    "_scaled_dot_product_flash_attention_for_cpu": flash_registry.cpu_forward,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": flash_registry.cpu_backward,
+    "_scaled_dot_product_flash_attention": flash_registry.cuda_forward,
+    "_scaled_dot_product_flash_attention_backward": flash_registry.cuda_backward,
 }
+cuda_forward: Any = flash_registry.cuda_forward
+cuda_backward: Any = flash_registry.cuda_backward
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", KERNELS)
 def test_signatures_are_those_of_torchs_operators(name: str) -> None:
-    parameters = inspect.signature(SIGNATURES[name]).parameters
+    parameters = inspect.signature(KERNELS[name]).parameters
     arguments = getattr(torch.ops.aten, name).default._schema.arguments
     assert list(parameters) == [x.name for x in arguments]
     for argument in arguments:
@@ -330,8 +340,11 @@ def test_signatures_are_those_of_torchs_operators(name: str) -> None:
 
 
 def half(*lengths: int) -> list[Tensor]:
-    """Laid out as projections are."""
-    return [randn(2, n, 4, 16, dtype=torch.float16, seed=i).detach().transpose(1, 2) for i, n in enumerate(lengths)]
+    """Query and value are laid out as projections are, key is contiguous."""
+    query, key, value = (
+        randn(2, n, 4, 16, dtype=torch.float16, seed=i).detach().transpose(1, 2) for i, n in enumerate(lengths)
+    )
+    return [query, key.contiguous(), value]
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -388,6 +401,15 @@ def test_script_run_as_it_is(tmp_path: Path) -> None:
         "from torch.nn.attention import current_flash_attention_impl\n"
         "print(__name__, current_flash_attention_impl(), sys.argv[1:])\n"
     )
-    command = [sys.executable, "-m", "attention_ext.integrations.flash_registry", str(script), "a", "--b"]
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-m",
+        "attention_ext.integrations.flash_registry",
+        str(script),
+        "a",
+        "--b",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
     assert done.stdout == "__main__ attention_ext ['a', '--b']\n", done.stderr

@@ -179,7 +179,6 @@ def _serves(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dtyp
     return (
         all(x.dim() == 4 and x.dtype == query.dtype and x.size(3) == query.size(3) for x in tensors)
         and query.dtype in dtypes
-        and key.size(1) == value.size(1)
         and (scale is None or math.isfinite(scale))
     )
 
