@@ -1,1 +1,1 @@
-"""Adapters for other libraries: a module for each, which imports nothing of it before it is used."""
+"""Ways into other libraries. Each module needs its library and is imported by itself; this package imports none."""
