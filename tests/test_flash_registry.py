@@ -398,18 +398,13 @@ def test_script_run_as_it_is(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
+        "import beside\n"
         "from torch.nn.attention import current_flash_attention_impl\n"
         "print(__name__, current_flash_attention_impl(), sys.argv[1:])\n"
     )
-    command = [
-        sys.executable,
-        "-W",
-        "error::UserWarning",
-        "-m",
-        "attention_ext.integrations.flash_registry",
-        str(script),
-        "a",
-        "--b",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
+    (tmp_path / "beside.py").touch()
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "attention_ext.integrations.flash_registry"]
+    done = subprocess.run(
+        [*command, script, "a", "--b"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent
+    )
     assert done.stdout == "__main__ attention_ext ['a', '--b']\n", done.stderr

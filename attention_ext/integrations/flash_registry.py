@@ -12,6 +12,7 @@ Importing this module registers the name "attention_ext" and changes nothing els
 The kernels of torch's own flash operators are replaced, so every caller in the process reaches this library: names
 bound by ``from torch.nn.functional import scaled_dot_product_attention``, scripted modules, graphs that torch.compile
 made before, nn.MultiheadAttention, C++. Graphs, derivative formulas and selective checkpointing keep torch's operators.
+Not reached: packages of AOTInductor and inductor's cpp_wrapper, which call torch's kernels past the dispatcher.
 
 Which calls become flash attention is torch's decision, before any kernel: on a CPU not those with dropout, a mask that
 requires grad or has three dimensions, or another head dimension for the values; they stay on torch's math path, where
@@ -30,6 +31,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,4 +235,5 @@ register_flash_attention_impl("attention_ext", register_fn=FlashAttentionOverrid
 if __name__ == "__main__":
     activate_flash_attention_impl("attention_ext")
     del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
