@@ -293,7 +293,7 @@ def test_varlen_paged(block_size: int) -> None:
     assert_same(out, expected, (q,))
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """x (seqlen, heads, headdim), as complex numbers times those of its positions (seqlen,)."""
     half = cos.size(1)
     pairs = x[..., : 2 * half].unflatten(-1, (half, 2) if interleaved else (2, half))
@@ -349,8 +349,8 @@ def check_kvcache(
         own_q, own_k = q[b], k[b]
         if cos is not None and sin is not None:
             at = length + torch.arange(seqlen_q) * (causal or window_size != (-1, -1))
-            own_q = turned(own_q, cos, sin, at, interleaved)
-            own_k = turned(own_k, cos, sin, length + torch.arange(seqlen_new), interleaved)
+            own_q = rotated(own_q, cos, sin, at, interleaved)
+            own_k = rotated(own_k, cos, sin, length + torch.arange(seqlen_new), interleaved)
         for i in range(seqlen_new if appends else 0):
             expected_caches[0][places[length + i]], expected_caches[1][places[length + i]] = own_k[i], v[b, i]
         seen = places[0 if pads is None else int(pads[b]) : length + appends * seqlen_new]
@@ -437,7 +437,7 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
                    lambda: decode(**NEW_ROW, cache_seqlens=6, rotary_cos=COS, rotary_sin=SIN)),
     "no sine": (RuntimeError, "`rotary_cos` and `rotary_sin` together",
                 lambda: decode(**NEW_ROW, cache_seqlens=3, rotary_cos=COS)),
-    "no k to turn": (RuntimeError, "`k` with `rotary_cos`, got None", lambda: decode(rotary_cos=COS, rotary_sin=SIN)),
+    "no k to rotate": (RuntimeError, "`k` with `rotary_cos`, got None", lambda: decode(rotary_cos=COS, rotary_sin=SIN)),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from attention_ext import reference
 from attention_ext.functional import attention, attention_varlen, attention_weights
-from attention_ext.modules.positional import turn_pairs
+from attention_ext.modules.positional import rotate_pairs
 
 __all__ = [
     "flash_attn_func",
@@ -186,8 +186,8 @@ def flash_attn_with_kvcache(
         k_cache: ``(batch_cache, seqlen_cache, nheads_k, headdim)``; with ``block_table``
             ``(num_blocks, block_size, nheads_k, headdim)``, of any block size. v_cache likewise.
         k: ``(batch, seqlen_new, nheads_k, headdim)``, stored at positions ``cache_seqlens`` and after. v likewise.
-        rotary_cos: ``(positions, rotary_dim / 2)``, rotary_sin likewise: k is turned by the angles of its positions; so
-            is q, by those of ``cache_seqlens`` and after where causal or a window is given, else all of it by that of
+        rotary_cos: ``(positions, rotary_dim / 2)``, rotary_sin likewise: k is rotated by the angles of its positions,
+            and q by those of ``cache_seqlens`` and after where causal or a window is given, else all of it by that of
             ``cache_seqlens``.
         cache_seqlens: ``(batch,)`` or a number: how much of the cache is filled, without k. None: all of it.
         cache_batch_idx: ``(batch,)``: the entry of the cache for each entry of q. They are copied for the call.
@@ -217,9 +217,9 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         positions = _following(lengths, k.size(1))
         if rotary_cos is not None and rotary_sin is not None:
-            advances = causal or max(window_size) >= 0
-            k = _turn(k, rotary_cos, rotary_sin, positions, rotary_interleaved)
-            q = _turn(q, rotary_cos, rotary_sin, _following(lengths, q.size(1) if advances else 1), rotary_interleaved)
+            positions_q = _following(lengths, q.size(1) if causal or max(window_size) >= 0 else 1)
+            q = _rotate(q, rotary_cos, rotary_sin, positions_q, rotary_interleaved)
+            k = _rotate(k, rotary_cos, rotary_sin, positions, rotary_interleaved)
         places = _places(k_cache, cache_batch_idx, block_table, positions)
         k_cache[places] = k
         v_cache[places] = v
@@ -286,14 +286,14 @@ def _negate_dropped(probs: Tensor, rng_state: Tensor, dropout_p: float) -> Tenso
     return torch.where(reference.dropout_keep(rng_state, probs.shape, dropout_p), probs, -probs)
 
 
-def _turn(x: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+def _rotate(x: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """x (batch, seqlen, nheads, headdim) by the angles at positions (batch, seqlen or 1)."""
     if _is_known(positions):
         needed = int(positions.max()) + 1
         _check(needed <= len(rotary_cos), f"`rotary_cos` to have at least {needed} positions, got {len(rotary_cos)}")
     dtype = torch.promote_types(x.dtype, torch.float32)
     cosine, sine = (table[positions].unsqueeze(2).to(dtype) for table in (rotary_cos, rotary_sin))
-    return turn_pairs(x, cosine, sine, interleaved)
+    return rotate_pairs(x, cosine, sine, interleaved)
 
 
 def _following(lengths: Tensor, count: int) -> Tensor:

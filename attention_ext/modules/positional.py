@@ -107,7 +107,7 @@ class RotaryPositions(nn.Module):
         if x.size(-1) < self.head_dim:
             raise RuntimeError(f"RotaryPositions: expected at least {self.head_dim} features, got {x.size(-1)}")
         angles = position_angles(x, offset, x.size(-2), self.head_dim, self.base)
-        return turn_pairs(x, angles.cos(), angles.sin(), self.interleaved)
+        return rotate_pairs(x, angles.cos(), angles.sin(), self.interleaved)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, base={self.base}, interleaved={self.interleaved}"
@@ -122,14 +122,14 @@ def position_angles(like: Tensor, offset: int, length: int, features: int, base:
     return angles if torch.jit.is_scripting() else beside(angles, like)
 
 
-def turn_pairs(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
-    """x (..., features) with its first 2 n features turned in the dtype of cosine and sine (..., n), the rest as is."""
+def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+    """x (..., features) with its first 2 n features rotated, in the dtype of cosine and sine (..., n)."""
     features = 2 * cosine.size(-1)
-    turned = x[..., :features].to(cosine.dtype)
+    rotated = x[..., :features].to(cosine.dtype)
     if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
     else:
-        first, second = turned.chunk(2, dim=-1)
+        first, second = rotated.chunk(2, dim=-1)
     pair = [first * cosine - second * sine, second * cosine + first * sine]
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([turned.to(x.dtype), x[..., features:]], dim=-1)
+    rotated = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([rotated.to(x.dtype), x[..., features:]], dim=-1)
