@@ -56,6 +56,7 @@ Call::Call(const Case& c, DType type)
       logsumexp_low(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
       grad_logsumexp(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
       weights(type, c.batch, c.heads, c.seqlen_q, c.seqlen_k),
+      mean_weights(type, c.batch, 1, c.seqlen_q, c.seqlen_k),
       query_tangent(type, c.batch, c.heads, c.seqlen_q, c.head_dim),
       key_tangent(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim, c.heads_last),
       value_tangent(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim_v),
@@ -94,11 +95,11 @@ Call::Call(const Case& c, DType type)
     }
   }
   for (int64_t i = 0; i < sequences() * c.heads; ++i) {  // equal in each sequence, since slopes and sinks are shared
-    static_cast<double*>(slopes_tangent.data())[i] = 0.05 * static_cast<double>(i % c.heads + 1);
+    static_cast<double*>(slopes_tangent.data())[i] = c.slope / 2 * static_cast<double>(i % c.heads + 1);
     static_cast<double*>(sinks_tangent.data())[i] = 0.7 - static_cast<double>(i % c.heads);
   }
   for (int64_t h = 0; h < c.heads; ++h) {
-    static_cast<double*>(slopes.data())[h] = 0.1 * static_cast<double>(h + 1);
+    static_cast<double*>(slopes.data())[h] = c.slope * static_cast<double>(h + 1);
     static_cast<double*>(sinks.data())[h] = draw();
   }
   for (int64_t b = 0; b < c.batch; ++b) static_cast<int64_t*>(lengths.data())[b] = b == 0 ? c.seqlen_k * 2 / 3 : b - 1;
@@ -210,12 +211,13 @@ BackwardProblem Call::backward() {
   return p;
 }
 
-WeightsProblem Call::weights_problem() const {
+WeightsProblem Call::weights_problem(bool average_heads) const {
   WeightsProblem p;
   fill(p);
   p.logsumexp = logsumexp.view.data;
   p.logsumexp_low = logsumexp_low.view.data;
-  p.weights = weights.view;
+  p.weights = average_heads ? mean_weights.view : weights.view;
+  p.average_heads = average_heads;
   p.row_end = spec.seqlen_q;
   return p;
 }
@@ -300,6 +302,7 @@ Expected expect(const Call& call) {
   Expected e{{c.batch, c.heads, c.seqlen_q, c.head_dim_v},
              {c.batch, c.heads, c.seqlen_q, 1},
              {c.batch, c.heads, c.seqlen_q, c.seqlen_k},
+             {c.batch, 1, c.seqlen_q, c.seqlen_k},
              {c.batch, c.heads, c.seqlen_q, c.head_dim},
              {c.batch, c.kv_heads, c.seqlen_k, c.head_dim},
              {c.batch, c.kv_heads, c.seqlen_k, c.head_dim_v},
@@ -360,7 +363,9 @@ Expected expect(const Call& call) {
           score[i] = total > 0 ? std::exp(score[i] - logsumexp) : 0;
           const double weight = score[i] * kept[i];
           if (score[i] > 0) roundings[i] = 1 + accumulating * (std::abs(std::log(score[i])) + magnitude_of_score[i]);
+          const double share = weight / static_cast<double>(c.heads);
           e.weights.add(b, h, row, k, weight, weight * roundings[i]);
+          e.mean_weights.add(b, 0, row, k, share, share * roundings[i]);
           if (score[i] > 0) e.logsumexp.add(b, h, row, 0, 0, score[i] * magnitude_of_score[i]);
           for (int64_t d = 0; d < c.head_dim_v; ++d) {
             const double value = call.value.at(b, h / group, first_k + k, d), grad_out = call.grad_out.at(b, h, row, d);

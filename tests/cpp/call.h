@@ -16,7 +16,7 @@ struct Case {
   Mask mask = Mask::kNone;
   int64_t window_left = kUnlimited, window_right = kUnlimited;
   bool bottom_right = false;
-  double softcap = 0.0, scale = 0.3, dropout_p = 0.0;
+  double softcap = 0.0, scale = 0.3, dropout_p = 0.0, slope = 0.1;
   int64_t poisoned_from = kUnlimited;  // keys and values from here on are NaN; the extra mask hides them
   bool alibi = false, sinks = false, key_lengths = false, varlen = false, heads_last = false;
 };
@@ -25,7 +25,7 @@ struct Call {
   Case spec;
   DType dtype;
   Array query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  Array logsumexp, logsumexp_low, grad_logsumexp, weights;
+  Array logsumexp, logsumexp_low, grad_logsumexp, weights, mean_weights;
   Array query_tangent, key_tangent, value_tangent, out_tangent, logsumexp_tangent;
   std::optional<Array> mask, grad_mask, mask_tangent;
   Guarded slopes, sinks, lengths, cu_seqlens_q, cu_seqlens_k, rng_state, grad_slopes, grad_sinks, slopes_tangent,
@@ -35,7 +35,7 @@ struct Call {
 
   ForwardProblem forward() const;
   BackwardProblem backward();
-  WeightsProblem weights_problem() const;
+  WeightsProblem weights_problem(bool average_heads) const;
   JvpProblem jvp() const;
   DoubleBackwardProblem double_backward(bool compute_out_tangent = true);
 
@@ -51,7 +51,7 @@ struct Call {
 };
 
 struct Expected {
-  Numbers out, logsumexp, weights, grad_query, grad_key, grad_value, grad_mask, grad_slopes, grad_sinks;
+  Numbers out, logsumexp, weights, mean_weights, grad_query, grad_key, grad_value, grad_mask, grad_slopes, grad_sinks;
 };
 
 Expected expect(const Call& call);
