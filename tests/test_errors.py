@@ -61,9 +61,9 @@ def quantized() -> Tensor:
 Changes = list[tuple[dict[str, Any], str]]
 
 CALLS: dict[str, Callable[..., dict[str, Any]]] = {
-    "attention": dense,
+    "attention_forward": dense,
     "attention_backward": backward,
-    "attention_weights": weights,
+    "attention_weights_forward": weights,
 }
 
 # changed arguments, pattern of the message
@@ -71,15 +71,18 @@ QUERY_KEY: Changes = [
     ({"query": torch.randn(HQ, LQ, D)}, "expected `query` to be 4-D .* got 3-D"),
     ({"query": torch.randn(())}, "expected `query` to be 4-D .* got 0-D"),
     ({"key": torch.randn(1, B, HK, LK, D)}, "expected `key` to be 4-D .* got 5-D"),
-    ({"query": torch.zeros(B, HQ, LQ, D, dtype=torch.int64)}, "expected `query` to be of dtype float32.* got Long"),
+    ({"query": torch.zeros(B, HQ, LQ, D, dtype=torch.int64)}, "expected `query` to be of dtype float32.* got int64"),
     (
         {"query": torch.zeros(B, HQ, LQ, D, dtype=torch.complex64)},
-        "expected `query` to be of dtype .* got ComplexFloat",
+        "expected `query` to be of dtype .* got complex64",
     ),
-    ({"query": torch.zeros(B, HQ, LQ, D, dtype=torch.bool)}, "expected `query` to be of dtype .* got Bool"),
-    ({"query": torch.zeros(B, HQ, LQ, D).to(torch.float8_e4m3fn)}, "expected `query` to be of dtype .* got Float8"),
-    ({"key": torch.randn(B, HK, LK, D).double()}, "expected `key` to be of dtype Float, got Double"),
-    ({"key": torch.randn(B, HK, LK, D).bfloat16()}, "expected `key` to be of dtype Float, got BFloat16"),
+    ({"query": torch.zeros(B, HQ, LQ, D, dtype=torch.bool)}, "expected `query` to be of dtype .* got bool"),
+    (
+        {"query": torch.zeros(B, HQ, LQ, D).to(torch.float8_e4m3fn)},
+        "expected `query` to be of dtype .* got float8_e4m3fn",
+    ),
+    ({"key": torch.randn(B, HK, LK, D).double()}, "expected `key` to be of dtype float32, got float64"),
+    ({"key": torch.randn(B, HK, LK, D).bfloat16()}, "expected `key` to be of dtype float32, got bfloat16"),
     ({"key": torch.randn(B, HK, LK, D, device="meta")}, "expected `key` on the device of `query`, cpu, got meta"),
     ({"query": torch.randn(B, HQ, LQ, D).to_sparse()}, "expected `query` to be a dense tensor, got a sparse tensor"),
     ({"key": torch.randn(B, HK, LK, D).to_sparse()}, "expected `key` to be a dense tensor, got a sparse tensor"),
@@ -111,30 +114,30 @@ OPTIONS: Changes = [
     ({"attn_mask": torch.randn(1, 1, 1, LQ, LK)}, "expected `attn_mask` to be 2-D to 4-D, got 5-D"),
     ({"attn_mask": torch.randn(LQ + 1, LK)}, "expected `attn_mask` to broadcast to .* got shape \\[6, 6\\]"),
     ({"attn_mask": torch.randn(3, LQ, LK)}, "expected `attn_mask` to broadcast to .* got shape \\[3, 5, 6\\]"),
-    ({"attn_mask": torch.zeros(LQ, LK, dtype=torch.int32)}, "expected `attn_mask` to be of dtype bool, .* got Int"),
+    ({"attn_mask": torch.zeros(LQ, LK, dtype=torch.int32)}, "expected `attn_mask` to be of dtype bool, .* got int32"),
     (
         {"attn_mask": torch.zeros(LQ, LK, dtype=torch.complex64)},
-        "expected `attn_mask` to be of dtype bool, .* got Complex",
+        "expected `attn_mask` to be of dtype bool, .* got complex64",
     ),
     ({"attn_mask": torch.eye(LQ, LK).to_sparse()}, "expected `attn_mask` to be a dense tensor, got a sparse tensor"),
     ({"attn_mask": torch.randn(LQ, LK, device="meta")}, "expected `attn_mask` on the device of `query`, cpu, got meta"),
     ({"alibi_slopes": torch.randn(HQ + 1)}, "expected `alibi_slopes` to have number of heads 4, got 5"),
     ({"alibi_slopes": torch.randn(B + 1, HQ)}, "expected `alibi_slopes` to have batch size 2, got 3"),
     ({"alibi_slopes": torch.randn(1, B, HQ)}, "expected `alibi_slopes` to be of shape .* got \\[1, 2, 4\\]"),
-    ({"alibi_slopes": torch.ones(HQ, dtype=torch.int64)}, "expected `alibi_slopes` to be of dtype .* got Long"),
+    ({"alibi_slopes": torch.ones(HQ, dtype=torch.int64)}, "expected `alibi_slopes` to be of dtype .* got int64"),
     ({"sinks": torch.randn(1)}, "expected `sinks` to have number of heads 4, got 1"),
     ({"sinks": torch.randn(())}, "expected `sinks` to be of shape"),
-    ({"sinks": torch.ones(HQ, dtype=torch.bool)}, "expected `sinks` to be of dtype .* got Bool"),
+    ({"sinks": torch.ones(HQ, dtype=torch.bool)}, "expected `sinks` to be of dtype .* got bool"),
     ({"key_lengths": torch.tensor([1])}, "expected `key_lengths` to have size 2, got 1"),
     ({"key_lengths": torch.tensor([[1, 2]])}, "expected `key_lengths` to be 1-D, got 2-D"),
-    ({"key_lengths": torch.tensor([1.0, 2.0])}, "expected `key_lengths` to be of dtype int32 or int64, got Float"),
+    ({"key_lengths": torch.tensor([1.0, 2.0])}, "expected `key_lengths` to be of dtype int32 or int64, got float32"),
     ({"key_lengths": torch.tensor([1, LK + 1])}, "expected `key_lengths` to be from 0 to 6, got 7 at index 1"),
     ({"key_lengths": torch.tensor([-1, 2])}, "expected `key_lengths` to be from 0 to 6, got -1 at index 0"),
     ({"cu_seqlens_q": torch.tensor([0, LQ])}, "expected `cu_seqlens_q` and `cu_seqlens_k` together, got only"),
 ]
 VALUE: Changes = [
     ({"value": torch.randn(HK, LK, DV)}, "expected `value` to be 4-D .* got 3-D"),
-    ({"value": torch.randn(B, HK, LK, DV).half()}, "expected `value` to be of dtype Float, got Half"),
+    ({"value": torch.randn(B, HK, LK, DV).half()}, "expected `value` to be of dtype float32, got float16"),
     ({"value": torch.randn(B, HK, LK + 1, DV)}, "expected `value` to have the length of `key`, 6, got 7"),
     ({"value": torch.randn(B, HQ, LK, DV)}, "expected `value` to have the number of heads of `key`, 2, got 4"),
     ({"value": torch.randn(B - 1, HK, LK, DV)}, "expected `value` to have batch size 2, got 1"),
@@ -170,20 +173,23 @@ PACKED: Changes = [
 SAVED: Changes = [
     ({"logsumexp": torch.randn(B, HQ, LQ + 1)}, "expected `logsumexp` to be of shape \\[2, 4, 5\\], got \\[2, 4, 6\\]"),
     ({"logsumexp": torch.randn(B, HQ, LQ, 1)}, "expected `logsumexp` to be of shape \\[2, 4, 5\\]"),
-    ({"logsumexp": torch.randn(B, HQ, LQ).double()}, "expected `logsumexp` to be of dtype Float, got Double"),
+    ({"logsumexp": torch.randn(B, HQ, LQ).double()}, "expected `logsumexp` to be of dtype float32, got float64"),
     ({"logsumexp": torch.randn(B, HQ, LQ).to_sparse()}, "expected `logsumexp` to be a dense tensor"),
-    ({"rng_state": torch.zeros(2)}, "expected `rng_state` to be of dtype Long, got Float"),
+    ({"rng_state": torch.zeros(2)}, "expected `rng_state` to be of dtype int64, got float32"),
     ({"dropout_p": 0.5}, "expected `rng_state` to be of shape \\[2\\], got \\[0\\]"),
     ({"dropout_p": 0.5, "rng_state": torch.zeros(3, dtype=torch.int64)}, "expected `rng_state` to be of shape \\[2\\]"),
 ]
 BACKWARD: Changes = [
     ({"grad_out": torch.randn(B, HQ, LQ, DV + 1)}, "expected `grad_out` to be of shape \\[2, 4, 5, 2\\]"),
-    ({"grad_out": torch.randn(B, HQ, LQ, DV).double()}, "expected `grad_out` to be of dtype Float, got Double"),
+    ({"grad_out": torch.randn(B, HQ, LQ, DV).double()}, "expected `grad_out` to be of dtype float32, got float64"),
     ({"grad_out": torch.randn(B, HQ, LQ, DV).to_sparse()}, "expected `grad_out` to be a dense tensor"),
     ({"out": torch.randn(B, LQ, HQ, DV)}, "expected `out` to be of shape \\[2, 4, 5, 2\\], got \\[2, 5, 4, 2\\]"),
-    ({"out": torch.randn(B, HQ, LQ, DV).half()}, "expected `out` to be of dtype Float, got Half"),
+    ({"out": torch.randn(B, HQ, LQ, DV).half()}, "expected `out` to be of dtype float32, got float16"),
     ({"grad_logsumexp": torch.randn(B, HQ)}, "expected `grad_logsumexp` to be of shape \\[2, 4, 5\\]"),
-    ({"grad_logsumexp": torch.randn(B, HQ, LQ).half()}, "expected `grad_logsumexp` to be of dtype Float, got Half"),
+    (
+        {"grad_logsumexp": torch.randn(B, HQ, LQ).half()},
+        "expected `grad_logsumexp` to be of dtype float32, got float16",
+    ),
 ]
 WEIGHTS: Changes = [
     ({"row_begin": -1}, "expected `row_begin` and `row_end` to be a range within the 5 queries, got -1 to 5"),
@@ -195,9 +201,9 @@ WEIGHTS: Changes = [
 def cases() -> list[Any]:
     lists: list[tuple[str, Changes]] = [(name, QUERY_KEY + OPTIONS) for name in CALLS]
     lists += [
-        ("attention", VALUE),
+        ("attention_forward", VALUE),
         ("attention_backward", VALUE + SAVED + BACKWARD),
-        ("attention_weights", SAVED + WEIGHTS),
+        ("attention_weights_forward", SAVED + WEIGHTS),
     ]
     return [
         pytest.param(name, changes, message, id=f"{name}-{'-'.join(changes)}-{i}")
@@ -236,7 +242,7 @@ def test_packed_weights_raise() -> None:
 
 @pytest.mark.parametrize("name", list(CALLS))
 def test_message_starts_with_the_operator(name: str) -> None:
-    with pytest.raises(RuntimeError, match=f"^{name}: expected `softcap`"):
+    with pytest.raises(RuntimeError, match=f"^{name.removesuffix('_forward')}: expected `softcap`"):
         call(name, CALLS[name](softcap=-1.0))
 
 
@@ -247,7 +253,7 @@ def test_errors_are_the_same_with_requires_grad() -> None:
             if isinstance(value, Tensor) and value.is_floating_point() and not value.is_quantized:
                 value.requires_grad_()
         with pytest.raises(RuntimeError, match=message):
-            ops.attention(**arguments)
+            ops.attention_forward(**arguments)
 
 
 def meta(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +270,7 @@ SHAPE_ERRORS = [
 @pytest.mark.parametrize(("changes", "message"), SHAPE_ERRORS)
 def test_meta_tensors_raise_the_same(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        ops.attention(**meta(dense(**changes)))
+        ops.attention_forward(**meta(dense(**changes)))
 
 
 @pytest.mark.parametrize("name", list(CALLS))
@@ -367,7 +373,7 @@ def test_third_derivatives_raise() -> None:
 
 TANGENTS: Changes = [
     ({"query_tangent": torch.randn(B, HQ, LQ, D + 1)}, "expected `query_tangent` to be of shape \\[2, 4, 5, 3\\]"),
-    ({"key_tangent": torch.randn(B, HK, LK, D).half()}, "expected `key_tangent` to be of dtype Float, got Half"),
+    ({"key_tangent": torch.randn(B, HK, LK, D).half()}, "expected `key_tangent` to be of dtype float32, got float16"),
     ({"value_tangent": torch.randn(B, HK, LK, DV).to_sparse()}, "expected `value_tangent` to be a dense tensor"),
     ({"attn_mask_tangent": torch.randn(LQ, LK)}, "expected `attn_mask_tangent` with a floating `attn_mask` only"),
     ({"alibi_slopes_tangent": torch.randn(HQ)}, "expected no `alibi_slopes_tangent` without the input"),

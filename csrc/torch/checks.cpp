@@ -16,6 +16,9 @@ bool is_float(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
 }
 
+// As Python names it.
+std::string_view dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+
 bool is_index(at::ScalarType dtype) { return dtype == at::kInt || dtype == at::kLong; }
 
 const char* kind(const Tensor& tensor) {
@@ -33,13 +36,13 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, c10::D
 }
 
 void check_dtype(const char* op, const char* name, const Tensor& tensor, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected `", name, "` to be of dtype ", dtype, ", got ",
-              tensor.scalar_type());
+  TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected `", name, "` to be of dtype ", dtype_name(dtype), ", got ",
+              dtype_name(tensor.scalar_type()));
 }
 
 void check_float(const char* op, const char* name, const Tensor& tensor) {
   TORCH_CHECK(is_float(tensor.scalar_type()), op, ": expected `", name,
-              "` to be of dtype float32, bfloat16, float16 or float64, got ", tensor.scalar_type());
+              "` to be of dtype float32, bfloat16, float16 or float64, got ", dtype_name(tensor.scalar_type()));
 }
 
 void check_rank(const char* op, const char* name, const Tensor& tensor, const char* shape, int64_t rank) {
@@ -106,7 +109,7 @@ void check_per_head(const char* op, const char* name, const Sizes& sizes, const 
 
 void check_lengths(const char* op, const char* name, const Tensor& tensor) {
   TORCH_CHECK(is_index(tensor.scalar_type()), op, ": expected `", name, "` to be of dtype int32 or int64, got ",
-              tensor.scalar_type());
+              dtype_name(tensor.scalar_type()));
   TORCH_CHECK(tensor.dim() == 1, op, ": expected `", name, "` to be 1-D, got ", tensor.dim(), "-D");
 }
 
@@ -202,7 +205,7 @@ Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, co
     check_tensor(op, "attn_mask", mask, device);
     TORCH_CHECK(mask.scalar_type() == at::kBool || is_float(mask.scalar_type()), op,
                 ": expected `attn_mask` to be of dtype bool, float32, bfloat16, float16 or float64, got ",
-                mask.scalar_type());
+                dtype_name(mask.scalar_type()));
     check_mask(op, "attn_mask", sizes, mask);
   }
   if (options.alibi_slopes) {
