@@ -77,13 +77,24 @@ MUTATIONS = [(program, mutation) for program, mutations in PROGRAMS.items() for 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="GPU kernels are emulated on x86-64 only")
 
 
-def build(program: str, folder: Path, csrc: Path) -> Path:
+def build(program: str, folder: Path, csrc: Path, *flags_of_test: str) -> Path:
     binary = folder / program
     compiler = os.environ.get("CXX", "g++").split()
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{csrc}"]
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{csrc}", *flags_of_test]
     sources = [ROOT / "tests" / "emulator" / f"{program}.cpp", csrc / "gpu" / "emulation" / "block.cpp"]
     subprocess.run([*compiler, *flags, *sources, "-o", binary], check=True)
     return binary
+
+
+def changed_copy(folder: Path, file: str, line: str, changed: str) -> Path:
+    """A copy of csrc, as far as GPU kernels need it, with one line of a file changed."""
+    csrc = folder / "csrc"
+    for part in ("core", "gpu"):
+        shutil.copytree(ROOT / "csrc" / part, csrc / part)
+    text = (csrc / file).read_text()
+    assert line in text
+    (csrc / file).write_text(text.replace(line, changed, 1))
+    return csrc
 
 
 def passes(binary: Path, schedule: str) -> bool:
@@ -100,12 +111,19 @@ def test_unchanged(program: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("program", "mutation"), MUTATIONS)
 def test_mutation_is_caught(program: str, mutation: str, tmp_path: Path) -> None:
     file, line, changed = PROGRAMS[program][mutation]
-    csrc = tmp_path / "csrc"
-    for folder in ("core", "gpu"):
-        shutil.copytree(ROOT / "csrc" / folder, csrc / folder)
-    path = csrc / "gpu" / "kernels" / file
-    text = path.read_text()
-    assert line in text
-    path.write_text(text.replace(line, changed, 1))
+    csrc = changed_copy(tmp_path, f"gpu/kernels/{file}", line, changed)
     binary = build(program, tmp_path, csrc)
     assert any(not passes(binary, schedule) for schedule in SCHEDULES)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_one_more_mask_is_applied(program: str, tmp_path: Path) -> None:
+    """By kernels that were not edited for it; the CPU's are tested in this way by `tests/cpp/run --extra-mask`."""
+    masks = "using PositionMasks = MaskMods<Band{}>;\n"
+    listed = '}\n#include "extra_mask.h"\nnamespace attention_ext {\n' + masks.format(", Hole")
+    csrc = changed_copy(tmp_path, "core/score_mods.h", masks.format(""), listed)
+    flags = (f"-I{ROOT / 'tests' / 'cpp'}", "-DATTENTION_EXT_EXTRA_MASK")
+    binary = build(program, tmp_path, csrc, *flags)
+    assert [schedule for schedule in SCHEDULES if not passes(binary, schedule)] == []
+    unmasked = build(program, tmp_path, ROOT / "csrc", *flags)
+    assert not passes(unmasked, SCHEDULES[0])

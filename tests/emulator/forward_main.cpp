@@ -35,7 +35,7 @@ bool run() {
   for (int64_t q = 0; q < kQueries; ++q) {
     double sum = 0;
     Matrix weight(kKeys);
-    for (int64_t k = 0; k < kKeys; ++k) sum += weight[k] = std::exp(kScale * dot(query, q, key, k));
+    for (int64_t k = 0; k < kKeys; ++k) sum += weight[k] = exp_score(query, q, q, key, k);
     for (int64_t k = 0; k < kKeys; ++k) add(expected, q, weight[k] / sum, value, k);
     expected_logsumexp.push_back(std::log(sum));
   }

@@ -38,7 +38,7 @@ struct Expected {
   void add_row(const Inputs& x, Outputs& outputs, int64_t q) {
     Matrix prob(kKeys), grad_prob(kKeys), score_tangent(kKeys);
     double sum = 0, delta = -static_cast<double>(x.grad_logsumexp[static_cast<size_t>(q)]), mean = 0;
-    for (int64_t k = 0; k < kKeys; ++k) sum += prob[k] = std::exp(kScale * dot(x.query, q, x.key, k));
+    for (int64_t k = 0; k < kKeys; ++k) sum += prob[k] = exp_score(x.query, q, q % kQueries, x.key, k);
     for (int64_t k = 0; k < kKeys; ++k) {
       prob[k] /= sum;
       grad_prob[k] = dot(x.grad_out, q, x.value, k);

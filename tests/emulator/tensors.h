@@ -38,6 +38,17 @@ inline double dot(const Tensor& a, int64_t row_a, const Tensor& b, int64_t row_b
   return sum;
 }
 
+// exp of the score, of queries and keys that are both counted from the first; 0 where the mask of extra_mask.h, in a
+// build that lists it, hides the key.
+inline double exp_score(const Tensor& query, int64_t row, int64_t q, const Tensor& key, int64_t k) {
+#ifdef ATTENTION_EXT_EXTRA_MASK
+  if ((k - q >= -30 && k - q <= -8) || k - q >= 20) return 0;
+#else
+  static_cast<void>(q);
+#endif
+  return std::exp(kScale * dot(query, row, key, k));
+}
+
 inline void add(Matrix& to, int64_t row, double factor, const Tensor& from, int64_t from_row) {
   for (int64_t d = 0; d < kDim; ++d) to[static_cast<size_t>(row * kDim + d)] += factor * from.at(from_row, d);
 }
