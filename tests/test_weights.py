@@ -164,7 +164,7 @@ def test_derivatives_read_no_hidden_key(device: str) -> None:
 
 def test_logsumexp_of_another_shape_raises(device: str) -> None:
     query = torch.randn(3, 5, 8, device=device)
-    with pytest.raises(RuntimeError, match=r"expected `logsumexp` to have shape \[3, 5\], got \[5, 3\]"):
+    with pytest.raises(RuntimeError, match=r"expected `logsumexp` to be of shape \[3, 5\], got \[5, 3\]"):
         attention_weights(query, query, torch.zeros(5, 3, device=device))
 
 
