@@ -14,7 +14,7 @@ namespace {
 enum class Order : uint8_t { kForwards, kBackwards, kThreads };
 
 #ifdef ATTENTION_EXT_TSAN
-constexpr Order kOrders[] = {Order::kThreads};  // one thread alone races with nobody
+constexpr Order kOrders[] = {Order::kThreads};  // a single thread cannot race
 #else
 constexpr Order kOrders[] = {Order::kForwards, Order::kBackwards, Order::kThreads};
 #endif
