@@ -30,7 +30,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const std::opti
                          const std::optional<Tensor>& given_state, const AttentionOptions& options, bool average_heads,
                          std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
   const Tensor logsumexp = given_logsumexp ? *given_logsumexp : logsumexp_of(query, key, options);
-  const Tensor rng_state = given_state ? *given_state : at::empty({0}, query.options().dtype(at::kLong));
+  const Tensor rng_state = given_state ? *given_state : query.new_empty({0}, at::kLong);
   if (!needs_folding(query, key, key, options)) {
     return ops::attention_weights_forward(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
   }
