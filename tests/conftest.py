@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="where the operators run; cuda: only tests that take a device")
     group.addoption("--every", type=int, default=1, help="run only every n-th of the selected tests")
     group.addoption("--isa-every", type=int, default=9, help="the same for narrower instruction sets; 1: all tests")
+    group.addoption("--integrations", action="store_true", help="also run tests/integrations, with the real libraries")
     group.addoption("--fuzz-examples", type=int, default=0, help="examples of each property test, 0: the default")
 
 
@@ -28,6 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_isa: run again for each instruction set this machine has")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    wanted = config.getoption("--integrations")
+    return True if not wanted and collection_path.is_relative_to(Path(__file__).parent / "integrations") else None
 
 
 def why_not(device: str) -> str | None:

@@ -41,7 +41,7 @@ def test_no_pickle_is_loaded() -> None:
     assert not [f"{path}:{n}" for path in files for n, x in enumerate(path.read_text().split("\n")) if unsafe.search(x)]
 
 
-@pytest.mark.parametrize("name", ["requirements", "requirements-lint"])
+@pytest.mark.parametrize("name", ["requirements", "requirements-lint", "requirements-integrations"])
 def test_requirements_are_pinned_by_hash(name: str) -> None:
     pinned = re.split(r"\n(?=[\w.-]+==)", (ROOT / f"{name}.txt").read_text())[1:]
     assert all("--hash=sha256:" in entry for entry in pinned)
@@ -80,3 +80,10 @@ def test_a_second_bootstrap_waits_and_gives_up(bootstrap: ModuleType, capfd: pyt
     holder.join()
     with bootstrap.locked(patience=0.1):
         pass  # the lock of a killed process is released
+
+
+def test_integrations_are_tested_on_request_only() -> None:
+    """Elsewhere their libraries need not be installed."""
+    command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--collect-only"]
+    done = subprocess.run([*command, "tests/integrations"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
