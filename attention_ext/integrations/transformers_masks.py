@@ -52,6 +52,9 @@ class Mask(BlockMask):
     def __getitem__(self, index: Any) -> Any:
         return self.dense()[index]
 
+    def contiguous(self) -> Mask:  # transformers 5.20 asks for it in `generate`
+        return self
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         return self.dense().to(*args, **kwargs)
 
