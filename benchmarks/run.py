@@ -2,6 +2,7 @@
 
 python benchmarks/run.py                          every group, one thread, into out/benchmark.json
 python benchmarks/run.py --group main --match causal --threads 2
+python benchmarks/run.py --group transformers     models of transformers, which ./test --integrations installs
 python benchmarks/run.py --list
 
 Times are medians. A share is of the peak multiply-add rate (of the read bandwidth where that is the limit) and counts
@@ -22,6 +23,7 @@ from typing import Any
 import cases
 import compare
 import memory
+import models
 import modules
 import peak
 import timing
@@ -33,6 +35,7 @@ from attention_ext import info
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = ["main", "odd", "long", "derivatives", "flex", "tiny", "modules", "memory"]
+ON_REQUEST = ["transformers"]
 
 
 def run_case(case: cases.Case, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -56,10 +59,18 @@ def run_case(case: cases.Case, options: argparse.Namespace) -> list[dict[str, An
 
 
 def run_module(case: modules.ModuleCase, options: argparse.Namespace) -> dict[str, Any]:
-    pair = modules.build(case)
-    seconds, _, rounds = timing.medians({"ours": pair.ours, "torch": pair.theirs}, lambda: 0.0, options.budget)
     row = {"group": "modules", "case": case.name, "dtype": "bfloat16" if case.autocast else "float32"}
-    return row | {"pass": "training step" if case.training else "inference"} | result(seconds, rounds)
+    return row | run_pair(modules.build(case), case.training, options)
+
+
+def run_model(case: models.ModelCase, options: argparse.Namespace) -> dict[str, Any]:
+    row = {"group": "transformers", "case": case.name, "dtype": "float32"}
+    return row | run_pair(models.build(case), case.training, options)
+
+
+def run_pair(pair: modules.ModulePair, training: bool, options: argparse.Namespace) -> dict[str, Any]:
+    seconds, _, rounds = timing.medians({"ours": pair.ours, "torch": pair.theirs}, lambda: 0.0, options.budget)
+    return {"pass": "training step" if training else "inference"} | result(seconds, rounds)
 
 
 def result(seconds: dict[str, float], rounds: int) -> dict[str, Any]:
@@ -84,7 +95,7 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", nargs="+", choices=GROUPS, default=GROUPS)
+    parser.add_argument("--group", nargs="+", choices=GROUPS + ON_REQUEST, default=GROUPS)
     parser.add_argument("--match", default="", help="a regular expression to search in the name and dtype of a case")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per pass of a case")
@@ -101,11 +112,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     chosen = [x for x in cases.CASES if wanted(x.group, f"{x.name} {x.dtype}")]
     chosen_modules = [x for x in modules.CASES if wanted("modules", x.name)]
+    chosen_models = [x for x in models.CASES if wanted("transformers", x.name)]
     chosen_memory = [(x, n) for x in memory.CASES for n in x.lengths if wanted("memory", f"{x.name} L{n}")]
     if options.list:
         print(*(f"{x.group:8} {x.name}, {str(x.dtype).removeprefix('torch.')}" for x in chosen), sep="\n")
         print(*(f"modules  {x.name}" for x in chosen_modules), sep="\n")
         print(*(f"memory   {x.name} L{length}" for x, length in chosen_memory), sep="\n")
+        print(*(f"transformers {x.name}" for x in chosen_models), sep="\n")
         return 0
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
@@ -121,6 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         add(*run_case(case, options))
     for module_case in chosen_modules:
         add(run_module(module_case, options))
+    for model_case in chosen_models:
+        add(run_model(model_case, options))
     for memory_case, length in chosen_memory:
         add(run_memory(memory_case, length, options))
     print(f"wrote {options.out}", file=sys.stderr)
