@@ -7,13 +7,14 @@ function is read: causal, with a window, over packed sequences, or none of these
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
@@ -154,6 +155,25 @@ def _packed(mask_function: Callable[..., Any]) -> tuple[Callable[..., Any], Tens
     return remapped["mask_function"] if remapped else within, sequences["packed_sequence_mask"]
 
 
+@cache
+def _attention_of_its_own(config_class: type) -> str | None:
+    """The module of a model that asks for masks but does not look up an attention function to obey them, or None."""
+    prefix = config_class.__module__.replace(".configuration_", ".modeling_")
+    for name, module in sys.modules.copy().items():
+        if name == config_class.__module__ or not name.startswith(prefix) or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+            continue
+        masks = [x for x in vars(module).values() if getattr(x, "__module__", None) == sdpa_mask.__module__]
+        classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == name]
+        if masks and any(issubclass(x, nn.Module) and "Attention" in x.__name__ for x in classes):
+            return name
+    return None
+
+
+@torch.compiler.assume_constant_result
+def attention_of_its_own(config_class: type) -> str | None:
+    return _attention_of_its_own(config_class)
+
+
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -179,7 +199,15 @@ def attention_mask(
         None where nothing but causality hides keys, which the attention function knows from the module; a `Mask`; or a
         bool Tensor ``(B, 1, L, S)`` where transformers asks for one, or arguments of `attention_ext.attention` do not
         say the mask.
+
+    Raises:
+        ValueError: for a model with attention of its own, whose masks `attention_ext` does not make.
     """
+    if module := attention_of_its_own(type(config)):
+        raise ValueError(
+            "attention_ext: expected `attn_implementation` of a model that looks up its attention function, got one of "
+            f"{module}, which has its own"
+        )
     tracing = is_tracing(q_offset if isinstance(q_offset, Tensor) else attention_mask)
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts on in it

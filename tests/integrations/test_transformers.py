@@ -267,6 +267,16 @@ def test_arguments_that_are_not_served(name: str) -> None:
         call(**{name: torch.zeros(1)})
 
 
+@pytest.mark.parametrize("name", ["Bloom", "RemBert"])
+def test_models_with_attention_of_their_own(name: str) -> None:
+    """They would get masks that they cannot read: None for causal, among others."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": models.VOCABULARY}
+    config = getattr(hf, f"{name}Config")(**sizes)
+    model = getattr(hf, f"{name}Model")._from_config(config, attn_implementation="attention_ext")
+    with pytest.raises(ValueError, match=rf"expected `attn_implementation` of .* got one of .*{name.lower()}"):
+        model(models.token_ids())
+
+
 def test_sinks_of_several_dimensions() -> None:
     with pytest.raises(ValueError, match="expected `s_aux` to have 1 dimension, one sink per head, got 2"):
         call(s_aux=torch.zeros(1, 1))
