@@ -21,7 +21,7 @@ from attention_ext.integrations.transformers_masks import Mask, attention_mask
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
 NAME = "attention_ext"
-UNSERVED = ("indices", "block_indices", "sinks")  # of single queries: sparse attention, and sinks per query
+UNSERVED = ("indices", "block_indices", "sinks")  # keys that are chosen for each query, sinks of each query
 
 
 def register() -> None:
@@ -85,7 +85,7 @@ def attention_forward(
         "sinks": s_aux,
         **_hidden(module, query, key, attention_mask, is_causal),
     }
-    starts = _starts(attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    starts = _starts(query.size(0), attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if starts is not None:
         for name, x in {"output_attentions": wants_weights or None, "position_bias": position_bias}.items():
             if x is not None:
@@ -129,7 +129,7 @@ def _hidden(
 
 
 def _starts(
-    attention_mask: Mask | Tensor | None, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
+    batch_size: int, attention_mask: Mask | Tensor | None, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """Where packed sequences of queries and of keys start and end. None: none are packed, or a Tensor says which."""
     if isinstance(attention_mask, Tensor):
@@ -139,9 +139,11 @@ def _starts(
         begins = numbers.diff(dim=1, prepend=numbers[:, :1] - 1) != 0
         starts = torch.nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel())
         return starts, starts
-    if cu_seq_lens_q is None or cu_seq_lens_k is None:
+    if cu_seq_lens_q is None:
         return None
-    return cu_seq_lens_q, cu_seq_lens_k
+    if batch_size != 1:
+        raise ValueError(f"attention_ext: expected a batch of 1 with `cu_seq_lens_q`, got {batch_size}")
+    return cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
 
 
 def _packed(

@@ -217,7 +217,9 @@ def attention_mask(
         use_vmap=use_vmap, device=device,
     )  # fmt: skip
     sequences = None
-    if not allow_is_causal_skip and not allow_is_bidirectional_skip:
+    # With a static cache transformers wants the same kind of mask at each step, for compilers. A Mask is that.
+    decodes = q_length == 1 and isinstance(q_offset, Tensor) and not use_vmap
+    if not (allow_is_causal_skip or allow_is_bidirectional_skip or decodes):
         packed = None if tracing or use_vmap else _packed(mask_function)
         if packed is None:
             return dense()

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 import transformers_models as models
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
@@ -108,10 +109,14 @@ def test_generate(name: str, cache: str | None) -> None:
 def test_generate_with_a_compiled_forward(cache: str | None) -> None:
     model = models.build("gemma2", torch.float32)
     ids = models.token_ids(length=9)
-    given = {"attention_mask": models.padded("left", ids), "max_new_tokens": 2, "do_sample": False, "eos_token_id": -1}
+    given = {"attention_mask": models.padded("left", ids), "do_sample": False, "eos_token_id": -1}
+    given["max_new_tokens"] = 4 if cache == "static" else 2
     expected = model.generate(ids, **given, cache_implementation=cache)
-    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=cache is None or None)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=counter, dynamic=cache is None or None)
     assert torch.equal(model.generate(ids, **given, cache_implementation=cache), expected)
+    if cache == "static":
+        assert counter.frame_count == 2  # for the first tokens, and for all that follow
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss", "gpt2", "llama4", "bert", "modernbert", "t5"])
@@ -128,6 +133,17 @@ def test_compiles_without_a_graph_break(name: str) -> None:
         results.append([logits.detach(), *gradients])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_exports_with_lengths_left_open() -> None:
+    model = models.build("mistral", torch.float32)
+    given, _ = models.inputs("mistral", "left")
+    length = torch.export.Dim("length", min=2, max=64)
+    lengths = {"input_ids": {1: length}, "attention_mask": {1: length}, "use_cache": None}
+    exported = torch.export.export(model, (), {**given, "use_cache": False}, dynamic_shapes=lengths).module()
+    given = {name: x[:, :11].contiguous() for name, x in given.items()}
+    real = given["attention_mask"].bool()
+    torch.testing.assert_close(exported(**given, use_cache=False).logits[real], model(**given).logits[real])
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
@@ -256,8 +272,8 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
-def call(mask: Any = None, **options: Any) -> Any:
-    x = torch.randn(1, 1, 4, 8)
+def call(mask: Any = None, batch: int = 1, **options: Any) -> Any:
+    x = torch.randn(batch, 1, 4, 8)
     return attention_forward(nn.Module(), x, x, x, mask, **options)
 
 
@@ -297,6 +313,8 @@ def test_packed_sequences_with_what_they_cannot_have() -> None:
         call(padding, **starts)
     with pytest.raises(ValueError, match="expected `output_attentions` to be None with `cu_seq_lens_q`"):
         call(**starts, output_attentions=True)
+    with pytest.raises(ValueError, match="expected a batch of 1 with `cu_seq_lens_q`, got 2"):
+        call(batch=2, **starts)
 
 
 FUNCTIONS: dict[str, Callable[[], Callable[..., Any]]] = {
