@@ -18,6 +18,7 @@ from transformers import masking_utils
 from attention_ext.integrations.transformers import attention_forward
 from attention_ext.integrations.transformers_masks import Mask, attention_mask
 
+ONE_HEAD = torch.ones(1, 1, 4, 8)
 GENERATING = [*models.DECODERS, *models.ENCODER_DECODERS, "whisper"]
 
 
@@ -272,8 +273,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
-def call(mask: Any = None, batch: int = 1, **options: Any) -> Any:
-    x = torch.randn(batch, 1, 4, 8)
+def call(mask: Any = None, x: Tensor = ONE_HEAD, **options: Any) -> Any:
     return attention_forward(nn.Module(), x, x, x, mask, **options)
 
 
@@ -314,7 +314,7 @@ def test_packed_sequences_with_what_they_cannot_have() -> None:
     with pytest.raises(ValueError, match="expected `output_attentions` to be None with `cu_seq_lens_q`"):
         call(**starts, output_attentions=True)
     with pytest.raises(ValueError, match="expected a batch of 1 with `cu_seq_lens_q`, got 2"):
-        call(batch=2, **starts)
+        call(x=torch.randn(2, 1, 4, 8), **starts)
 
 
 FUNCTIONS: dict[str, Callable[[], Callable[..., Any]]] = {
