@@ -12,7 +12,7 @@ from modules import ModulePair
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """A Mistral of an eighth of the width and two layers, its proportions kept."""
+    """A Mistral model of an eighth of the width, with the same proportions and two layers."""
 
     name: str
     training: bool

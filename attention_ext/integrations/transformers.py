@@ -1,9 +1,9 @@
-"""attention_ext as an attention implementation of transformers; importing this module registers it.
+"""attention_ext as an attention implementation of transformers. Importing this module registers it.
 
     import attention_ext.integrations.transformers
     model = AutoModel.from_pretrained(..., attn_implementation="attention_ext")   # or model.set_attn_implementation
 
-docs/transformers.md says what is served.
+docs/transformers.md has what is supported.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from attention_ext.integrations.transformers_masks import Mask, attention_mask
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
 NAME = "attention_ext"
-UNSERVED = ("indices", "block_indices", "sinks")  # keys that are chosen for each query, sinks of each query
+UNSUPPORTED = ("indices", "block_indices", "sinks")  # selected keys per query, sinks per query
 
 
 def register() -> None:
-    """Makes `NAME` an ``attn_implementation`` of transformers. Importing this module does it."""
+    """Registers `NAME` as an ``attn_implementation``. Importing this module calls it."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
 
@@ -47,28 +47,28 @@ def attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The function to register with AttentionInterface.
+    """The function for AttentionInterface.
 
     Args:
-        module: the attention module of the model; without a mask its ``is_causal`` counts, as for sdpa.
+        module: the attention module of the model; its ``is_causal`` applies without a mask, as for sdpa.
         query: ``(B, Hq, L, D)``.
         key: ``(B, Hkv, S, D)``, value ``(B, Hkv, S, Dv)``.
-        attention_mask: what `attention_ext.integrations.transformers_masks.attention_mask` makes, or a tensor that a
-            user gave, ``(B, 1 or Hq, L, S)``: bool, True attends, or floating, added to the score.
+        attention_mask: the result of `attention_mask`, or a Tensor ``(B, 1 or Hq, L, S)``: bool, True attends, or
+            floating, added to the score.
         s_aux: ``(Hq,)``, sinks.
         position_bias: broadcastable to ``(B, Hq, L, S)``, added to the score; differentiable.
         output_attentions: also return the weights.
-        cu_seq_lens_q: ``(n + 1,)`` with cu_seq_lens_k, of sequences that are packed in a batch of 1.
-        kwargs: what models pass on besides; a ``sliding_window`` among them is in the mask already.
+        cu_seq_lens_q: ``(n + 1,)``, of packed sequences in a batch of 1; cu_seq_lens_k likewise, by default the same.
+        kwargs: other arguments of models; a ``sliding_window`` is already in the mask.
 
     Returns:
         The output ``(B, L, Hq, Dv)``, contiguous, and the weights ``(B, Hq, L, S)`` or None.
 
     Raises:
-        ValueError: for an argument that this library does not serve.
+        ValueError: for an argument that is not supported.
         RuntimeError: as `attention_ext.attention`.
     """
-    for name in UNSERVED:
+    for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"attention_ext: expected `{name}` to be None, got {type(kwargs[name]).__name__}")
     if s_aux is not None and s_aux.dim() != 1:
@@ -100,7 +100,7 @@ def attention_forward(
 
 
 def _weights_are_collected() -> bool:
-    """Whether a model that was called with ``output_attentions=True`` collects weights, which not all pass on."""
+    """Whether a model was called with ``output_attentions=True``, which some models do not pass on to their modules."""
     collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
     return any("attentions" in name for name in collected or ())
 
@@ -108,7 +108,7 @@ def _weights_are_collected() -> bool:
 def _hidden(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Mask | Tensor | None, is_causal: bool | None
 ) -> dict[str, Any]:
-    """The arguments of `attention` that say which keys are hidden."""
+    """The arguments of `attention` for the mask."""
     if attention_mask is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
@@ -131,7 +131,7 @@ def _hidden(
 def _starts(
     batch_size: int, attention_mask: Mask | Tensor | None, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Where packed sequences of queries and of keys start and end. None: none are packed, or a Tensor says which."""
+    """The cumulative lengths of packed sequences of queries and keys; None without packing or if a Tensor masks it."""
     if isinstance(attention_mask, Tensor):
         return None
     if attention_mask is not None and attention_mask.sequences is not None:
@@ -149,7 +149,7 @@ def _starts(
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], options: dict[str, Any]
 ) -> Tensor:
-    """(B, L, Hq, Dv) of packed sequences, none of which spans several elements of the batch."""
+    """Attention within packed sequences: (B, L, Hq, Dv)."""
     for name in ("attn_mask", "key_lengths"):
         if options.pop(name, None) is not None:
             raise ValueError("attention_ext: expected `attention_mask` to be None with `cu_seq_lens_q`")

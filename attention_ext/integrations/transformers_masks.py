@@ -1,7 +1,7 @@
-"""Masks of transformers as arguments of `attention_ext.attention`, without an array of queries by keys.
+"""Masks of transformers as arguments of `attention_ext.attention`, without a (queries, keys) tensor.
 
-transformers describes a mask by a function of positions, which each implementation makes its own masks from. Here that
-function is read: causal, with a window, over packed sequences, or none of these, when it is evaluated to a tensor.
+transformers describes a mask by a function of positions, from which each implementation makes its masks. Here it is
+called with symbolic positions: causal masks, windows and packed sequences become arguments, other masks a tensor.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["Mask", "attention_mask"]
 
 
 class Mask(BlockMask):
-    """What hides keys. A BlockMask, since models take that or a Tensor for a mask.
+    """Which keys are visible. A BlockMask, since models accept either that or a Tensor as a mask.
 
     Attributes:
         shape: ``(B, 1, L, S)``, B batch size, L queries, S keys.
         arguments: of `attention_ext.attention`: ``is_causal``, ``causal_alignment``, ``window`` and ``key_lengths``.
-        padding: ``(B, S)``, False hides a key; None hides none.
-        sequences: ``(B, L)``, the number of the packed sequence that a position belongs to; None: they are not packed.
-        dense: makes the same mask as a Tensor of ``shape``, True attends.
+        padding: ``(B, S)``, bool, False hides a key; or None.
+        sequences: ``(B, L)``, the index of the packed sequence of each position; None without packing.
+        dense: returns the same mask as a bool Tensor of ``shape``, True attends.
     """
 
     ndim = 4
@@ -53,7 +53,7 @@ class Mask(BlockMask):
     def __getitem__(self, index: Any) -> Any:
         return self.dense()[index]
 
-    def contiguous(self) -> Mask:  # transformers 5.20 asks for it in `generate`
+    def contiguous(self) -> Mask:  # called by `generate` of transformers 5.20
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,13 +71,13 @@ class Band:
 
     left: int | None = None
     right: int | None = None
-    device = None  # mask functions move what they compare
+    device = None  # mask functions move their results to each other's device
 
     def to(self, device: Any) -> Band:
         return self
 
     def sees_all(self, keys: int) -> bool:
-        """Whether each of as many queries as keys sees them all, but for those that causality hides."""
+        """Whether the window, apart from causality, hides none of `keys` keys from as many queries."""
         return all(side is None or side + 1 >= keys for side in (self.left, self.right or None))
 
     def __and__(self, other: Any) -> Band:
@@ -91,7 +91,7 @@ def _smaller(side: int | None, other: int | None) -> int | None:
 
 
 class _Position:
-    """The position of any query or key, in whose place a mask function compares it: comparing two gives a `Band`."""
+    """A symbolic query or key position for mask functions; comparing two positions gives a `Band`."""
 
     def __init__(self, is_key: bool, shift: int = 0) -> None:
         self.is_key = is_key
@@ -126,16 +126,16 @@ class _Distance:
 
 
 def band_of(mask_function: Callable[..., Any]) -> Band | None:
-    """The band of keys that a mask function lets each query see, or None where it is no band."""
+    """The band of keys that is visible by a mask function, or None if it is not a band."""
     try:
         band = mask_function(0, 0, _Position(is_key=False), _Position(is_key=True))
-    except (AttributeError, IndexError, TypeError):  # it computes with positions otherwise
+    except (AttributeError, IndexError, TypeError):  # the function uses positions in another way
         return None
     return band if isinstance(band, Band) else None
 
 
 def _closure(function: Any, maker: str) -> dict[str, Any] | None:
-    """The variables of a mask function that `maker` of transformers made, or None if it made another one."""
+    """The closure variables of a mask function returned by `maker` of transformers, or None for other functions."""
     made = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
     if not made.startswith(f"transformers.masking_utils.{maker}.<locals>."):
         return None
@@ -143,7 +143,7 @@ def _closure(function: Any, maker: str) -> dict[str, Any] | None:
 
 
 def _packed(mask_function: Callable[..., Any]) -> tuple[Callable[..., Any], Tensor] | None:
-    """The mask function within each packed sequence, and the number of the sequence of each position."""
+    """The mask function within each packed sequence, and the index of the sequence of each position."""
     both = _closure(mask_function, "and_masks")
     if both is None or len(both["mask_functions"]) != 2:
         return None
@@ -157,7 +157,7 @@ def _packed(mask_function: Callable[..., Any]) -> tuple[Callable[..., Any], Tens
 
 @cache
 def _attention_of_its_own(config_class: type) -> str | None:
-    """The module of a model that asks for masks but does not look up an attention function to obey them, or None."""
+    """The module of a model that creates masks but does not look up an attention function, or None."""
     prefix = config_class.__module__.replace(".configuration_", ".modeling_")
     for name, module in sys.modules.copy().items():
         if name == config_class.__module__ or not name.startswith(prefix) or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
@@ -190,47 +190,46 @@ def attention_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Mask | Tensor | None:
-    """The function to register with AttentionMaskInterface; its arguments are those of `sdpa_mask` of transformers.
+    """The function for AttentionMaskInterface. Arguments are those of `sdpa_mask` of transformers.
 
     Args:
-        attention_mask: ``(B, keys from position 0)``, bool, False for padding on either side or within.
+        attention_mask: ``(B, keys from position 0)``, bool, False for padding, anywhere.
 
     Returns:
-        None where nothing but causality hides keys, which the attention function knows from the module; a `Mask`; or a
-        bool Tensor ``(B, 1, L, S)`` where transformers asks for one, or arguments of `attention_ext.attention` do not
-        say the mask.
+        None if all keys are visible, or all but for causality, which the attention module declares; a `Mask`; or a bool
+        Tensor ``(B, 1, L, S)`` if transformers requires one or `attention_ext.attention` has no arguments for the mask.
 
     Raises:
-        ValueError: for a model with attention of its own, whose masks `attention_ext` does not make.
+        ValueError: for a model with an attention implementation of its own, which could not read these masks.
     """
     if module := attention_of_its_own(type(config)):
         raise ValueError(
-            "attention_ext: expected `attn_implementation` of a model that looks up its attention function, got one of "
-            f"{module}, which has its own"
+            "attention_ext: expected `attn_implementation` of a model that looks up its attention function, got a "
+            f"model of {module}, which has its own"
         )
     tracing = is_tracing(q_offset if isinstance(q_offset, Tensor) else attention_mask)
     if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone()  # a static cache counts on in it
+        q_offset = q_offset.clone()  # a static cache updates it in place
     dense = partial(
         sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
         use_vmap=use_vmap, device=device,
     )  # fmt: skip
     sequences = None
-    # With a static cache transformers wants the same kind of mask at each step, for compilers. A Mask is that.
+    # With a static cache, transformers requires the same type of mask at each step, to avoid recompilation.
     decodes = q_length == 1 and isinstance(q_offset, Tensor) and not use_vmap
     if not (allow_is_causal_skip or allow_is_bidirectional_skip or decodes):
         packed = None if tracing or use_vmap else _packed(mask_function)
         if packed is None:
             return dense()
         mask_function, sequences = packed
-    # The functions of chunks compute with tensors, which torch.compile does not trace with positions in their place.
+    # Mask functions of chunks index tensors by positions, which torch.compile cannot trace with symbolic positions.
     is_chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
     band = None if is_chunked else band_of(mask_function)
     if band is None or (band.left or 0) < 0 or (band.right or 0) < 0:
         return dense()
     is_causal = band.right == 0
-    offset = q_offset - kv_offset  # the key at which the diagonal of query 0 is
+    offset = q_offset - kv_offset  # the key index of the diagonal of query 0
     end = offset + q_length
     alignment, key_lengths = "top_left", None
     if band != Band() and (isinstance(offset, Tensor) or offset != 0):
@@ -250,8 +249,9 @@ def attention_mask(
             padding = None
         elif alignment == "top_left" and torch.equal(padding, torch.arange(kv_length, device=device) < counts[:, None]):
             key_lengths, padding = counts, None
-    is_told_by_module = not is_causal or (not tracing and end == kv_length and q_length in (1, kv_length))
-    if padding is None and key_lengths is None and sequences is None and band.sees_all(kv_length) and is_told_by_module:
+    is_declared_by_module = not is_causal or (not tracing and end == kv_length and q_length in (1, kv_length))
+    is_plain = padding is None and key_lengths is None and sequences is None and band.sees_all(kv_length)
+    if is_plain and is_declared_by_module:
         return None
     arguments = {"is_causal": is_causal, "causal_alignment": alignment, "key_lengths": key_lengths, "window": None}
     if band.left is not None or band.right not in (None, 0):
@@ -260,6 +260,6 @@ def attention_mask(
 
 
 def _keys_of(attention_mask: Tensor, kv_offset: int, kv_length: int) -> Tensor:
-    """(B, S): the keys that attention sees, of a mask of all that were; those that are still to come are hidden."""
+    """(B, S): the part of a mask of all positions for the keys in the cache; unwritten ones are hidden."""
     keys = attention_mask[:, kv_offset : kv_offset + kv_length]
     return torch.nn.functional.pad(keys, (0, kv_length - keys.size(1)))

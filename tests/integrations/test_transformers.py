@@ -289,7 +289,7 @@ def test_models_with_attention_of_their_own(name: str) -> None:
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": models.VOCABULARY}
     config = getattr(hf, f"{name}Config")(**sizes)
     model = getattr(hf, f"{name}Model")._from_config(config, attn_implementation="attention_ext")
-    with pytest.raises(ValueError, match=rf"expected `attn_implementation` of .* got one of .*{name.lower()}"):
+    with pytest.raises(ValueError, match=rf"expected `attn_implementation` of .* got a model of .*{name.lower()}"):
         model(models.token_ids())
 
 
