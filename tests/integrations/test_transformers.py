@@ -106,6 +106,39 @@ def test_generate(name: str, cache: str | None) -> None:
     close(*logits)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["beams", "prefill in chunks"])
+def test_generate_in_other_ways(options: dict[str, int]) -> None:
+    model = models.build("gemma2")
+    ids = models.token_ids(length=9)
+    logits = []
+    for implementation in ("attention_ext", "eager"):
+        model.set_attn_implementation(implementation)
+        with models.InDouble():
+            out = model.generate(
+                ids, attention_mask=models.padded("left", ids), max_new_tokens=8, do_sample=False, eos_token_id=-1,
+                return_dict_in_generate=True, output_logits=True, **options,
+            )  # fmt: skip
+        logits.append(torch.stack(out.logits))
+    close(*logits)
+
+
+@pytest.mark.parametrize("cache_class", [hf.DynamicCache, hf.StaticCache])
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
+def test_cache_that_is_filled_in_parts(name: str, cache_class: type[hf.Cache]) -> None:
+    model = models.build(name)
+    ids = models.token_ids()
+    mask = models.padded("left", ids)
+    cache = cache_class(config=model.config, **({"max_cache_len": 30} if cache_class is hf.StaticCache else {}))
+    parts = []
+    with models.InDouble(), torch.no_grad():
+        for begin, end in ((0, 6), (6, 7), (7, 13), (13, 17)):
+            part = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end], "past_key_values": cache}
+            parts.append(model(**part).logits)
+        model.set_attn_implementation("eager")
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    close(torch.cat(parts, 1)[mask.bool()], expected[mask.bool()])
+
+
 @pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
 def test_generate_with_a_compiled_forward(cache: str | None) -> None:
     model = models.build("gemma2", torch.float32)
