@@ -69,9 +69,9 @@ bool wants_any(const ops::OutputMask& mask) { return std::find(mask.begin(), mas
 // The gradients of the inputs, the last of an operator's outputs; undefined where not wanted.
 template <class Outputs>
 variable_list gradients_of(const Outputs& outputs, const ops::OutputMask& wanted) {
-  constexpr size_t first = std::tuple_size_v<Outputs> - kInputs;
+  constexpr size_t kFirst = std::tuple_size_v<Outputs> - kInputs;
   return [&]<size_t... i>(std::index_sequence<i...>) {
-    return variable_list{(wanted[i] ? std::get<first + i>(outputs) : Tensor())...};
+    return variable_list{(wanted[i] ? std::get<kFirst + i>(outputs) : Tensor())...};
   }(std::make_index_sequence<kInputs>());
 }
 
@@ -81,7 +81,7 @@ void set_tangent(const Tensor& output, const Tensor& tangent) {
 
 // out, logsumexp with respect to the inputs
 struct AttentionRule {
-  static constexpr const char* name = "AttentionExtAttentionBackward";
+  static constexpr const char* kName = "AttentionExtAttentionBackward";
 
   static variable_list gradients(const Request& request, const Tensor& query, const Tensor& key, const Tensor& value,
                                  const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
@@ -134,7 +134,7 @@ ops::Forward attention_forward_autograd(const Tensor& query, const Tensor& key, 
 
 // the gradients with respect to grad_out, grad_logsumexp and the inputs
 struct BackwardRule {
-  static constexpr const char* name = "AttentionExtAttentionDoubleBackward";
+  static constexpr const char* kName = "AttentionExtAttentionDoubleBackward";
 
   static variable_list gradients(const Request& request, const Tensor& grad_out,
                                  const std::optional<Tensor>& grad_logsumexp, const Tensor& query, const Tensor& key,
@@ -206,7 +206,7 @@ ops::Gradients attention_backward_autograd(const Tensor& grad_out, const std::op
 
 // out_tangent, logsumexp_tangent with respect to the inputs and their tangents
 struct JvpRule {
-  static constexpr const char* name = "AttentionExtAttentionJvpBackward";
+  static constexpr const char* kName = "AttentionExtAttentionJvpBackward";
 
   static variable_list gradients(const Request& request, const Tensor& query, const Tensor& key, const Tensor& value,
                                  const Tensor& out, const Tensor& logsumexp, const Tensor& rng_state,
@@ -269,7 +269,7 @@ constexpr const char* kThirdOrder =
 // out_tangent, logsumexp_tangent and the gradients with respect to the tangents, in which they are linear, and to
 // grad_out, grad_logsumexp and the inputs, for which there is no kernel
 struct DoubleBackwardRule {
-  static constexpr const char* name = "AttentionExtAttentionTripleBackward";
+  static constexpr const char* kName = "AttentionExtAttentionTripleBackward";
 
   static variable_list gradients(const Request& request, const Tensor& grad_out,
                                  const std::optional<Tensor>& grad_logsumexp, const Tensor& query, const Tensor& key,
@@ -341,7 +341,7 @@ ops::SecondOrder attention_double_backward_autograd(const ops::InputTangents& ta
 
 // with respect to query, key, logsumexp, attn_mask, alibi_slopes; sinks are in logsumexp already
 struct WeightsRule {
-  static constexpr const char* name = "AttentionExtAttentionWeightsBackward";
+  static constexpr const char* kName = "AttentionExtAttentionWeightsBackward";
 
   static variable_list gradients(const Request& request, const Tensor& query, const Tensor& key,
                                  const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,

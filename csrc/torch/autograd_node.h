@@ -58,7 +58,7 @@ struct Keep<std::string_view> {
 template <class Rule, class FlatSignature>
 class RuleNodeOf;
 
-// Rule has a name and `variable_list gradients(const Request&, arguments..., const AttentionOptions&, arguments...)`.
+// Rule has kName and `variable_list gradients(const Request&, arguments..., const AttentionOptions&, arguments...)`.
 template <class Rule>
 using RuleNode = RuleNodeOf<Rule, typename detail::Flat<decltype(Rule::gradients)>::Signature>;
 
@@ -68,7 +68,7 @@ class RuleNodeOf<Rule, variable_list(const Request&, Argument...)> : public Node
   // After the outputs among them got this node as their history, so that they are kept as outputs.
   void keep(Argument... argument) { kept_ = std::tuple<Kept<Argument>...>{to_keep(argument)...}; }
 
-  std::string name() const override { return Rule::name; }
+  std::string name() const override { return Rule::kName; }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -98,12 +98,12 @@ class RuleNodeOf<Rule, variable_list(const Request&, Argument...)> : public Node
     std::call_once(bound, [&] {
       const std::vector<at::TypePtr> types{IValuePacker<std::vector<bool>>::packed_type(),
                                            IValuePacker<Plain<Argument>>::packed_type()...};
-      compiler->bind_function(saved.get_py_compiler(), Rule::name, run_packed, types);
+      compiler->bind_function(saved.get_py_compiler(), Rule::kName, run_packed, types);
     });
     const auto metadata = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
         torch::dynamo::autograd::get_input_metadata(next_edges()));
-    auto gradients =
-        compiler->call_function(saved.get_py_compiler(), "apply_functional", Rule::name, grads, packed.vec(), metadata);
+    auto gradients = compiler->call_function(saved.get_py_compiler(), "apply_functional", Rule::kName, grads,
+                                             packed.vec(), metadata);
     std::apply([&](auto&... kept) { (saved.after(kept), ...); }, kept_);
     return gradients;
   }
@@ -149,7 +149,7 @@ class RuleNodeOf<Rule, variable_list(const Request&, Argument...)> : public Node
   }
   static std::string to_keep(std::string_view text) { return std::string(text); }
   template <class T>
-  static const T& to_keep(const T& value) {
+  static T to_keep(const T& value) {
     return value;
   }
 
@@ -163,7 +163,7 @@ class RuleNodeOf<Rule, variable_list(const Request&, Argument...)> : public Node
     }
   }
   template <class PlainType, class Self>
-  static const PlainType& unpacked(const PlainType& kept, const Self&) {
+  static PlainType unpacked(const PlainType& kept, const Self&) {
     return kept;
   }
 

@@ -114,7 +114,7 @@ std::vector<KernelRow> kernels() {
   return rows;
 }
 
-const RegisterDevice registered({at::kCPU, run, kernels});
+const RegisterDevice kRegistered({at::kCPU, run, kernels});
 
 TORCH_LIBRARY_IMPL(attention_ext, CPU, m) { implement_operators(m); }
 

@@ -61,7 +61,7 @@ std::vector<KernelRow> kernels() {
   return rows;
 }
 
-const RegisterDevice registered({at::kCUDA, run, kernels});
+const RegisterDevice kRegistered({at::kCUDA, run, kernels});
 
 TORCH_LIBRARY_IMPL(attention_ext, CUDA, m) { implement_operators(m); }
 

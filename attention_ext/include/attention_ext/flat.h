@@ -23,7 +23,7 @@ Types<A..., B...> operator+(Types<A...>, Types<B...>);
 template <class T, class = void>
 struct Bundle : std::false_type {
   using Arguments = Types<T>;
-  static constexpr size_t width = 1;
+  static constexpr size_t kWidth = 1;
 };
 
 // The dispatcher's argument type for a member: tensors by reference, numbers by value.
@@ -37,7 +37,7 @@ template <class T>
 struct Bundle<T, std::void_t<decltype(std::declval<T>().fields())>> : std::true_type {
   using Fields = decltype(std::declval<T>().fields());
   using Arguments = decltype(arguments_of(std::declval<Fields>()));
-  static constexpr size_t width = std::tuple_size_v<Fields>;
+  static constexpr size_t kWidth = std::tuple_size_v<Fields>;
 };
 
 template <class Result, class FlatTypes, class... Argument>
@@ -60,7 +60,7 @@ struct FlatAs<Result, Types<FlatArgument...>, Argument...> {
 
  private:
   static constexpr size_t offset_of(size_t argument) {
-    const size_t widths[] = {Bundle<Argument>::width...};
+    const size_t widths[] = {Bundle<Argument>::kWidth...};
     size_t offset = 0;
     for (size_t i = 0; i < argument; ++i) offset += widths[i];
     return offset;
@@ -68,7 +68,7 @@ struct FlatAs<Result, Types<FlatArgument...>, Argument...> {
 
   template <Result (*function)(Argument...), class Tuple, size_t... i>
   static Result gather(const Tuple& flat, std::index_sequence<i...>) {
-    return function(take<Argument, offset_of(i)>(flat, std::make_index_sequence<Bundle<Argument>::width>())...);
+    return function(take<Argument, offset_of(i)>(flat, std::make_index_sequence<Bundle<Argument>::kWidth>())...);
   }
 
   template <class T, size_t offset, class Tuple, size_t... i>
@@ -99,7 +99,7 @@ struct Flat<Result(Argument...)>
 }  // namespace detail
 
 // The flat form of a function, for m.impl().
-template <auto function>
+template <auto function>  // NOLINTNEXTLINE(readability-identifier-naming): it is called like a function
 constexpr auto* flat_kernel = &detail::Flat<std::remove_pointer_t<decltype(function)>>::template kernel<function>;
 
 // An operator by name, called as Function is.

@@ -89,9 +89,10 @@ void Block::prepare(int64_t index, int threads, size_t shared_bytes) {
     char* stack = stacks_.get() + static_cast<size_t>(i) * kStackBytes;
     std::memcpy(stack, &kCanary, sizeof kCanary);
     // A function expects the stack 8 bytes off a multiple of 16, as the return address leaves it.
-    auto* top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + kStackBytes) / 16 * 16) - 1;
+    char* const end = stack + kStackBytes;
+    auto* top = reinterpret_cast<void**>(end - reinterpret_cast<uintptr_t>(end) % 16) - 1;
     *--top = reinterpret_cast<void*>(&Block::start);
-    fibers_[i].stack_pointer = top - kSavedRegisters;
+    fibers_[i].stack_pointer = static_cast<void*>(top - kSavedRegisters);
     fibers_[i].waits_at = nullptr;
     fibers_[i].done = false;
     fibers_[i].group = 0;
