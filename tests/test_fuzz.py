@@ -5,38 +5,44 @@ The examples are the same in each run, unless ``--fuzz-examples`` asks for a num
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from test_gradcheck import weights_function_of
+from torch import Tensor
 
-from attention_ext.testing import Spec, assert_accurate, evaluate, operator, with_keep
+from attention_ext import reference
+from attention_ext.testing import Sample, Spec, assert_accurate, evaluate, operator, with_keep
+from attention_ext.testing.second_order import double_backward, jvp, tangents_of
 
 LENGTH = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 95, 97, 128, 129, 191, 192, 193, 260]))
+PACKED = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)) | st.tuples(LENGTH, LENGTH), min_size=1, max_size=4)
 SIDE = st.one_of(st.none(), st.integers(0, 12), st.sampled_from([31, 64, 100, 1000]))
 
 
 @st.composite
-def specs(draw: st.DrawFn) -> Spec:
+def specs(draw: st.DrawFn, kinds: tuple[str, ...] = ("dense", "dense", "key_lengths", "varlen")) -> Spec:
     seqlen_q, seqlen_k = draw(LENGTH), draw(LENGTH)
     kv_heads = draw(st.integers(1, 2))
     heads = kv_heads * draw(st.integers(1, 3))
     batch = draw(st.integers(1, 3))
-    sequences = draw(st.sampled_from(["dense", "dense", "key_lengths", "varlen"]))
+    kind_of_lengths = draw(st.sampled_from(kinds))
     dims = "".join(draw(st.sampled_from([x, "1"])) for x in "bhqk")[draw(st.integers(0, 2)) :]
     kind = draw(st.sampled_from([None, "bool", "float", "float"]))
     words = draw(st.sampled_from(["", " inf", " transposed", " strided"]))
-    lengths: Any = (seqlen_q, seqlen_k)
     key_lengths: Any = False
-    if sequences == "key_lengths":
+    varlen: Any = False
+    if kind_of_lengths == "key_lengths":
         key_lengths = tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch))
-    if sequences == "varlen":
-        lengths = draw(st.sampled_from(["equal", "more_keys"]))
+    if kind_of_lengths == "varlen":
+        varlen = tuple(zip(*draw(PACKED), strict=True))
     return Spec(
         f"fuzz {draw(st.integers(0, 2**30))}",
-        lengths=lengths,
+        lengths=(seqlen_q, seqlen_k),
         head_dims=(draw(st.integers(1, 70)), draw(st.integers(1, 70))),
         batch=batch,
         heads=(heads, kv_heads),
@@ -49,8 +55,8 @@ def specs(draw: st.DrawFn) -> Spec:
         sinks=draw(st.sampled_from([None, "heads", "batch"])),
         scale=draw(st.sampled_from([None, None, 0.3, -0.2])),
         key_lengths=key_lengths,
-        varlen=sequences == "varlen",
-        padding=draw(st.sampled_from([0, 0, 1, 40])) if sequences == "varlen" else 0,
+        varlen=varlen,
+        padding=draw(st.sampled_from([0, 0, 1, 40])) if varlen else 0,
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3])),
         layout=draw(
             st.sampled_from(["contiguous", "heads_last", "packed", "offset", "strided", "expanded", "overlapping"])
@@ -84,7 +90,7 @@ def test_any_call_is_accurate(dtype: torch.dtype, device: str, settings: hypothe
 
 def test_any_call_is_independent_of_threads(device: str, settings: hypothesis.settings, threads: Any) -> None:
     def repeats(spec: Spec) -> None:
-        sample = spec.build(torch.float32, "large" if spec.varlen else "small", device)
+        sample = spec.build(torch.float32, device=device)
         threads(1)
         one = evaluate(sample, operator)
         threads(2)
@@ -92,3 +98,51 @@ def test_any_call_is_independent_of_threads(device: str, settings: hypothesis.se
         assert not [name for name in one if not torch.equal(one[name], two[name])]
 
     settings(hypothesis.given(specs())(repeats))()
+
+
+def test_any_call_has_right_second_derivatives(device: str, settings: hypothesis.settings) -> None:
+    def right(spec: Spec) -> None:
+        sample = spec.build(device=device)
+        kept, tangents = with_keep(sample, sample.call(operator)[2]), tangents_of(sample)
+        assert_close(jvp(sample, tangents, operator), jvp(kept, tangents, reference.attention))
+        expected = double_backward(kept, tangents, reference.attention)
+        for grads_require_grad in (True, False):
+            assert_close(double_backward(sample, tangents, operator, (), grads_require_grad), expected)
+
+    settings(hypothesis.given(specs())(right))()
+
+
+def test_any_weights_are_right_to_second_order(device: str, settings: hypothesis.settings) -> None:
+    def right(spec: Spec, average_heads: bool, rows: tuple[int, int] | None) -> None:
+        sample = spec.build(device=device).requiring_grad()
+        begin, end = sorted(min(x, sample.query.shape[2]) for x in rows) if rows else (0, sample.query.shape[2])
+        function, inputs = weights_function_of(sample, average_heads=average_heads, row_begin=begin, row_end=end)
+        kept = with_keep(sample, sample.call(operator)[2])
+
+        def expected(*inputs: Tensor) -> Tensor:
+            names = [name for name in sample.inputs() if name != "value"]
+            weights = kept.replace(**dict(zip(names, inputs, strict=True))).call(reference.attention).weights
+            return (weights.mean(1) if average_heads else weights)[..., begin:end, :]
+
+        assert_close(derivatives(function, inputs, sample), derivatives(expected, inputs, sample))
+
+    examples = specs(("dense", "key_lengths")), st.booleans(), st.none() | st.tuples(LENGTH, LENGTH)
+    settings(hypothesis.given(*examples)(right))()
+
+
+def derivatives(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], sample: Sample) -> dict[str, Any]:
+    """A function's result, its vector-Jacobian product, and the derivatives of that by the vector and the inputs."""
+    random = torch.Generator().manual_seed(sample.seed)
+
+    def normal(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=random, dtype=x.dtype).to(x.device)
+
+    result = function(*inputs)
+    vector = normal(result).requires_grad_()
+    first = torch.autograd.grad(result, inputs, vector, create_graph=True, materialize_grads=True)
+    second = torch.autograd.grad(first, (*inputs, vector), [normal(x) for x in first], materialize_grads=True)
+    return {"result": result, "first": first, "second": second}
+
+
+def assert_close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    torch.testing.assert_close(actual, {name: expected[name] for name in actual}, rtol=1e-7, atol=1e-7)

@@ -102,7 +102,7 @@ class Spec:
         alignment: the alignment of a window or of ALiBi when not causal.
         alibi: ``"heads"`` for slopes ``(heads,)`` or ``"batch"`` for ``(batch, heads)``; sinks likewise.
         key_lengths: one length per batch entry; True alternates two thirds of seqlen_k and 1.
-        varlen: pack several sequences, some of them empty.
+        varlen: pack several sequences, some of them empty; or their lengths, those of queries and those of keys.
         layout: that of query, key and value, see :func:`with_layout`.
         distribution: see :func:`apply_distribution`.
         grad: grad_out: ``"random"``, ``"ones"`` (one element expanded, as ``out.sum()`` gives) or ``"heads_last"``.
@@ -124,7 +124,7 @@ class Spec:
     sinks: str | None = None
     scale: float | None = None
     key_lengths: bool | tuple[int, ...] = False
-    varlen: bool = False
+    varlen: bool | tuple[tuple[int, ...], tuple[int, ...]] = False
     dropout_p: float = 0.0
     layout: str = "contiguous"
     distribution: str = "gaussian"
@@ -149,9 +149,10 @@ class Spec:
         heads, kv_heads = self.heads
         mask_sizes = {"b": batch, "h": heads, "q": seqlen_q, "k": seqlen_k, "1": 1}
         if self.varlen:
-            lens_q, lens_k = _SEQUENCES[size]["equal" if self.lengths == "equal" else "more_keys"]
+            default = _SEQUENCES[size]["equal" if self.lengths == "equal" else "more_keys"]
+            lens_q, lens_k = self.varlen if isinstance(self.varlen, tuple) else default
             options["cu_seqlens_q"], options["cu_seqlens_k"] = (_cu_seqlens(x).to(device) for x in (lens_q, lens_k))
-            mask_sizes.update(b=len(lens_q), q=max(lens_q), k=max(lens_k))
+            mask_sizes.update(b=len(lens_q), q=max(lens_q, default=0), k=max(lens_k, default=0))
             batch, seqlen_q, seqlen_k = 1, sum(lens_q), sum(lens_k)
 
         query, key, value = apply_distribution(
@@ -188,9 +189,8 @@ class Spec:
         if self.scale is not None:
             options["scale"] = self.scale
         if self.key_lengths:
-            default = (2 * seqlen_k // 3, 1) * batch
-            lengths = self.key_lengths if isinstance(self.key_lengths, tuple) else default[:batch]
-            options["key_lengths"] = torch.tensor(lengths, device=device)
+            lengths = self.key_lengths if isinstance(self.key_lengths, tuple) else (2 * seqlen_k // 3, 1) * batch
+            options["key_lengths"] = torch.tensor(lengths[:batch], device=device)
         if heads != kv_heads:
             options["enable_gqa"] = True
         if self.dropout_p:
