@@ -40,6 +40,10 @@ def specs(draw: st.DrawFn, kinds: tuple[str, ...] = ("dense", "dense", "key_leng
         key_lengths = tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch))
     if kind_of_lengths == "varlen":
         varlen = tuple(zip(*draw(PACKED), strict=True))
+    # Rows beyond the last sequence are NaN, and with the layout "overlapping" sequences would share their numbers.
+    layout = draw(
+        st.sampled_from(["contiguous", "heads_last", "packed", "offset", "strided", "expanded", "overlapping"])
+    )
     return Spec(
         f"fuzz {draw(st.integers(0, 2**30))}",
         lengths=(seqlen_q, seqlen_k),
@@ -56,11 +60,9 @@ def specs(draw: st.DrawFn, kinds: tuple[str, ...] = ("dense", "dense", "key_leng
         scale=draw(st.sampled_from([None, None, 0.3, -0.2])),
         key_lengths=key_lengths,
         varlen=varlen,
-        padding=draw(st.sampled_from([0, 0, 1, 40])) if varlen else 0,
+        padding=draw(st.sampled_from([0, 0, 1, 40])) if varlen and layout != "overlapping" else 0,
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3])),
-        layout=draw(
-            st.sampled_from(["contiguous", "heads_last", "packed", "offset", "strided", "expanded", "overlapping"])
-        ),
+        layout=layout,
         distribution=draw(st.sampled_from(["gaussian", "gaussian", "x3"])),
         grad=draw(st.sampled_from(["random", "ones", "heads_last"])),
         grad_logsumexp=draw(st.booleans()),
@@ -104,7 +106,8 @@ def test_any_call_has_right_second_derivatives(device: str, settings: hypothesis
     def right(spec: Spec) -> None:
         sample = spec.build(device=device)
         kept, tangents = with_keep(sample, sample.call(operator)[2]), tangents_of(sample)
-        assert_close(jvp(sample, tangents, operator), jvp(kept, tangents, reference.attention))
+        if spec.supports_gradcheck():  # torch has no dual numbers of tensors whose elements share memory
+            assert_close(jvp(sample, tangents, operator), jvp(kept, tangents, reference.attention))
         expected = double_backward(kept, tangents, reference.attention)
         for grads_require_grad in (True, False):
             assert_close(double_backward(sample, tangents, operator, (), grads_require_grad), expected)
