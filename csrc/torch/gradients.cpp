@@ -20,7 +20,7 @@ double* make_per_head(Tensor& gradient, const BackwardProblem& problem, const at
 
 // Summed over the batch where the input has none, in its dtype.
 Tensor like_input(const Tensor& gradient, const Tensor& input) {
-  const Tensor sum = gradient.dim() > input.dim() ? gradient.sum(0) : gradient;
+  Tensor sum = gradient.dim() > input.dim() ? gradient.sum(0) : gradient;
   if (sum.scalar_type() == input.scalar_type()) return sum;
   return on_huge_pages(at::empty(sum.sizes(), input.options())).copy_(sum);
 }
