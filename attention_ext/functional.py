@@ -97,32 +97,21 @@ def attention(
         check_types(
             "attention", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
         )
-    # Every argument that is passed costs the dispatcher time: those at their defaults are left out.
-    options: dict[str, Any] = {}
-    if attn_mask is not None:
-        options["attn_mask"] = attn_mask
-    if dropout_p != 0.0:
-        options["dropout_p"] = dropout_p
-    if is_causal is not False:
-        options["is_causal"] = is_causal
-    if scale is not None:
-        options["scale"] = scale
-    if enable_gqa is not False:
-        options["enable_gqa"] = enable_gqa
-    if causal_alignment != "top_left":
-        options["causal_alignment"] = causal_alignment
-    if window is not None:
-        options["window_left"], options["window_right"] = window_sides(window)
-    if softcap != 0.0:
-        options["softcap"] = softcap
-    if alibi_slopes is not None:
-        options["alibi_slopes"] = alibi_slopes
-    if sinks is not None:
-        options["sinks"] = sinks
-    if key_lengths is not None:
-        options["key_lengths"] = key_lengths
+    is_default = attn_mask is None and dropout_p == 0.0 and is_causal is False and scale is None and enable_gqa is False
+    is_torch_call = causal_alignment == "top_left" and window is None and softcap == 0.0
+    is_torch_call = is_torch_call and alibi_slopes is None and sinks is None and key_lengths is None
     try:
-        out, logsumexp, _ = attention_op(query, key, value, **options)
+        # Each argument that is passed costs the dispatcher time, so defaults at the end are left out.
+        if not is_torch_call:
+            left, right = window_sides(window)
+            out, logsumexp, _ = attention_op(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right,
+                softcap, alibi_slopes, sinks, key_lengths,
+            )  # fmt: skip
+        elif not is_default:
+            out, logsumexp, _ = attention_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        else:
+            out, logsumexp, _ = attention_op(query, key, value)
     except RuntimeError:
         required = {"query": query, "key": key, "value": value}
         optional = {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "key_lengths": key_lengths}
