@@ -10,9 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from setuptools import Extension, setup
-from torch.utils import cpp_extension
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    sys.exit(
+        "attention_ext: builds with the torch of your environment, and finds none here. Install torch first, then "
+        "build without isolation: pip install --no-build-isolation ."
+    )
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -112,9 +119,10 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def write_build_facts() -> None:
+def write_build_facts(version: str) -> None:
     """The same sources and the same compiler give the same text, so an unchanged build compiles nothing."""
     facts = {
+        "kVersion": version,
         "kCompiler": compiler(),
         "kFlags": " ".join(FLAGS),
         "kTorch": torch.__version__,  # so that another torch is a change where ninja is missing
@@ -140,7 +148,7 @@ class Build(cpp_extension.BuildExtension):
         check_compiler()
         if len(CXX) > 1:
             os.environ["CXX"] = compiler_in_one_word()
-        write_build_facts()
+        write_build_facts(self.distribution.get_version())
         super().run()
 
     def get_ext_filename(self, ext_name: str) -> str:

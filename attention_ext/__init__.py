@@ -6,6 +6,7 @@
 
 from attention_ext import ops  # loads the operator library, so it comes first  # isort: skip
 
+from attention_ext._C import build_info
 from attention_ext.functional import attention, attention_varlen, attention_weights
 from attention_ext.interop import Replacement, Routed, replace_, restore_, sdpa
 from attention_ext.introspection import explain, kernels
@@ -20,6 +21,8 @@ from attention_ext.modules import (
 )
 from attention_ext.paths import cmake_prefix, include_path, library_path
 from attention_ext.tutorials import SelfAttention
+
+__version__: str = build_info()["version"]
 
 __all__ = [
     "Attention",

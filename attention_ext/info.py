@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import platform
@@ -41,7 +40,7 @@ def cuda_device() -> str:
 def versions() -> dict[str, Any]:
     """Versions, how the binaries were built, the CPU with the instruction set that is in use, and the GPU."""
     return {
-        "attention_ext": importlib.metadata.version("attention_ext"),
+        "attention_ext": attention_ext.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -123,8 +123,9 @@ def test_build_facts_need_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(setup, "GENERATED", tmp_path)
     monkeypatch.setattr(setup, "BUILD_FACTS", tmp_path / "build_facts.h")
     monkeypatch.setenv("PATH", str(tmp_path))
-    setup.write_build_facts()
+    setup.write_build_facts("1.2.3")
     facts = dict(re.findall(r" (\w+) = (.*?);", setup.BUILD_FACTS.read_text()))
+    assert facts["kVersion"] == '"1.2.3"'
     assert (facts["kCommit"], facts["kDirty"], facts["kTorch"]) == ('"unknown"', "false", f'"{torch.__version__}"')
 
 
@@ -163,6 +164,20 @@ def test_build_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SystemExit, match=r"needs GCC.*no-such-compiler is not there"):
         setup_script(monkeypatch).check_compiler()
+
+
+def test_build_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an isolated build, whose environment has what pyproject.toml requires and nothing else."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match=r"Install torch first.*pip install --no-build-isolation \."):
+        setup_script(monkeypatch)
+
+
+def test_version() -> None:
+    declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert attention_ext.__version__ == declared[1]
+    assert f"version: {declared[1]}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_source_distribution_is_complete(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ py::list kernels() {
 
 py::dict build_info() {
   py::dict info;
+  info["version"] = build_facts::kVersion;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = build_facts::kCompiler;
   info["flags"] = build_facts::kFlags;
@@ -75,7 +76,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", cpu_instruction_set,
         "The widest instruction set in use: the CPU's, or what ATTENTION_EXT_ISA limits it to; \"none\" if that names "
         "none that the CPU has.");
-  m.def("build_info", build_info, "The compiler, flags, commit and torch version this was built with.");
+  m.def("build_info", build_info, "The version, and the torch, compiler, flags and commit that it was built with.");
   m.def(
       "call_count", [](const std::string& pass) { return call_count(pass_of(pass)); }, py::arg("pass"),
       "How often the operator of a pass has computed in this process.");
