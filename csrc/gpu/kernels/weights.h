@@ -45,9 +45,9 @@ class Weights {
 
   ATTENTION_DEVICE void mainloop(int64_t batch, int64_t run) {
     sums_.clear();
-    const int64_t heads = p_.heads / head_runs(p_);
-    for (int64_t h = 0; h < heads; ++h) add_head(Head(p_, batch, run + h));
-    const auto share = static_cast<T>(dropout_.kept_scale) / static_cast<T>(heads);
+    for (int64_t h = 0; h < p_.heads / head_runs(p_); ++h) add_head(Head(p_, batch, run + h));
+    const int64_t averaged = p_.heads / head_runs(p_);
+    const auto share = static_cast<T>(dropout_.kept_scale) / static_cast<T>(averaged);
     const T factor[2] = {share, share};
     Rows<E> to = rows_of<E>(p_.weights, batch, run, 0, k_.size());
     to.data += k_.begin * to.stride_col;
