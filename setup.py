@@ -185,6 +185,7 @@ def extension(name: str, files: list[str], libraries: list[str], link_args: list
 
 torch_libraries = ["c10", "torch_cpu", "torch", *(["c10_cuda", "torch_cuda", "cudart"] if CUDA else [])]
 setup(
+    license="BSD-3-Clause",
     ext_modules=[
         extension(OPERATORS, operator_sources(), torch_libraries, ["-Wl,-soname,libattention_ext.so", "-Wl,-z,defs"]),
         extension(
