@@ -429,7 +429,7 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "no v": (RuntimeError, "`k` and `v` together", lambda: decode(k=NEW_ROW["k"], cache_seqlens=3)),
     "no seqlens": (RuntimeError, "`cache_seqlens` with `k`, got None", lambda: decode(**NEW_ROW)),
     "full": (RuntimeError, "`cache_seqlens` from 0 to 7, got 8 to 8", lambda: decode(**NEW_ROW, cache_seqlens=8)),
-    "negative": (RuntimeError, "`cache_seqlens` from 0 to 7, got -1 to -1", lambda: decode(**NEW_ROW, cache_seqlens=-1)),
+    "below": (RuntimeError, "`cache_seqlens` from 0 to 7, got -1 to -1", lambda: decode(**NEW_ROW, cache_seqlens=-1)),
     "too long": (RuntimeError, "`cache_seqlens` from 0 to 8, got 9 to 9", lambda: decode(cache_seqlens=9)),
     "few angles": (RuntimeError, "`rotary_cos` to have at least 7 positions, got 6",
                    lambda: decode(**NEW_ROW, cache_seqlens=6, rotary_cos=COS, rotary_sin=SIN)),
