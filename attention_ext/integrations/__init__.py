@@ -1,1 +1,1 @@
-"""Ways into other libraries. Each module needs its library and is imported by itself; this package imports none."""
+"""Ways into other libraries, a module for each, imported by itself; only `transformers` needs its library."""

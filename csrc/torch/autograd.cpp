@@ -1,13 +1,13 @@
 // The derivative chain: each operator's kernel for the Autograd key. It calls the operator below autograd, then gives
 // the outputs their history and their tangents, which are operators of the chain again:
 //
-//   attention                    backward: attention_backward          forward mode: attention_jvp
+//   attention_forward            backward: attention_backward          forward mode: attention_jvp
 //   attention_backward           backward: attention_double_backward   forward mode: itself + attention_double_backward
 //   attention_jvp                backward: both of the above           forward mode: itself + composed (composed_jvp.h)
 //   attention_double_backward    along its tangents, in which it is linear, operators of the chain; else both raise
-//   attention_weights            composed, to any order (weights_derivative.h)
+//   attention_weights_forward    composed, to any order (weights_derivative.h)
 //
-// Where out and logsumexp are arguments they are taken to be the results of attention on the other arguments:
+// Where out and logsumexp are arguments they are taken to be the results of attention_forward on the other arguments:
 // derivatives are total, and out and logsumexp have no edge of their own. A tangent or a graph is never dropped.
 #include <torch/library.h>
 

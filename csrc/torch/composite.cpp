@@ -2,6 +2,8 @@
 // kernels, derivatives and rules for every subsystem. torch decomposes these two wherever it needs to.
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "torch/leading_dims.h"
 
 namespace attention_ext {

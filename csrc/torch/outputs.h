@@ -18,7 +18,7 @@ ops::OutputTangents empty_tangents(const at::Tensor& query, const Sizes& sizes, 
 // Which of the gradients asked for exist: a bool mask has none, nor has an absent input.
 ops::OutputMask existing_gradients(const AttentionOptions& options, ops::OutputMask output_mask);
 
-// The placeholder of an output that was not asked for.
+// The empty tensor that an operator returns for an output that was not asked for.
 at::Tensor not_made(const at::Tensor& query);
 
 at::Tensor empty_weights(const at::Tensor& query, const Sizes& sizes, bool average_heads, const Rows& rows);
