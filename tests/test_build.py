@@ -93,8 +93,8 @@ def test_includes_and_imports_follow_the_layers() -> None:
         ("csrc/cpu/kernels/x.h", '#include "torch/problem.h"'),
         ("csrc/cpu/x.cpp", "#  include <torch/library.h>"),
         ("attention_ext/ops/x.py", "from attention_ext.modules import MultiheadAttention"),
-        ("attention_ext/functional.py", "import attention_ext.interop.replace"),
-        ("attention_ext/modules/x.py", "from ..interop import replace_"),
+        ("attention_ext/functional.py", "import attention_ext.integrations.replace"),
+        ("attention_ext/modules/x.py", "from ..integrations.replace import replace_"),
         ("examples/x.py", "from attention_ext.ops.vmap import register"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import attention_ext
-from attention_ext.interop import replace_, restore_
+from attention_ext import replace_, restore_
 from attention_ext.modules import MultiheadAttention
 
 

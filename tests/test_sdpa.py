@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.overrides import TorchFunctionMode
 
-from attention_ext.interop import sdpa
+from attention_ext import sdpa
 
 TORCHS: Any = F.scaled_dot_product_attention
 

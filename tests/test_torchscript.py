@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import attention_ext
-from attention_ext.interop import replace_
+from attention_ext import replace_
 from attention_ext.modules import MultiheadAttention
 from attention_ext.paths import library_path
 

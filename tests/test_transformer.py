@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_ext.interop import replace_
+from attention_ext import replace_
 from attention_ext.modules import LearnedPositions, MultiheadAttention
 
 SYMBOLS, START, PAD, LENGTH, WIDTH = 8, 8, 9, 6, 32

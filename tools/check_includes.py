@@ -32,7 +32,7 @@ PYTHON_LAYERS = [
     ["attention_ext.arguments"],
     ["attention_ext.functional", "attention_ext.script_forms", "attention_ext.introspection"],
     ["attention_ext.modules"],
-    ["attention_ext.interop", "attention_ext.integrations", "attention_ext.tutorials"],
+    ["attention_ext.integrations", "attention_ext.tutorials"],
 ]
 # Benchmarks and examples may import the public package only.
 PUBLIC = ("attention_ext.testing", "attention_ext.reference", "attention_ext.info", "attention_ext.integrations")

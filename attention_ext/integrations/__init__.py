@@ -1,1 +1,1 @@
-"""Ways into other libraries, a module for each, imported by itself; only `transformers` needs its library."""
+"""Ways into existing code: `replace_` and `sdpa` for torch, and a module for each other library, imported by itself."""
