@@ -8,7 +8,7 @@ from attention_ext.testing.samples import (
     operator_options,
     with_layout,
 )
-from attention_ext.testing.specs import EMPTY, FEATURES, HARD, HEAD_DIMS, LENGTHS, LONG, PAIRS, SINGLE
+from attention_ext.testing.specs import EMPTY, FEATURES, HARD, HEAD_DIMS, LENGTHS, LONG, PAIRS, SELF_CHECK, SINGLE
 from attention_ext.testing.tolerance import Comparison, assert_accurate, compare, evaluate, operator, with_keep
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "LENGTHS",
     "LONG",
     "PAIRS",
+    "SELF_CHECK",
     "SINGLE",
     "Comparison",
     "Sample",

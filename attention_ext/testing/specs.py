@@ -75,6 +75,9 @@ SINGLE = [
          "heads", 0.4, (9, 6), False, 0.2),
 ]  # fmt: skip
 
+_SELF_CHECK = ("plain", "grouped", "bool_mask", "bias", "causal_more_keys", "window", "softcap", "alibi", "sinks")
+SELF_CHECK = [spec for spec in SINGLE if spec.name in _SELF_CHECK]
+
 HARD = [
     spec
     for name in ("x3", "x30", "tied", "one_hot", "outlier")

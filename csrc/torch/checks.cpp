@@ -1,6 +1,6 @@
 #include "torch/checks.h"
 
-#include <cmath>
+#include "torch/numbers.h"
 
 namespace attention_ext {
 
@@ -10,7 +10,6 @@ using at::Tensor;
 using c10::SymInt;
 
 constexpr int64_t kLargestHeadDim = INT32_MAX;  // so that the size of a kernel's tiles cannot overflow
-constexpr double kLeastSoftcap = 1e-30;         // so that float32 holds its reciprocal
 
 bool is_float(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
@@ -64,26 +63,6 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, std::in
     TORCH_SYM_CHECK(tensor.sym_size(static_cast<int64_t>(i)).sym_eq(expected[i]), op, ": expected `", name,
                     "` to be of shape ", expected, ", got ", tensor.sym_sizes());
   }
-}
-
-void check_window(const char* op, const char* name, const std::optional<SymInt>& window) {
-  if (window) {
-    TORCH_SYM_CHECK(window->sym_ge(0), op, ": expected `", name, "` to be at least 0 or None, got ", *window);
-  }
-}
-
-void check_numbers(const char* op, const AttentionOptions& options) {
-  TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p <= 1, op, ": expected `dropout_p` to be in [0, 1], got ",
-              options.dropout_p);
-  TORCH_CHECK(!options.scale || std::isfinite(*options.scale), op, ": expected `scale` to be finite or None, got ",
-              *options.scale);
-  TORCH_CHECK(options.softcap == 0 || (options.softcap >= kLeastSoftcap && std::isfinite(options.softcap)), op,
-              ": expected `softcap` to be 0 (none), or finite and at least ", kLeastSoftcap, ", got ", options.softcap);
-  check_window(op, "window_left", options.window_left);
-  check_window(op, "window_right", options.window_right);
-  TORCH_CHECK(is_bottom_right(options) || options.causal_alignment == "top_left", op,
-              ": expected `causal_alignment` to be \"top_left\" or \"bottom_right\", got \"", options.causal_alignment,
-              "\"");
 }
 
 // Lengths within a sequence are known from values only: the last two sizes are then checked with them.

@@ -42,6 +42,4 @@ Rows check_weights(const char* op, const Sizes& sizes, const at::Tensor& query, 
 
 inline at::ScalarType accumulate_type(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
-inline bool is_bottom_right(const AttentionOptions& options) { return options.causal_alignment == "bottom_right"; }
-
 }  // namespace attention_ext

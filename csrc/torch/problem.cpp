@@ -1,16 +1,14 @@
 #include "torch/problem.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "torch/numbers.h"
 
 namespace attention_ext {
 
 namespace {
 
 using at::Tensor;
-
-// Such a softcap changes no score below 1e25, and float32 quotients by it vanish.
-constexpr double kSoftcapWithoutEffect = 1e30;
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -25,10 +23,6 @@ DType dtype_of(const Tensor& tensor) {
     default:
       return DType::kFloat32;
   }
-}
-
-int64_t window_side(const std::optional<c10::SymInt>& window) {
-  return window ? std::min(window->expect_int(), kUnlimited) : kUnlimited;
 }
 
 const Tensor& keep_as(at::ScalarType dtype, const Tensor& tensor, Converted& converted) {
@@ -151,13 +145,7 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   problem.key = view_of(key);
   if (value) problem.value = view_of(*value);
 
-  problem.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
-  problem.softcap = options.softcap < kSoftcapWithoutEffect ? options.softcap : 0;
-  problem.window_left = window_side(options.window_left);
-  problem.window_right = window_side(options.window_right);
-  if (options.is_causal) problem.window_right = 0;
-  problem.bottom_right = is_bottom_right(options);
-
+  fill_numbers(problem, options);
   if (options.attn_mask) {
     problem.attn_mask = broadcast_view_of(converted.emplace_back(readable_mask(*options.attn_mask, problem)));
   }
@@ -167,7 +155,6 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   if (options.sinks) problem.sinks = per_head(*options.sinks, converted, problem.sinks_stride_b);
   fill_structure(problem, converted, op, options);
 
-  problem.dropout_p = options.dropout_p;
   if (options.dropout_p > 0 && rng_state) {
     problem.rng_state = static_cast<const int64_t*>(contiguous_data(*rng_state, converted));
   }

@@ -4,6 +4,7 @@
 
 #include "core/problem.h"
 #include "torch/checks.h"
+#include "torch/numbers.h"
 #include "torch/own_precision.h"
 
 namespace attention_ext {

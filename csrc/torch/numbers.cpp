@@ -1,0 +1,48 @@
+#include "torch/numbers.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace attention_ext {
+
+namespace {
+
+constexpr double kLeastSoftcap = 1e-30;         // so that float32 holds its reciprocal
+constexpr double kSoftcapWithoutEffect = 1e30;  // changes no score below 1e25, and float32 quotients by it vanish
+
+void check_window(const char* op, const char* name, const std::optional<c10::SymInt>& window) {
+  if (window) {
+    TORCH_SYM_CHECK(window->sym_ge(0), op, ": expected `", name, "` to be at least 0 or None, got ", *window);
+  }
+}
+
+int64_t window_side(const std::optional<c10::SymInt>& window) {
+  return window ? std::min(window->expect_int(), kUnlimited) : kUnlimited;
+}
+
+}  // namespace
+
+void check_numbers(const char* op, const AttentionOptions& options) {
+  TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p <= 1, op, ": expected `dropout_p` to be in [0, 1], got ",
+              options.dropout_p);
+  TORCH_CHECK(!options.scale || std::isfinite(*options.scale), op, ": expected `scale` to be finite or None, got ",
+              *options.scale);
+  TORCH_CHECK(options.softcap == 0 || (options.softcap >= kLeastSoftcap && std::isfinite(options.softcap)), op,
+              ": expected `softcap` to be 0 (none), or finite and at least ", kLeastSoftcap, ", got ", options.softcap);
+  check_window(op, "window_left", options.window_left);
+  check_window(op, "window_right", options.window_right);
+  TORCH_CHECK(is_bottom_right(options) || options.causal_alignment == "top_left", op,
+              ": expected `causal_alignment` to be \"top_left\" or \"bottom_right\", got \"", options.causal_alignment,
+              "\"");
+}
+
+void fill_numbers(AttentionProblem& problem, const AttentionOptions& options) {
+  problem.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
+  problem.softcap = options.softcap < kSoftcapWithoutEffect ? options.softcap : 0;
+  problem.window_left = window_side(options.window_left);
+  problem.window_right = options.is_causal ? 0 : window_side(options.window_right);
+  problem.bottom_right = is_bottom_right(options);
+  problem.dropout_p = options.dropout_p;
+}
+
+}  // namespace attention_ext
