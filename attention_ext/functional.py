@@ -35,6 +35,8 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    query_offset: int = 0,
+    key_offset: int = 0,
     return_logsumexp: bool = False,
 ) -> Any:
     r"""Scaled dot-product attention, ``softmax(scale * query @ key^T + ...) @ value``, in memory linear in the lengths.
@@ -65,6 +67,9 @@ def attention(
         sinks: ``(Hq,)`` or ``(B, Hq)``: one more logit per head in the normaliser, without a value; differentiable.
         key_lengths: ``(B,)``, int32 or int64: keys from this position on are hidden, and are not read. From 0 to S,
             which is verified on the CPU only: on a GPU that would wait for the device.
+        query_offset: the position in the whole sequence of the first query given, for a shard of it: the diagonal, ALiBi
+            and the bits of dropout follow.
+        key_offset: likewise of the first key; with dropout on a GPU a multiple of 8.
         return_logsumexp: also return the logarithm of the normaliser.
 
     Returns:
@@ -85,7 +90,8 @@ def attention(
             return handle_torch_function(
                 attention, tensors, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
-                sinks=sinks, key_lengths=key_lengths, return_logsumexp=return_logsumexp,
+                sinks=sinks, key_lengths=key_lengths, query_offset=query_offset, key_offset=key_offset,
+                return_logsumexp=return_logsumexp,
             )  # fmt: skip
     if (
         (scale is not None and type(scale) is not float)
@@ -100,13 +106,14 @@ def attention(
     is_default = attn_mask is None and dropout_p == 0.0 and is_causal is False and scale is None and enable_gqa is False
     is_torch_call = causal_alignment == "top_left" and window is None and softcap == 0.0
     is_torch_call = is_torch_call and alibi_slopes is None and sinks is None and key_lengths is None
+    is_torch_call = is_torch_call and query_offset == 0 and key_offset == 0
     try:
         # Each argument that is passed costs the dispatcher time, so defaults at the end are left out.
         if not is_torch_call:
             left, right = window_sides(window)
             out, logsumexp, _ = attention_op(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right,
-                softcap, alibi_slopes, sinks, key_lengths,
+                softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset,
             )  # fmt: skip
         elif not is_default:
             out, logsumexp, _ = attention_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -137,6 +144,8 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    query_offset: int = 0,
+    key_offset: int = 0,
     return_logsumexp: bool = False,
 ) -> Any:
     r"""Attention within each of n sequences of different lengths that are packed end to end, without padding.
@@ -170,7 +179,7 @@ def attention_varlen(
             attention_varlen, tensors, query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask=attn_mask,
             dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            return_logsumexp=return_logsumexp,
+            query_offset=query_offset, key_offset=key_offset, return_logsumexp=return_logsumexp,
         )  # fmt: skip
     check_types(
         "attention_varlen", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
@@ -181,6 +190,7 @@ def attention_varlen(
     out, logsumexp, _ = attention_op(
         packed("query", query), packed("key", key), packed("value", value), attn_mask, dropout_p, is_causal, scale,
         enable_gqa, causal_alignment, left, right, softcap, alibi_slopes, sinks, None, cu_seqlens_q, cu_seqlens_k,
+        query_offset, key_offset,
     )  # fmt: skip
     out = packed("out", out)
     return (out, logsumexp) if return_logsumexp else out
@@ -208,6 +218,8 @@ def attention_weights(
     average_heads: bool = False,
     rows: tuple[int, int] | None = None,
     rng_state: Tensor | None = None,
+    query_offset: int = 0,
+    key_offset: int = 0,
 ) -> Tensor:
     r"""The weights that :func:`attention` gives each value, ``exp(score - logsumexp)``, made in one pass.
 
@@ -243,6 +255,7 @@ def attention_weights(
             return handle_torch_function(
                 attention_weights, tensors, query, key, logsumexp, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, average_heads, rows, rng_state,
+                query_offset, key_offset,
             )  # fmt: skip
         check_types(
             "attention_weights", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal,
@@ -258,5 +271,6 @@ def attention_weights(
         row_begin, row_end = rows
     return attention_weights_op(
         query, key, logsumexp, rng_state, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left,
-        right, softcap, alibi_slopes, sinks, key_lengths, None, None, average_heads, row_begin, row_end,
+        right, softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset, average_heads, row_begin,
+        row_end,
     )  # fmt: skip

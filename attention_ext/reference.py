@@ -47,6 +47,8 @@ def attention(
     key_lengths: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    query_offset: int = 0,
+    key_offset: int = 0,
     keep: Tensor | None = None,
 ) -> Result:
     """Attention with the arguments of :func:`attention_ext.attention`, every score written out.
@@ -69,6 +71,8 @@ def attention(
         cu_seqlens_q: ``(sequences + 1,)`` with ``query (1, heads, total_q, head_dim)``: where each sequence starts,
             and where the last one ends.
         cu_seqlens_k: likewise for key and value.
+        query_offset: position of the first query of a shard (of each sequence), moves the diagonal.
+        key_offset: likewise of the first key.
         keep: bool ``(batch, heads, seqlen_q, seqlen_k)``, the weights dropout keeps (see :func:`dropout_keep`); drawn
             from torch's generator where None. With ``cu_seqlens`` batch counts sequences, lengths are the longest's.
 
@@ -87,6 +91,8 @@ def attention(
         "causal_alignment": causal_alignment,
         "window": window,
         "softcap": softcap,
+        "query_offset": query_offset,
+        "key_offset": key_offset,
     }
     if enable_gqa:
         key, value = (x.repeat_interleave(heads // max(1, x.shape[1]), 1) for x in (key, value))
@@ -127,6 +133,8 @@ def visible_keys(
     causal_alignment: str = "top_left",
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    query_offset: int = 0,
+    key_offset: int = 0,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which key each query sees, and how far it is from the diagonal.
@@ -138,7 +146,7 @@ def visible_keys(
     q = torch.arange(seqlen_q, device=device)[:, None]
     k = torch.arange(seqlen_k, device=device)
     length = torch.full((1, 1, 1, 1), seqlen_k, device=device) if key_lengths is None else key_lengths.view(-1, 1, 1, 1)
-    diagonal = q + (length - seqlen_q if causal_alignment == "bottom_right" else 0)
+    diagonal = q + query_offset - key_offset + (length - seqlen_q if causal_alignment == "bottom_right" else 0)
     left, right = window if window is not None else (None, None)
     visible = (k < length) & (q >= 0)
     if is_causal:
@@ -166,14 +174,17 @@ def _dense(
     causal_alignment: str,
     window: tuple[int | None, int | None] | None,
     softcap: float,
+    query_offset: int,
+    key_offset: int,
     sinks: Tensor | None,
 ) -> Result:
     dtype = query.dtype
     inner = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     query, key, value = (x.to(inner) for x in (query, key, value))
     visible, distance = visible_keys(
-        query.shape[2], key.shape[2], attn_mask, is_causal, causal_alignment, window, key_lengths, query.device
-    )
+        query.shape[2], key.shape[2], attn_mask, is_causal, causal_alignment, window, key_lengths, query_offset,
+        key_offset, query.device,
+    )  # fmt: skip
     visible = visible.expand(*query.shape[:3], key.shape[2])
     unseen = ~visible.any(2)[..., None]  # nothing a kernel may read, so whatever lies there must not matter
     key, value = key.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
@@ -282,22 +293,27 @@ def philox(key: tuple[int, int], counter: Words) -> Words:
     return c0, c1, c2, c3
 
 
-def dropout_keep(rng_state: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
+def dropout_keep(
+    rng_state: Tensor, shape: Sequence[int], dropout_p: float, query_offset: int = 0, key_offset: int = 0
+) -> Tensor:
     """The weights that the operators' dropout keeps, bit for bit.
 
     Args:
-        rng_state: int64 ``(2,)``, seed and offset, as the operator ``attention`` returns it.
+        rng_state: int64 ``(2,)``, seed and offset, as the operator ``attention`` returns it; or ``(4,)`` for a shard of
+            the heads: seed, offset, the number of the first head here, and how many heads there are in all.
         shape: batch, heads, seqlen_q, seqlen_k; with ``cu_seqlens`` the number of sequences and the longest lengths.
         dropout_p: probability of dropping a weight.
+        query_offset: position of the first query of a shard.
+        key_offset: likewise of the first key.
 
     Returns:
         bool, of that shape, True where kept.
     """
     batch, heads, seqlen_q, seqlen_k = shape
-    seed, offset = rng_state.tolist()
-    q = torch.arange(seqlen_q)[:, None]
-    k = torch.arange(seqlen_k)
-    head = torch.arange(batch * heads).view(batch, heads, 1, 1)
+    seed, offset, first_head, all_heads = [*rng_state.tolist(), 0, heads][:4]
+    q = torch.arange(seqlen_q)[:, None] + query_offset
+    k = torch.arange(seqlen_k) + key_offset
+    head = first_head + (torch.arange(batch)[:, None] * all_heads + torch.arange(heads))[..., None, None]
     counter = (q, k >> 3, head, torch.tensor(offset & _WORD))
     words = torch.stack(philox((seed & _WORD, (seed >> 32) & _WORD), counter), -1)
     word = words.gather(-1, ((k & 7) >> 1)[:, None].expand(*words.shape[:-1], 1)).squeeze(-1)

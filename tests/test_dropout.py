@@ -63,6 +63,26 @@ def test_weights_mask(lengths: tuple[int, int], dtype: torch.dtype, device: str)
     assert torch.equal(weights != 0, reference.dropout_keep(rng_state, weights.shape, 0.3))
 
 
+@pytest.mark.every_isa
+@pytest.mark.parametrize("key_begin", [8, 21])
+def test_shards_of_positions_and_heads_have_the_mask_of_the_whole(key_begin: int, device: str) -> None:
+    """A call on some queries, keys and heads, told where they lie, drops what the call on all of them drops."""
+    if device == "cuda" and key_begin % 8:
+        pytest.skip("a GPU takes whole octets of keys")
+    sample = Spec("whole", lengths=(70, 90), head_dims=(8, 8), heads=(3, 3), dropout_p=0.3).build(
+        torch.float32, device=device
+    )
+    whole, rng_state = mask_of(sample)
+    q, k = slice(13, 60), slice(key_begin, 77)
+    shard = sample.replace(
+        query=sample.query[:, 1:, q], key=sample.key[:, 1:, k], value=sample.value[:, 1:, k],
+        query_offset=q.start, key_offset=k.start, rng_state=torch.cat([rng_state, rng_state.new_tensor([1, 3])]),
+    )  # fmt: skip
+    kept, used_state = mask_of(shard)
+    assert torch.equal(kept, whole[:, 1:, q, k])
+    assert torch.equal(reference.dropout_keep(used_state, kept.shape, 0.3, q.start, k.start), kept)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"heads": (4, 2)}, {"mask": "float bhqk"}, {"causal": "bottom_right"}, {"window": (40, 9)}, {"sinks": "heads"}],

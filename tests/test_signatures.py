@@ -31,7 +31,7 @@ OWN = ("return_logsumexp", "keep", "logsumexp", "average_heads", "rows", "rng_st
 
 
 def schema(operator: str) -> list[Option]:
-    """The options of an operator, from attn_mask to cu_seqlens_k."""
+    """The options of an operator, from attn_mask to key_offset."""
     arguments = getattr(torch.ops.attention_ext, operator).default._schema.arguments
     options = []
     for argument in arguments:
@@ -40,7 +40,7 @@ def schema(operator: str) -> list[Option]:
         optional = text.startswith("Optional[") or text.endswith("?")
         options.append((argument.name, declared | None if optional and declared else declared, argument.default_value))
     names = [name for name, _, _ in options]
-    return options[names.index("attn_mask") : names.index("cu_seqlens_k") + 1]
+    return options[names.index("attn_mask") : names.index("key_offset") + 1]
 
 
 def python_options() -> list[Option]:

@@ -108,6 +108,7 @@ class Spec:
         grad: grad_out: ``"random"``, ``"ones"`` (one element expanded, as ``out.sum()`` gives) or ``"heads_last"``.
         grad_logsumexp: whether logsumexp has a gradient.
         padding: NaN tokens after the last packed sequence.
+        offsets: the positions of the first query and the first key.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Spec:
     grad: str = "random"
     grad_logsumexp: bool = True
     padding: int = 0
+    offsets: tuple[int, int] = (0, 0)
 
     def build(
         self, dtype: torch.dtype = torch.float64, size: str = "small", device: str | torch.device = "cpu"
@@ -179,6 +181,8 @@ class Spec:
             options["causal_alignment"] = self.alignment
         if self.window:
             options["window"] = _WINDOWS[size][self.window] if isinstance(self.window, str) else self.window
+        if self.offsets != (0, 0):
+            options["query_offset"], options["key_offset"] = self.offsets
         if self.softcap:
             options["softcap"] = self.softcap
         per_head = {"heads": [heads], "batch": [mask_sizes["b"], heads]}

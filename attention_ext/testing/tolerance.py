@@ -82,7 +82,9 @@ def with_keep(sample: Sample, rng_state: Tensor) -> Sample:
     if "cu_seqlens_q" in sample.options:
         lens_q, lens_k = (sample.options[f"cu_seqlens_{x}"].diff().tolist() for x in "qk")
         batch, seqlen_q, seqlen_k = len(lens_q), max(lens_q, default=0), max(lens_k, default=0)
-    keep = reference.dropout_keep(rng_state, (batch, heads, seqlen_q, seqlen_k), sample.options["dropout_p"])
+    offsets = {x: sample.options[x] for x in ("query_offset", "key_offset") if x in sample.options}
+    shape = (batch, heads, seqlen_q, seqlen_k)
+    keep = reference.dropout_keep(rng_state, shape, sample.options["dropout_p"], **offsets)
     return sample.replace(keep=keep)
 
 
@@ -346,7 +348,8 @@ def to_kv_heads(sample: Sample, x: Tensor) -> Tensor:
 
 def distances(sample: Sample) -> Tensor:
     """diagonal(q) - k, float64."""
-    diagonal = {x: sample.options[x] for x in ("causal_alignment", "key_lengths") if x in sample.options}
+    options = ("causal_alignment", "key_lengths", "query_offset", "key_offset")
+    diagonal = {x: sample.options[x] for x in options if x in sample.options}
     lengths = sample.query.shape[2], sample.key.shape[2]
     return reference.visible_keys(*lengths, **diagonal, device=sample.query.device)[1].double()
 

@@ -11,6 +11,18 @@ struct Dropout {
   PhiloxKey key{};
   uint32_t offset = 0, threshold = 0;
   double kept_scale = 1.0;
+  uint32_t first_query = 0, first_key = 0, first_head = 0, heads = 0;  // positions of a shard in the whole call
+
+  // The number of a head among those of all batch entries.
+  ATTENTION_INLINE uint32_t batch_head(int64_t batch, int64_t head) const {
+    return first_head + static_cast<uint32_t>(batch) * heads + static_cast<uint32_t>(head);
+  }
+
+  // The bits of an octet of keys, by number of the octet within the whole sequence; q counts within the call.
+  template <class Ops, class U>
+  ATTENTION_INLINE PhiloxWords<U> words(U q, uint32_t octet, uint32_t batch_head) const {
+    return philox<Ops>(key, q + Ops::splat(first_query), octet, batch_head, offset);
+  }
 };
 
 ATTENTION_INLINE Dropout dropout_of(const AttentionProblem& p) {
@@ -21,7 +33,11 @@ ATTENTION_INLINE Dropout dropout_of(const AttentionProblem& p) {
           {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
           static_cast<uint32_t>(p.rng_state[1]),
           threshold,
-          dropout_scale(threshold)};
+          dropout_scale(threshold),
+          static_cast<uint32_t>(p.query_offset),
+          static_cast<uint32_t>(p.key_offset),
+          static_cast<uint32_t>(p.shards_heads ? p.rng_state[2] : 0),
+          static_cast<uint32_t>(p.shards_heads ? p.rng_state[3] : p.heads)};
 }
 
 }  // namespace attention_ext

@@ -66,14 +66,16 @@ struct AttentionProblem {
   double scale = 1.0;
   double softcap = 0.0;                                         // 0: none
   int64_t window_left = kUnlimited, window_right = kUnlimited;  // causal is window_right = 0
-  bool bottom_right = false;  // the diagonal ends in the last corner, not starts in the first
+  bool bottom_right = false;                 // the diagonal ends in the last corner, not starts in the first
+  int64_t query_offset = 0, key_offset = 0;  // the first positions of a shard of longer sequences
 
   // (b, h, q) or null: the low-order part of logsumexp, which rounding beside a maximum of -1e9 would lose; without it
   // recomputed weights need not sum to 1. The forward kernels of a CPU write it, its other passes read it.
   void* logsumexp_low = nullptr;
 
   double dropout_p = 0.0;
-  const int64_t* rng_state = nullptr;  // (2,): seed, offset
+  const int64_t* rng_state = nullptr;  // (2,): seed, offset; or (4,) for a shard of the heads: also first head, heads
+  bool shards_heads = false;           // rng_state has four elements
 
   ATTENTION_INLINE int64_t group_size() const { return heads / kv_heads; }
 };

@@ -35,7 +35,7 @@ ATTENTION_INLINE Sequence sequence_of(const AttentionProblem& p, int64_t b) {
     s = {b, 0, q.begin, k.begin, q.size(), k.size(), 0};
   }
   if (p.key_lengths) s.length_k = clamp(p.key_lengths[b], 0, p.seqlen_k);
-  s.diagonal = p.bottom_right ? s.length_k - s.length_q : 0;
+  s.diagonal = p.query_offset - p.key_offset + (p.bottom_right ? s.length_k - s.length_q : 0);
   return s;
 }
 

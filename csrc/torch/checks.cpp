@@ -177,7 +177,7 @@ Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, co
                     sizes.heads, " (`enable_gqa` allows fewer), got ", sizes.kv_heads);
   }
 
-  check_numbers(op, options);
+  check_numbers(op, options, device);
   check_structure(op, sizes, options, device);
   if (options.attn_mask) {
     const Tensor& mask = *options.attn_mask;
@@ -203,7 +203,10 @@ namespace {
 void check_rng_state(const char* op, const Tensor& rng_state, const AttentionOptions& options, c10::Device device) {
   check_tensor(op, "rng_state", rng_state, device);
   check_dtype(op, "rng_state", rng_state, at::kLong);
-  if (options.dropout_p > 0) check_shape(op, "rng_state", rng_state, {2});
+  if (options.dropout_p == 0) return;
+  TORCH_CHECK(rng_state.dim() == 1 && (rng_state.sym_size(0) == 2 || rng_state.sym_size(0) == 4), op,
+              ": expected `rng_state` to be of shape [2], or [4] for a shard of the heads, got ",
+              rng_state.sym_sizes());
 }
 
 void check_saved(const char* op, const Sizes& sizes, const Tensor& query, const Tensor& out, const Tensor& logsumexp,

@@ -3,7 +3,8 @@
 //   query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), out (B, Hq, Lq, Dv) with (B, Lq, Hq, Dv) memory,
 //   logsumexp (B, Hq, Lq) in float32, or float64 for float64;
 //   rng_state int64 [seed, offset], empty without dropout; as an argument of attention: none draws one from the
-//   generator, a given one repeats its bits and is returned as a copy;
+//   generator, a given one repeats its bits and is returned as a copy; [seed, offset, first, heads] for a shard of the
+//   heads: head h of batch entry b has the bits of number first + b * heads + h;
 //   with cu_seqlens B is 1 and lengths are totals over sequences packed end to end;
 //   tangents and gradients, in order: query, key, value, attn_mask, alibi_slopes, sinks;
 //   a gradient that output_mask does not ask for, or of an input that has none, is an empty (0,) tensor; likewise
@@ -21,7 +22,7 @@ const std::string kOptions =
     "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, bool enable_gqa=False, "
     "str causal_alignment=\"top_left\", SymInt? window_left=None, SymInt? window_right=None, float softcap=0.0, "
     "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "
-    "Tensor? cu_seqlens_k=None";
+    "Tensor? cu_seqlens_k=None, SymInt query_offset=0, SymInt key_offset=0";
 
 const std::string kTangents =
     "Tensor? query_tangent, Tensor? key_tangent, Tensor? value_tangent, Tensor? attn_mask_tangent, "

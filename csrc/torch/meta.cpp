@@ -14,7 +14,8 @@ ops::Forward attention_forward_meta(const Tensor& query, const Tensor& key, cons
                                     const AttentionOptions& options, const std::optional<Tensor>& rng_state) {
   const char* op = "attention";
   const Sizes sizes = check_forward(op, query, key, value, options, rng_state);
-  return empty_forward(query, sizes, empty_rng_state(query, options));
+  return empty_forward(
+      query, sizes, rng_state && options.dropout_p > 0 ? at::empty_like(*rng_state) : empty_rng_state(query, options));
 }
 
 ops::Gradients empty_gradients(const Tensor& query, const Tensor& key, const Tensor& value,

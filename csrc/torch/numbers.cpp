@@ -3,12 +3,21 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/philox.h"
+
 namespace attention_ext {
 
 namespace {
 
 constexpr double kLeastSoftcap = 1e-30;         // so that float32 holds its reciprocal
 constexpr double kSoftcapWithoutEffect = 1e30;  // changes no score below 1e25, and float32 quotients by it vanish
+
+constexpr int64_t kLargestOffset = int64_t{1} << 30;  // so that a distance between positions fits 32 bits
+
+void check_offset(const char* op, const char* name, const c10::SymInt& offset) {
+  TORCH_SYM_CHECK(offset.sym_ge(0).sym_and(offset.sym_le(kLargestOffset)), op, ": expected `", name,
+                  "` to be from 0 to ", kLargestOffset, ", got ", offset);
+}
 
 void check_window(const char* op, const char* name, const std::optional<c10::SymInt>& window) {
   if (window) {
@@ -22,7 +31,7 @@ int64_t window_side(const std::optional<c10::SymInt>& window) {
 
 }  // namespace
 
-void check_numbers(const char* op, const AttentionOptions& options) {
+void check_numbers(const char* op, const AttentionOptions& options, c10::Device device) {
   TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p <= 1, op, ": expected `dropout_p` to be in [0, 1], got ",
               options.dropout_p);
   TORCH_CHECK(!options.scale || std::isfinite(*options.scale), op, ": expected `scale` to be finite or None, got ",
@@ -31,6 +40,12 @@ void check_numbers(const char* op, const AttentionOptions& options) {
               ": expected `softcap` to be 0 (none), or finite and at least ", kLeastSoftcap, ", got ", options.softcap);
   check_window(op, "window_left", options.window_left);
   check_window(op, "window_right", options.window_right);
+  check_offset(op, "query_offset", options.query_offset);
+  check_offset(op, "key_offset", options.key_offset);
+  if (options.dropout_p > 0 && device.is_cuda()) {
+    TORCH_SYM_CHECK((options.key_offset % kKeysPerPhilox).sym_eq(0), op, ": expected `key_offset` to be a multiple of ",
+                    kKeysPerPhilox, " with `dropout_p` on a GPU, got ", options.key_offset);
+  }
   TORCH_CHECK(is_bottom_right(options) || options.causal_alignment == "top_left", op,
               ": expected `causal_alignment` to be \"top_left\" or \"bottom_right\", got \"", options.causal_alignment,
               "\"");
@@ -42,6 +57,8 @@ void fill_numbers(AttentionProblem& problem, const AttentionOptions& options) {
   problem.window_left = window_side(options.window_left);
   problem.window_right = options.is_causal ? 0 : window_side(options.window_right);
   problem.bottom_right = is_bottom_right(options);
+  problem.query_offset = options.query_offset.expect_int();
+  problem.key_offset = options.key_offset.expect_int();
   problem.dropout_p = options.dropout_p;
 }
 

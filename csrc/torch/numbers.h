@@ -6,7 +6,7 @@
 
 namespace attention_ext {
 
-void check_numbers(const char* op, const AttentionOptions& options);
+void check_numbers(const char* op, const AttentionOptions& options, c10::Device device);
 
 // problem.head_dim is set: the default of scale follows from it.
 void fill_numbers(AttentionProblem& problem, const AttentionOptions& options);

@@ -157,6 +157,7 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
 
   if (options.dropout_p > 0 && rng_state) {
     problem.rng_state = static_cast<const int64_t*>(contiguous_data(*rng_state, converted));
+    problem.shards_heads = rng_state->size(0) == 4;
   }
 }
 

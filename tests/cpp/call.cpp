@@ -159,6 +159,8 @@ void Call::fill(AttentionProblem& p) const {
   p.window_left = spec.window_left;
   p.window_right = spec.window_right;
   p.bottom_right = spec.bottom_right;
+  p.query_offset = spec.query_offset;
+  p.key_offset = spec.key_offset;
   p.dropout_p = spec.dropout_p;
   if (spec.dropout_p > 0) p.rng_state = static_cast<const int64_t*>(rng_state.data());
 }
@@ -319,7 +321,8 @@ Expected expect(const Call& call) {
                                              : c.seqlen_k;
     for (int64_t h = 0; h < c.heads; ++h) {
       for (int64_t q = 0; q < length_q; ++q) {
-        const int64_t row = first_q + q, diagonal = q + (c.bottom_right ? length_k - length_q : 0);
+        const int64_t row = first_q + q,
+                      diagonal = q + c.query_offset - c.key_offset + (c.bottom_right ? length_k - length_q : 0);
         std::vector<double> score(static_cast<size_t>(length_k)), softcap_grad(score.size(), 1), kept(score.size(), 1);
         std::vector<double> magnitude_of_score(score.size()), roundings(score.size());
         double total = c.sinks ? std::exp(number_at(call.sinks, h)) : 0;
@@ -347,10 +350,11 @@ Expected expect(const Call& call) {
           total += std::exp(x);
           if (c.dropout_p > 0) {
             const long dropped = std::lround(c.dropout_p * 65536);
-            const auto words =
-                philox<ScalarWords>({0x89ABCDEFu, 0x01234567u}, static_cast<uint32_t>(q), static_cast<uint32_t>(k / 8),
-                                    static_cast<uint32_t>(s * c.heads + h), 42u);
-            const uint32_t bits = (words.word[k % 8 / 2] >> (16 * (k % 2))) & 0xFFFF;
+            const auto words = philox<ScalarWords>(
+                {0x89ABCDEFu, 0x01234567u}, static_cast<uint32_t>(c.query_offset + q),
+                static_cast<uint32_t>((c.key_offset + k) / 8), static_cast<uint32_t>(s * c.heads + h), 42u);
+            const int64_t j = (c.key_offset + k) % 8;
+            const uint32_t bits = (words.word[j / 2] >> (16 * (j % 2))) & 0xFFFF;
             kept[static_cast<size_t>(k)] = bits >= dropped ? 65536.0 / (65536 - dropped) : 0;
           }
         }

@@ -16,6 +16,7 @@ struct Case {
   Mask mask = Mask::kNone;
   int64_t window_left = kUnlimited, window_right = kUnlimited;
   bool bottom_right = false;
+  int64_t query_offset = 0, key_offset = 0;
   double softcap = 0.0, scale = 0.3, dropout_p = 0.0, slope = 0.1;
   int64_t poisoned_from = kUnlimited;  // keys and values from here on are NaN; the extra mask hides them
   bool alibi = false, sinks = false, key_lengths = false, varlen = false, heads_last = false;

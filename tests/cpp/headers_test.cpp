@@ -26,7 +26,7 @@ void test_philox() {
 }
 
 bool sees(const AttentionProblem& p, int64_t q, int64_t k, int64_t length_q, int64_t length_k) {
-  const int64_t diagonal = q + (p.bottom_right ? length_k - length_q : 0);
+  const int64_t diagonal = q + p.query_offset - p.key_offset + (p.bottom_right ? length_k - length_q : 0);
   return k < length_k && k >= diagonal - p.window_left && k <= diagonal + p.window_right;
 }
 
@@ -96,6 +96,10 @@ void test_blocks() {
           p.window_right = right;
           p.bottom_right = bottom_right;
           p.key_lengths = key_lengths ? lengths : nullptr;
+          check_blocks(p);
+          p.query_offset = 2;
+          check_blocks(p);
+          p.key_offset = 3;
           check_blocks(p);
         }
       }

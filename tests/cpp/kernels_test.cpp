@@ -342,6 +342,14 @@ std::vector<Case> cases() {
     c.bottom_right = true;
   });
   add("dropout", [](Case& c) { c.dropout_p = 0.3; });
+  add("shard", [](Case& c) {
+    c.query_offset = 21;
+    c.key_offset = 18;
+    c.window_left = 9;
+    c.window_right = 0;
+    c.alibi = true;
+    c.dropout_p = 0.3;
+  });
 #ifdef ATTENTION_EXT_EXTRA_MASK
   add("hidden keys", [](Case& c) {
     c.seqlen_q = 3;

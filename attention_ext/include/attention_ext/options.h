@@ -24,10 +24,12 @@ struct AttentionOptions {
   std::optional<at::Tensor> sinks;        // (heads,) or (batch, heads): a logit that joins the normaliser
   std::optional<at::Tensor> key_lengths;  // (batch,)
   std::optional<at::Tensor> cu_seqlens_q, cu_seqlens_k;  // (sequences + 1,), with batch 1 and sequences packed
+  c10::SymInt query_offset = 0;  // of a shard of longer sequences: the position of its first query
+  c10::SymInt key_offset = 0;    // likewise of its first key
 
   auto fields() const {
     return std::tie(attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window_left, window_right,
-                    softcap, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
+                    softcap, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, query_offset, key_offset);
   }
 
   // Those that have gradients and tangents, in the order in which the operators list them.

@@ -203,7 +203,7 @@ class BackwardBlocks {
     with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
       probability_block<C, vectors, mode>(block, weight, scratch_.logsumexp, softcap_grad);
     });
-    score_gradient(p_, dropout_, tile, k, weight, grad_score, scratch_.delta);
+    score_gradient(dropout_, tile, k, weight, grad_score, scratch_.delta);
     if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_score));
     if (p_.grad_alibi_slopes) {
       shared_.slope_sums.of(group_, sequence_, tile.head) +=

@@ -104,7 +104,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
     } else {
       const Gradients<T> gradients = this->gradients(block.k, lane);
       multiply_values(tile, lane, block.k, gradients);
-      add_to_delta_tangent(p_, dropout_, tile, block.k, scores, gradients, memory_.rows.from(lane));
+      add_to_delta_tangent(dropout_, tile, block.k, scores, gradients, memory_.rows.from(lane));
     }
   }
 
@@ -177,7 +177,7 @@ class DoubleBackwardTiles : JvpRun<C, DoubleBackwardTiles<C>> {
       this->make_scores(0, tile, lane, block, scores, memory_.softcap_grads, mean);
     }
     if (held_.makes_out) multiply_values(tile, lane, k, gradients);
-    score_gradient_tangents(p_, dropout_, tile, k, scores, gradients, memory_.rows.from(lane), memory_.weight_tangent,
+    score_gradient_tangents(dropout_, tile, k, scores, gradients, memory_.rows.from(lane), memory_.weight_tangent,
                             grad_score);
     if (p_.grad_attn_mask) add_to_mask_gradient(p_.grad_attn_mask, tile, k, as_operand(grad_score.tangent));
     if (p_.grad_alibi_slopes) {

@@ -20,28 +20,28 @@ ATTENTION_INLINE auto kept_lanes(const uint32_t* bits, uint32_t threshold) {
 
 // Calls f(row, lane, kept) for every vector of the block; kept is a mask over its lanes, or just true without dropout.
 template <class T, class F>
-ATTENTION_INLINE void for_each_vector(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k,
-                                      F&& f) {
+ATTENTION_INLINE void for_each_vector(const Dropout& dropout, const Tile& tile, Range k, F&& f) {
   if (!dropout.present) {
     for (int64_t r = 0; r < k.size(); ++r) {
       for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) f(r, lane, std::true_type{});
     }
     return;
   }
-  const auto batch_head = static_cast<uint32_t>(tile.sequence.batch * p.heads + tile.head);
+  const uint32_t batch_head = dropout.batch_head(tile.sequence.batch, tile.head);
   const int64_t words = ceil_div(tile.vectors * kLanes<T>, kLanes<uint32_t>);
   alignas(64) uint32_t bits[kKeysPerPhilox][kQueries<float>];
-  for (int64_t octet = k.begin / kKeysPerPhilox; octet * kKeysPerPhilox < k.end; ++octet) {
+  const int64_t begin = k.begin + dropout.first_key, end = k.end + dropout.first_key;
+  for (int64_t octet = begin / kKeysPerPhilox; octet * kKeysPerPhilox < end; ++octet) {
     for (int64_t w = 0; w < words; ++w) {
       const U32 q = iota<uint32_t>() + static_cast<uint32_t>(tile.q.begin + w * kLanes<uint32_t>);
-      const auto random = philox<WordOps>(dropout.key, q, static_cast<uint32_t>(octet), batch_head, dropout.offset);
+      const auto random = dropout.words<WordOps>(q, static_cast<uint32_t>(octet), batch_head);
       unroll<kKeysPerPhilox>(UNROLLED(j) { store(bits[j] + w * kLanes<uint32_t>, philox_bits(random, j)); });
     }
-    const int64_t first = maximum(k.begin, octet * kKeysPerPhilox), last = minimum(k.end, (octet + 1) * kKeysPerPhilox);
+    const int64_t first = maximum(begin, octet * kKeysPerPhilox), last = minimum(end, (octet + 1) * kKeysPerPhilox);
     for (int64_t key = first; key < last; ++key) {
       for (int64_t v = 0; v < tile.vectors; ++v) {
         const int64_t lane = v * kLanes<T>;
-        f(key - k.begin, lane, kept_lanes<T>(bits[key % kKeysPerPhilox] + lane, dropout.threshold));
+        f(key - begin, lane, kept_lanes<T>(bits[key % kKeysPerPhilox] + lane, dropout.threshold));
       }
     }
   }
@@ -49,8 +49,8 @@ ATTENTION_INLINE void for_each_vector(const AttentionProblem& p, const Dropout& 
 
 // Sets dropped weights to 0; the caller scales the kept ones.
 template <class T>
-void drop(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight) {
-  for_each_vector<T>(p, dropout, tile, k, [&](int64_t row, int64_t lane, auto kept) __attribute__((always_inline)) {
+void drop(const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight) {
+  for_each_vector<T>(dropout, tile, k, [&](int64_t row, int64_t lane, auto kept) __attribute__((always_inline)) {
     T* lanes = weight.row(row) + lane;
     store(lanes, kept ? load(lanes) : Vec<T>{});
   });

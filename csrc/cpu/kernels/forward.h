@@ -112,7 +112,7 @@ class SoftmaxRun : protected QueryRun<C, Job> {
     });
     if (shape_.columns == 0) return;
     const bool is_last = visible_keys(p_, sequence_, tile.q).end <= packed_kv_.end;
-    if (dropout_.present) drop(p_, dropout_, tile, k, score);
+    if (dropout_.present) drop(dropout_, tile, k, score);
     const bool paired = C::kPair == 2 && pairs.data;
     const auto weight = paired ? as_operand(pairs) : weights_by_keys<C>(score, k.size(), tile.vectors, scratch_.weight);
     multiply<C>(by_columns(weight), rows_from(value_, skip / C::kPair), ceil_div(k.size(), C::kPair),

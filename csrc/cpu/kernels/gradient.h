@@ -13,10 +13,10 @@ namespace {
 // and the score gradient weight * (grad_weight - delta). Where a weight is 0 so is the gradient, whatever hidden values
 // hold.
 template <class T>
-void score_gradient(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight,
-                    Matrix<T> grad_weight, const T* delta) {
+void score_gradient(const Dropout& dropout, const Tile& tile, Range k, Matrix<T> weight, Matrix<T> grad_weight,
+                    const T* delta) {
   const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout.kept_scale));
-  for_each_vector<T>(p, dropout, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
+  for_each_vector<T>(dropout, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
     T *w = weight.row(r) + lane, *g = grad_weight.row(r) + lane;
     const Vec<T> whole = load(w), grad = kept ? load(g) * kept_scale : Vec<T>{};
     store(g, whole == Vec<T>{} ? Vec<T>{} : whole * (grad - load(delta + lane)));

@@ -25,11 +25,11 @@ struct GradientRows {
 // Sums for D' = rowsum(P' dP + P dP'), as far as they are known before m is: rowsum(P S' (dP - D) + P dP') and
 // rowsum(P (dP - D)). Centred, they do not cancel each other.
 template <class T>
-void add_to_delta_tangent(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k,
-                          const Scores<T>& scores, const Gradients<T>& gradients, const GradientRows<T>& rows) {
+void add_to_delta_tangent(const Dropout& dropout, const Tile& tile, Range k, const Scores<T>& scores,
+                          const Gradients<T>& gradients, const GradientRows<T>& rows) {
   const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout.kept_scale)), zero{};
   alignas(64) T sum[kQueries<T>] = {}, centred[kQueries<T>] = {};  // of the block: long rows lose less that way
-  for_each_vector<T>(p, dropout, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
+  for_each_vector<T>(dropout, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
     const Vec<T> prob = load(scores.weight.row(r) + lane), weighted_tangent = load(scores.tangent.row(r) + lane);
     const Vec<T> grad = (kept ? load(gradients.grad.row(r) + lane) * kept_scale : zero) - load(rows.delta + lane);
     const Vec<T> grad_tangent = kept ? load(gradients.tangent.row(r) + lane) * kept_scale : zero;
@@ -60,11 +60,11 @@ void finish_delta_tangent(const JvpProblem& p, const Tile& tile, const T* mean, 
 
 // From P, P S', dP and dP': dropout(P'), dS and dS'.
 template <class T>
-void score_gradient_tangents(const AttentionProblem& p, const Dropout& dropout, const Tile& tile, Range k,
-                             const Scores<T>& scores, const Gradients<T>& gradients, const GradientRows<T>& rows,
-                             Matrix<T> weight_tangent, const Gradients<T>& to) {
+void score_gradient_tangents(const Dropout& dropout, const Tile& tile, Range k, const Scores<T>& scores,
+                             const Gradients<T>& gradients, const GradientRows<T>& rows, Matrix<T> weight_tangent,
+                             const Gradients<T>& to) {
   const Vec<T> kept_scale = splat<T>(static_cast<T>(dropout.kept_scale)), zero{};
-  for_each_vector<T>(p, dropout, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
+  for_each_vector<T>(dropout, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
     const Vec<T> g = load(gradients.grad.row(r) + lane), gt = load(gradients.tangent.row(r) + lane);
     const Vec<T> prob = load(scores.weight.row(r) + lane);
     const Vec<T> prob_tangent = load(scores.tangent.row(r) + lane) - prob * load(rows.mean + lane);

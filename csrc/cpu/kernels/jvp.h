@@ -180,7 +180,7 @@ class JvpRun : protected QueryRun<C, Job> {
 
   Scores<T> drop(const Scores<T>& whole, const Tile& tile, Range k) const {
     const Scores<T> kept_scores = passing_scores();
-    for_each_vector<T>(p_, dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
+    for_each_vector<T>(dropout_, tile, k, [&](int64_t r, int64_t lane, auto kept) __attribute__((always_inline)) {
       store(kept_scores.weight.row(r) + lane, kept ? load(whole.weight.row(r) + lane) : Vec<T>{});
       store(kept_scores.tangent.row(r) + lane, kept ? load(whole.tangent.row(r) + lane) : Vec<T>{});
     });

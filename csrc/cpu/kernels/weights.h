@@ -84,7 +84,7 @@ class WeightsJob {
       probability_block<C, vectors, mode>(block, weight, scratch_.logsumexp, {});
     });
     if (dropout_.present) {
-      drop(p_, dropout_, tile, k, weight);
+      drop(dropout_, tile, k, weight);
       share *= splat<T>(static_cast<T>(dropout_.kept_scale));
     }
     for (int64_t r = 0; r < k.size(); ++r) {

@@ -22,7 +22,7 @@ ATTENTION_DEVICE uint32_t bits_of_key(const PhiloxWords<uint32_t>& words, int k)
   return ((k & 4 ? late : early) >> (16 * (k & 1))) & 0xFFFFu;
 }
 
-// Calls f(m, n, i, kept) for every number of a block of scores.
+// Calls f(m, n, i, kept) for every number of a block of scores. Shards begin at whole octets of keys.
 template <int kRowTiles, int kTiles, class Block, class F>
 ATTENTION_DEVICE void for_each_kept(const Block& block, const Dropout& dropout, F&& f) {
   if (!dropout.present) {
@@ -32,12 +32,13 @@ ATTENTION_DEVICE void for_each_kept(const Block& block, const Dropout& dropout, 
     }
     return;
   }
-  const auto batch_head = static_cast<uint32_t>(block.head.sequence.batch * block.p.heads + block.head.head);
+  const uint32_t batch_head = dropout.batch_head(block.head.sequence.batch, block.head.head);
   ATTENTION_UNROLL
   for (int m = 0; m < kRowTiles; ++m) {
     for_each_number<kTiles>([&](int n, int i) {
-      const auto q = static_cast<uint32_t>(block.query(m, n, i)), octet = static_cast<uint32_t>(block.octet(m, n, i));
-      const auto words = philox<WordOps>(dropout.key, q, octet, batch_head, dropout.offset);
+      const auto q = static_cast<uint32_t>(block.query(m, n, i));
+      const uint32_t octet = dropout.first_key / kKeysPerPhilox + static_cast<uint32_t>(block.octet(m, n, i));
+      const auto words = dropout.words<WordOps>(q, octet, batch_head);
       f(m, n, i, bits_of_key(words, block.key(m, n, i)) >= dropout.threshold);
     });
   }

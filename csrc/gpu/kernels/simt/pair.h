@@ -32,10 +32,11 @@ struct Pairs {
   // The factor of dropout: 0, or kept_scale.
   ATTENTION_DEVICE T kept(int q, int k) const {
     if (!dropout.present) return T(1);
-    const auto words =
-        philox<WordOps>(dropout.key, static_cast<uint32_t>(q), static_cast<uint32_t>(k / kKeysPerPhilox),
-                        static_cast<uint32_t>(head.sequence.batch * p.heads + head.head), dropout.offset);
-    return bits_of_key(words, k) >= dropout.threshold ? static_cast<T>(dropout.kept_scale) : T(0);
+    const uint32_t position = dropout.first_key + static_cast<uint32_t>(k);
+    const auto words = dropout.words<WordOps>(static_cast<uint32_t>(q), position / kKeysPerPhilox,
+                                              dropout.batch_head(head.sequence.batch, head.head));
+    return bits_of_key(words, static_cast<int>(position)) >= dropout.threshold ? static_cast<T>(dropout.kept_scale)
+                                                                               : T(0);
   }
 
   ATTENTION_DEVICE double sink() const { return p.sinks[head.sequence.batch * p.sinks_stride_b + head.head]; }
