@@ -271,6 +271,6 @@ def attention_weights(
         row_begin, row_end = rows
     return attention_weights_op(
         query, key, logsumexp, rng_state, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left,
-        right, softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset, average_heads, row_begin,
-        row_end,
+        right, softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset, average_heads,
+        row_begin, row_end,
     )  # fmt: skip

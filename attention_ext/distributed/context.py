@@ -1,0 +1,131 @@
+"""Attention calls of existing code, made context parallel."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.overrides import TorchFunctionMode
+
+import attention_ext
+from attention_ext.distributed.functional import attention
+from attention_ext.distributed.sequence import shard
+from attention_ext.ops.schema import argument
+
+ops = torch.ops.attention_ext
+
+
+class _Parallel(TorchFunctionMode):
+    def __init__(self, groups: dict[str, Any]) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.scaled_dot_product_attention, attention_ext.attention):
+            return attention(*args, **{**kwargs, **self.groups})
+        if func in (ops.attention, ops.attention.default):
+            return self._operator(args, kwargs)
+        if func in (ops.attention_weights, ops.attention_weights.default, attention_ext.attention_weights):
+            raise RuntimeError(
+                "context_parallel: expected no call for attention weights, got one: use need_weights=False"
+            )
+        if func is attention_ext.attention_varlen:
+            raise RuntimeError(
+                "context_parallel: expected packed sequences in attention_ext.distributed.attention, with cu_seqlens_q "
+                "and cu_seqlens_k of the whole sequence, got a call of attention_varlen"
+            )
+        return func(*args, **kwargs)
+
+    def _operator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """As the layers of this package call it."""
+        given = {x.name: argument(ops.attention, args, kwargs, x.name) for x in ops.attention.default._schema.arguments}
+        window = given.pop("window_left"), given.pop("window_right")
+        if given.pop("query_offset") or given.pop("key_offset"):
+            raise RuntimeError("context_parallel: expected no `query_offset` or `key_offset`, got one")
+        out, logsumexp = attention(**{**given, **self.groups}, window=window, return_logsumexp=True)
+        return out, logsumexp, out.new_empty(0, dtype=torch.int64)
+
+
+@contextmanager
+def context_parallel(
+    ring_group: object = None,
+    *,
+    ulysses_group: object = None,
+    balanced: bool = True,
+    buffers: Sequence[Tensor] = (),
+    buffer_seq_dims: Sequence[int] = (),
+) -> Iterator[None]:
+    """Within the block every attention call is made over the shards of all ranks, by :func:`attention`.
+
+    Served are ``F.scaled_dot_product_attention``, :func:`attention_ext.attention` and the layers of this package, also
+    those that :func:`attention_ext.replace_` puts in place. Everything else sees this rank's shard of the sequence, so
+    what depends on positions has to be sharded too: give such tensors as buffers, or use :func:`shard`. Backward passes
+    may run outside the block.
+
+    Args:
+        ring_group: as for :func:`attention`; ulysses_group likewise.
+        balanced: as for :func:`attention`.
+        buffers: tensors of the whole sequence, as tokens, labels and positions, which hold this rank's shard within the
+            block.
+        buffer_seq_dims: the dimension of the sequence of each.
+
+    Raises:
+        RuntimeError: for attention weights and packed sequences within the block.
+
+    Source: the block of ``torch.distributed.tensor.experimental.context_parallel``.
+    """
+    if len(buffers) != len(buffer_seq_dims):
+        raise ValueError(
+            f"context_parallel: expected one of `buffer_seq_dims` for each buffer, got {len(buffer_seq_dims)} for "
+            f"{len(buffers)} buffers"
+        )
+    whole = [buffer.detach().clone() for buffer in buffers]
+    with torch.no_grad():
+        for buffer, dim in zip(buffers, buffer_seq_dims, strict=True):
+            part = _part(buffer, dim, ring_group, ulysses_group, balanced).clone()
+            buffer.resize_(part.shape).copy_(part)
+    try:
+        with _Parallel({"ring_group": ring_group, "ulysses_group": ulysses_group, "balanced": balanced}):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, original in zip(buffers, whole, strict=True):
+                buffer.resize_(original.shape).copy_(original)
+
+
+def _part(tensor: Tensor, dim: int, ring_group: object, ulysses_group: object, balanced: bool) -> Tensor:
+    if ring_group is not None or ulysses_group is None:
+        tensor = shard(tensor, dim, ring_group, balanced=balanced)
+    return tensor if ulysses_group is None else shard(tensor, dim, ulysses_group)
+
+
+class ContextParallel(ParallelStyle):
+    """Makes the attention calls of a module context parallel: a style for torch's ``parallelize_module``.
+
+    Args:
+        ulysses: use all-to-all exchanges instead of a ring.
+        balanced: as for :func:`attention`.
+    """
+
+    def __init__(self, *, ulysses: bool = False, balanced: bool = True) -> None:
+        super().__init__()
+        self.ulysses, self.balanced = ulysses, balanced
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        forward: Callable[..., Any] = module.forward
+        ring_group, ulysses_group = (None, device_mesh) if self.ulysses else (device_mesh, None)
+        balanced = self.balanced and not self.ulysses
+
+        @functools.wraps(forward)
+        def parallel(*args: Any, **kwargs: Any) -> Any:
+            with context_parallel(ring_group, ulysses_group=ulysses_group, balanced=balanced):
+                return forward(*args, **kwargs)
+
+        module.forward = parallel
+        return module
