@@ -12,6 +12,7 @@ from torch import Tensor
 
 Window = tuple[int | None, int | None] | None
 
+STRIDED_TO_JAGGED = "torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged) makes a nested tensor x jagged"
 
 FLAGS = ("is_causal", "enable_gqa", "average_heads")
 
@@ -49,6 +50,12 @@ def check_tensors(function: str, required: dict[str, Any], optional: dict[str, A
     for name, x in {**required, **given}.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{function}: expected `{name}` to be a Tensor, got {type(x).__name__}") from None
+        if x.is_nested and function == "attention" and name in required:
+            raise RuntimeError(
+                f"attention: expected `{name}` to be a dense tensor, got a nested tensor of layout {x.layout}: "
+                f"{STRIDED_TO_JAGGED}, which is served, or pad it (torch.nested.to_padded_tensor) and pass the lengths "
+                "as `key_lengths`"
+            ) from None
         if x.is_nested:
             raise RuntimeError(
                 f"{function}: expected `{name}` to be a dense tensor, got a nested tensor: pack its values as (total, "

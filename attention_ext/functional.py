@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from attention_ext import script_forms
+from attention_ext import jagged, script_forms
 from attention_ext.arguments import Window, check_pair, check_tensors, check_types, packed, takes_over, window_sides
 
 __all__ = ["attention", "attention_varlen", "attention_weights"]
@@ -51,6 +52,7 @@ def attention(
 
     Args:
         query: ``(B, Hq, L, D)``; also ``(H, L, D)`` and ``(L, D)``. float32, bfloat16, float16 or float64, any strides.
+            Query, key and value may be nested tensors of layout torch.jagged, with L and S jagged: see below.
         key: ``(B, Hkv, S, D)``, dtype of query.
         value: ``(B, Hkv, S, Dv)``, dtype of query.
         attn_mask: broadcastable to ``(B, Hq, L, S)``. Bool: True attends. Floating: added to the score, differentiable.
@@ -77,14 +79,21 @@ def attention(
         ``return_logsumexp`` a pair of it and the logsumexp ``(B, Hq, L)``: natural logarithm, sink included, float32
         (float64 for float64), differentiable. A query that sees no key has output 0 and logsumexp ``-inf``.
 
+    Nested tensors of layout torch.jagged are attended to by their offsets, as by :func:`attention_varlen`, and the
+    results are jagged as query. The lengths of key and value are equal, which is verified on the CPU only. attn_mask
+    and key_lengths must be None, and sequences without gaps between them.
+
     Raises:
         TypeError: for an argument of another type, as torch.
-        RuntimeError: for a shape, dtype, device or number that does not fit, and for nested tensors. Both messages name
-            the argument, what was expected and what was received.
+        RuntimeError: for a shape, dtype, device or number that does not fit, and for nested tensors of layout
+            torch.strided. Both messages name the argument, what was expected and what was received.
 
     Source: "Attention Is All You Need" (arXiv:1706.03762); online softmax as in "FlashAttention" (arXiv:2205.14135).
     """
-    if has_torch_function_variadic(query, key, value, attn_mask, alibi_slopes, sinks, key_lengths):
+    # Dynamo answers that a nested tensor has no torch function.
+    if type(query) is NestedTensor or has_torch_function_variadic(
+        query, key, value, attn_mask, alibi_slopes, sinks, key_lengths
+    ):
         tensors = (query, key, value, attn_mask, alibi_slopes, sinks, key_lengths)
         if takes_over(*tensors):
             return handle_torch_function(
@@ -93,6 +102,17 @@ def attention(
                 sinks=sinks, key_lengths=key_lengths, query_offset=query_offset, key_offset=key_offset,
                 return_logsumexp=return_logsumexp,
             )  # fmt: skip
+        if any(isinstance(x, NestedTensor) for x in (query, key, value)):
+            check_types(
+                "attention", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
+            )
+            left, right = window_sides(window)
+            out, logsumexp = jagged.attend(
+                query, key, value, {"attn_mask": attn_mask, "key_lengths": key_lengths}, dropout_p=dropout_p,
+                is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, causal_alignment=causal_alignment,
+                window_left=left, window_right=right, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            )  # fmt: skip
+            return (out, logsumexp) if return_logsumexp else out
     if (
         (scale is not None and type(scale) is not float)
         or type(softcap) is not float
