@@ -52,6 +52,11 @@ def is_dtensor(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def is_sharded_by_length(x: Any) -> bool:
+    """Or by head_dim, or a sum that is left to do. x: a DTensor."""
+    return any(p.is_partial() or any(p.is_shard(dim) for dim in (x.ndim - 2, x.ndim - 1)) for p in x.placements)
+
+
 def beside(x: Tensor, other: Tensor) -> Tensor:
     """x, which every rank holds, as a DTensor if `other` is one."""
     if is_dtensor(x) or not is_dtensor(other):
