@@ -9,7 +9,7 @@ from attention_ext import ops  # loads the operator library, so it comes first  
 from attention_ext._C import build_info
 from attention_ext.functional import attention, attention_varlen, attention_weights
 from attention_ext.integrations.replace import Replacement, replace_, restore_
-from attention_ext.integrations.sdpa import Routed, sdpa
+from attention_ext.integrations.sdpa import Routed, UnroutedWarning, sdpa
 from attention_ext.introspection import explain, kernels
 from attention_ext.modules import (
     Attention,
@@ -35,6 +35,7 @@ __all__ = [
     "Routed",
     "SelfAttention",
     "SinusoidalPositions",
+    "UnroutedWarning",
     "alibi_slopes",
     "attention",
     "attention_varlen",

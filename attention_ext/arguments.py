@@ -12,7 +12,9 @@ from torch import Tensor
 
 Window = tuple[int | None, int | None] | None
 
-STRIDED_TO_JAGGED = "torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged) makes a nested tensor x jagged"
+STRIDED_TO_JAGGED = (
+    "torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged) makes a nested tensor x jagged"
+)
 
 FLAGS = ("is_causal", "enable_gqa", "average_heads")
 

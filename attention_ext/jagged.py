@@ -1,4 +1,7 @@
-"""Attention of nested tensors of layout torch.jagged, by their offsets, without padding."""
+"""Attention of nested tensors of layout torch.jagged, by their offsets, without padding.
+
+torch's views between a nested tensor and its values have first derivatives only, so these calls do too.
+"""
 
 from typing import Any
 
@@ -6,8 +9,6 @@ import torch
 from torch import Tensor
 
 from attention_ext.arguments import STRIDED_TO_JAGGED
-
-SHAPE = "(batch, heads, jagged length, head_dim)"
 
 
 def attend(query: Any, key: Any, value: Any, refused: dict[str, Tensor | None], **options: Any) -> tuple[Any, Any]:
@@ -23,20 +24,23 @@ def attend(query: Any, key: Any, value: Any, refused: dict[str, Tensor | None], 
 def reason_to_refuse(x: Any) -> str:
     """What is expected of x, what it is, and what to write instead; empty where x is served."""
     if not x.is_nested:
-        return f"a nested tensor {SHAPE} as the others, got a dense tensor: nest it too, or pad the others"
+        return "to be a nested tensor as the others, got a dense tensor: nest it too, or pad the others"
     if x.layout is not torch.jagged:
-        return f"the layout torch.jagged, got a nested tensor of layout {x.layout}: {STRIDED_TO_JAGGED}"
+        return f"to have the layout torch.jagged, got a nested tensor of layout {x.layout}: {STRIDED_TO_JAGGED}"
     if x.dim() != 4 or x._ragged_idx != 2:
-        return f"{SHAPE}, got shape {tuple(x.shape)}: transpose(1, 2) moves the length, unsqueeze(1) adds a head"
+        return (
+            f"to be (batch, heads, jagged length, head_dim), got shape {tuple(x.shape)}: transpose(1, 2) moves the "
+            "length, unsqueeze(1) adds a head"
+        )
     if x.lengths() is not None:
-        return "no gaps between its sequences, got some: call contiguous() on it before transpose(1, 2)"
+        return "to have no gaps between its sequences, got some: call contiguous() on it before transpose(1, 2)"
     return ""
 
 
 def _check(query: Any, key: Any, value: Any, refused: dict[str, Tensor | None]) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if reason := reason_to_refuse(x):
-            raise RuntimeError(f"attention: expected `{name}` to have {reason}")
+            raise RuntimeError(f"attention: expected `{name}` {reason}")
         if x.size(0) != query.size(0):
             raise RuntimeError(f"attention: expected `{name}` to have batch size {query.size(0)}, got {x.size(0)}")
     for name, x in refused.items():
@@ -52,6 +56,8 @@ def _check(query: Any, key: Any, value: Any, refused: dict[str, Tensor | None]) 
 
 def _jagged_as(query: Any, x: Tensor) -> Tensor:
     """x (heads, total, ...) with the batch and the lengths of query."""
+    if torch.compiler.is_compiling():  # the graph would be guarded on the extreme lengths
+        return torch.nested.nested_tensor_from_jagged(x, query.offsets(), jagged_dim=2)
     return torch.nested.nested_tensor_from_jagged(
         x, query.offsets(), jagged_dim=2, min_seqlen=query._maybe_min_seqlen, max_seqlen=query._maybe_max_seqlen
     )

@@ -141,17 +141,28 @@ def test_nested_tensors_raise_and_name_the_alternatives(layout: torch.layout) ->
     dense = torch.randn(2, 2, 5, 4)
     message = "expected `{}` to be a dense tensor, got a nested tensor: .*attention_varlen.* or pad it .*`key_lengths`"
     for call in (
-        lambda: attention(query, query, query),
-        lambda: attention(query, dense, dense),
         lambda: attention_weights(query, dense),
         lambda: attention_varlen(query, query, query, cu_seqlens, cu_seqlens),
     ):
         with pytest.raises(RuntimeError, match=message.format("query")):
             call()
-    with pytest.raises(RuntimeError, match=message.format("value")):
-        attention(dense, dense, query)
     with pytest.raises(RuntimeError, match="^Attention: " + message.format("key")):
         attention_ext.Attention(4, 2)(torch.randn(2, 5, 4), query)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_strided_nested_tensors_can_be_made_jagged() -> None:
+    x, dense = nested(torch.strided).contiguous().requires_grad_(), torch.randn(2, 2, 5, 4)
+    for name, call in (
+        ("query", lambda: attention(x, x, x)),
+        ("query", lambda: attention(x, dense, dense)),
+        ("value", lambda: attention(dense, dense, x)),
+    ):
+        with pytest.raises(RuntimeError, match=f"`{name}` .* layout torch.strided: torch.nested.as_nested_tensor"):
+            call()
+    jagged = torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)
+    attention(jagged, jagged, jagged).values().sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

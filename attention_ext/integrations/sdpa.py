@@ -1,12 +1,18 @@
 """Routes F.scaled_dot_product_attention to `attention_ext.attention` for the length of a with-block."""
 
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["Routed", "sdpa"]
+__all__ = ["Routed", "UnroutedWarning", "sdpa"]
+
+
+class UnroutedWarning(UserWarning):
+    """A block of `sdpa` saw no call."""
 
 
 class Routed:
@@ -30,19 +36,26 @@ class Routed:
 
 
 @contextmanager
-def sdpa() -> Iterator[Routed]:
+def sdpa(*, warn: bool = True) -> Iterator[Routed]:
     r"""Within the block, ``F.scaled_dot_product_attention(...)`` is `attention_ext.attention`; yields counts of calls.
 
     Routed: Python code in any thread that looks the function up in torch.nn.functional at each call, as
     ``F.scaled_dot_product_attention(...)`` and torch's own Python modules do. Not routed: names bound earlier by
     ``from torch.nn.functional import ...``, C++ callers, scripted functions, and graphs that torch.compile made
-    outside.
+    outside. A block that ends without a call that it has counted warns, unless ``warn`` is False or it raises.
 
     Calls that this library does not serve fall back to torch and are counted in ``left``: tensor subclasses other than
-    torch.nn.attention.bias.CausalBias, nested and empty tensors, tensors of fewer than two dimensions, grouped keys and
-    values with different numbers of heads, dtypes and devices without kernels, a ``scale`` that is not finite, and
-    arguments of undocumented types, such as tensors for numbers. Their results and errors are those of torch. With both
-    a mask and ``is_causal`` a key is hidden by either; torch does the same or raises, depending on its backend.
+    torch.nn.attention.bias.CausalBias, DTensor and nested tensors of layout torch.jagged; DTensors sharded by length;
+    nested tensors with a mask, with gaps, or of another shape than (batch, heads, jagged length, head_dim); empty
+    tensors, tensors of fewer than two dimensions, grouped keys and values with different numbers of heads, dtypes and
+    devices without kernels, a ``scale`` that is not finite, and arguments of undocumented types, such as tensors for
+    numbers. Their results and errors are those of torch. With both a mask and ``is_causal`` a key is hidden by either;
+    torch does the same or raises, depending on its backend.
+
+    Under torch.compile a function may be called within a block, and is compiled again when it was compiled outside;
+    the modules nn.MultiheadAttention in it are not, so compile them within. A block may also be part of the function,
+    without a graph break. Calls are then counted when they are traced, not when they run, and running such a function
+    restores torch's function, or that of an active block, for all threads.
 
     During a fallback through the ``__torch_function__`` of a subclass or a mode, torch's function is restored for all
     threads.
@@ -61,7 +74,7 @@ def sdpa() -> Iterator[Routed]:
     from attention_ext.integrations import sdpa_routing as routing
 
     if torch.compiler.is_dynamo_compiling():
-        with routing.traced_block() as routed:
+        with routing.traced_block(warn) as routed:
             yield routed
         return
     routed = Routed()
@@ -73,3 +86,23 @@ def sdpa() -> Iterator[Routed]:
     finally:
         with routing.lock:
             routing.activate(tuple(other for other in routing.state.active if other is not routed))
+    if warn and not routing.state.has_traced:
+        warn_if_unrouted(routed, stacklevel=4)
+
+
+def warn_if_unrouted(routed: Routed, stacklevel: int = 1) -> None:
+    """Names the modules that bound torch's function; whether they called it is not known."""
+    if routed.taken or routed._left:
+        return
+    name = "scaled_dot_product_attention"
+    torchs = getattr(torch._C._nn, name)
+    modules = [x for x, module in sys.modules.copy().items() if getattr(module, "__dict__", {}).get(name) is torchs]
+    early = ", ".join(x for x in modules if x.partition(".")[0] != "torch")
+    warnings.warn(
+        f"sdpa: this block saw no call of F.{name}. Attention in it, if any, ran without attention_ext: in code that "
+        f"took torch's function before{early and f' ({early})'}, which the implementation of "
+        "attention_ext.integrations.flash_registry reaches, or in nn.MultiheadAttention in evaluation or with "
+        "need_weights, which attention_ext.replace_ swaps. sdpa(warn=False) does not warn",
+        UnroutedWarning,
+        stacklevel,
+    )

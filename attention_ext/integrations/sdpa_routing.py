@@ -26,10 +26,11 @@ from torch.overrides import has_torch_function
 from attention_ext import jagged
 from attention_ext._C import build_info
 from attention_ext.functional import attention
-from attention_ext.integrations.sdpa import Routed
+from attention_ext.integrations.sdpa import Routed, warn_if_unrouted
 from attention_ext.ops import sharding
 
-_CLASSES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)  # the last two stand for tensors in tracing
+_TRACED_CLASSES = (FakeTensor, FunctionalTensor)
+_CLASSES = (Tensor, torch.nn.Parameter, *_TRACED_CLASSES)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "meta", "cuda") if build_info()["cuda"] else ("cpu", "meta")
 _BOOLS = (bool, torch.SymBool)
@@ -77,7 +78,7 @@ def scaled_dot_product_attention(
 
 
 @contextmanager
-def traced_block() -> Iterator[Routed]:
+def traced_block(warn: bool) -> Iterator[Routed]:
     """A block in a function that torch.compile traces."""
     check_not_patched()
     before: Any = F.scaled_dot_product_attention, F.multi_head_attention_forward
@@ -87,7 +88,7 @@ def traced_block() -> Iterator[Routed]:
         yield routed
     finally:
         F.scaled_dot_product_attention, F.multi_head_attention_forward = before
-        routed.taken, reasons = _close_traced(index)
+        routed.taken, reasons = _close_traced(index, warn)
         routed._left.update(reasons)
 
 
@@ -132,9 +133,8 @@ def install() -> None:
     """Installs this module's or torch's function, unless another patch is installed. The caller holds the lock."""
     if _is_patched():
         return
-    F.scaled_dot_product_attention = (
-        scaled_dot_product_attention if state.is_active and not state.bypasses else _TORCHS
-    )
+    function: Any = scaled_dot_product_attention if state.is_active and not state.bypasses else _TORCHS
+    F.scaled_dot_product_attention = function
     if state.is_active:
         builtins()[id(scaled_dot_product_attention)] = "aten::scaled_dot_product_attention"  # for torch.jit.script
     else:
@@ -161,6 +161,7 @@ def _route(
     if is_tracing:
         _count_traced(reason)
     else:
+        state.has_traced |= type(query) in _TRACED_CLASSES
         _count(state.active, reason)
     if not reason:
         return attention(query, key, value, mask, dropout_p, causal, scale, enable_gqa, causal_alignment=alignment)
@@ -193,10 +194,12 @@ def _open_traced() -> int:
 
 
 @torch.compiler.assume_constant_result
-def _close_traced(index: int) -> tuple[int, tuple[tuple[str, int], ...]]:
+def _close_traced(index: int, warn: bool) -> tuple[int, tuple[tuple[str, int], ...]]:
     """The counts of the block."""
     routed = _traced_blocks()[index]
     del _traced_blocks()[index:]
+    if warn:
+        warn_if_unrouted(routed)
     return routed.taken, tuple(routed._left.items())
 
 
