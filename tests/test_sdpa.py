@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Barrier
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.overrides import TorchFunctionMode
 
-from attention_ext import sdpa
+from attention_ext import UnroutedWarning, sdpa
+from attention_ext.integrations import sdpa_routing
 
 TORCHS: Any = F.scaled_dot_product_attention
 
@@ -144,7 +147,7 @@ def test_sdpa_falls_back_to_torch(name: str) -> None:
     ids=["too few", "unknown"],
 )
 def test_sdpa_names_torchs_function_in_errors(call: Callable[[], Any]) -> None:
-    with sdpa() as routed, pytest.raises(TypeError, match=r"^scaled_dot_product_attention\(\) (missing|got)"):
+    with sdpa(warn=False) as routed, pytest.raises(TypeError, match=r"^scaled_dot_product_attention\(\) (missing|got)"):
         call()
     assert (routed.taken, routed.left.total()) == (0, 0)
 
@@ -351,15 +354,51 @@ def test_context_parallelism() -> None:
         dist.destroy_process_group()
 
 
-def test_sdpa_compiles() -> None:
-    def run(x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(x, x, x) * 2
+@pytest.fixture
+def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process in which no call has been traced: later calls of its graph would not be seen."""
+    monkeypatch.setattr(sdpa_routing.state, "has_traced", False)
 
-    x = torch.randn(2, 3, 5, 4)
-    torch._dynamo.reset()
-    with sdpa() as routed:
-        torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(x), run(x))
-    assert routed.taken == 2
+
+def bind_early(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = ModuleType("binds_early")
+    exec("from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product_attention", vars(module))
+    monkeypatch.setitem(sys.modules, "binds_early", module)
+    return module
+
+
+def test_block_that_a_name_bound_early_goes_past_warns(no_graphs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = bind_early(monkeypatch)
+    with (
+        pytest.warns(UnroutedWarning, match=r"function before \(.*binds_early.*\), .*flash_registry") as caught,
+        sdpa(),
+    ):
+        module.scaled_dot_product_attention(*tensors(5, 4))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_block_that_the_fast_path_goes_past_warns(no_graphs: None) -> None:
+    module, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 3, 8)
+    with torch.no_grad(), pytest.warns(UnroutedWarning, match=r"MultiheadAttention .*replace_"), sdpa():
+        module(x, x, x)
+
+
+@pytest.mark.filterwarnings("error::attention_ext.UnroutedWarning")
+def test_blocks_that_do_not_warn(no_graphs: None) -> None:
+    with sdpa():
+        attend(tensor(5))
+    with sdpa():
+        attend(tensor(5), scale=math.nan)
+    with pytest.raises(KeyError), sdpa():
+        raise KeyError
+    with sdpa(warn=False):
+        pass
+    compiled = torch.compile(attend, backend="aot_eager")
+    for _ in range(2):
+        with sdpa():
+            compiled(tensor(5))
+    with pytest.raises(UnroutedWarning), sdpa():
+        sdpa_routing.state.has_traced = False
 
 
 def test_sdpa_is_undone_by_an_exception() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor
 
 import attention_ext
@@ -63,6 +66,73 @@ def weights_gradients(inputs: dict[str, Any], average_heads: bool) -> tuple[Any,
     return torch.autograd.grad(weights.square().sum(), list(given.values()))
 
 
+def attend(x: list[Any], **options: Any) -> Any:
+    return F.scaled_dot_product_attention(*x, **options)
+
+
+def check_sdpa(mesh: Any) -> None:
+    """sdpa() takes shards of batch and heads, and registers the rules itself."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    assert not sharding._registered
+    inputs = [tensors()["query"].requires_grad_() for _ in range(3)]
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    expected = attend(inputs, attn_mask=mask)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    sharded_mask = distribute_tensor(mask, mesh, [Replicate()])
+    for placement in (Shard(0), Shard(1), Replicate()):
+        given = [distribute_tensor(x.detach(), mesh, [placement]).requires_grad_() for x in inputs]
+        with attention_ext.sdpa() as routed, CommDebugMode() as communication:
+            out = attend(given, attn_mask=sharded_mask)
+        assert (routed.taken, routed.left.total(), communication.get_total_counts()) == (1, 0, 0)
+        assert out.placements == (placement,)
+        torch.testing.assert_close(out.full_tensor(), expected)
+        for ours, theirs in zip(torch.autograd.grad(out.square().sum(), given), expected_gradients, strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs)
+    by_length = [distribute_tensor(x.detach(), mesh, [Shard(2)]) for x in inputs]
+    calls: dict[str, Callable[[], Any]] = {
+        "DTensor sharded by length": lambda: attend(by_length),
+        "mask that is no DTensor": lambda: attend(given, attn_mask=mask),
+        "tensor subclass": lambda: attend([given[0], *inputs[1:]]),
+    }
+    for reason, call in calls.items():
+        expected_outcome = outcome(call)
+        with attention_ext.sdpa() as routed:
+            assert outcome(call) == expected_outcome
+        assert (routed.taken, dict(routed.left)) == (0, {reason: 1})
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """The result of a call, or the text of its error."""
+    try:
+        return call().full_tensor().tolist()
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error)
+
+
+def check_context_parallel(mesh: Any) -> None:
+    """Entered within a block it is what it is without, and a block within it is refused."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    def parallel(full: list[Tensor]) -> Any:
+        return context_parallel(mesh, buffers=full, buffer_seq_dims=[2, 2, 2])
+
+    outputs = []
+    blocks: list[Any] = [nullcontext(), attention_ext.sdpa()]
+    for block in blocks:
+        full = [torch.linspace(-1, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8).sin() for _ in range(3)]
+        with block as routed:
+            with parallel(full):
+                outputs.append(attend(full))
+                assert outputs[-1].size(2) == 8 // WORLD
+                with pytest.raises(RuntimeError, match=r"_context_parallel\..*, which would be bypassed"):
+                    attention_ext.sdpa().__enter__()
+            attend(full)
+    assert (routed.taken, dict(routed.left)) == (1, {"DTensor sharded by length": 1})
+    assert torch.equal(*outputs)
+
+
 def run(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -70,9 +140,11 @@ def run(rank: int, folder: str) -> None:
 
     os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(WORLD))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    sharding.register()
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (WORLD,))
+    check_sdpa(mesh)
+    check_context_parallel(mesh)
+    sharding.register()
     expected_out, expected = gradients(tensors())
     for dim in (0, 1):
         placements = {name: Shard(dim) if name in ("query", "key", "value") else Replicate() for name in tensors()}
