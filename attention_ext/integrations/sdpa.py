@@ -41,8 +41,8 @@ def sdpa(*, warn: bool = True) -> Iterator[Routed]:
 
     Routed: Python code in any thread that looks the function up in torch.nn.functional at each call, as
     ``F.scaled_dot_product_attention(...)`` and torch's own Python modules do. Not routed: names bound earlier by
-    ``from torch.nn.functional import ...``, C++ callers, scripted functions, and graphs that torch.compile made
-    outside. A block that ends without a call that it has counted warns, unless ``warn`` is False or it raises.
+    ``from torch.nn.functional import ...``, C++ callers, scripted functions and exported graphs. A block that ends with
+    all counts 0 warns, once for each place by default, unless ``warn`` is False or it raises.
 
     Calls that this library does not serve fall back to torch and are counted in ``left``: tensor subclasses other than
     torch.nn.attention.bias.CausalBias, DTensor and nested tensors of layout torch.jagged; DTensors sharded by length;
@@ -52,10 +52,10 @@ def sdpa(*, warn: bool = True) -> Iterator[Routed]:
     numbers. Their results and errors are those of torch. With both a mask and ``is_causal`` a key is hidden by either;
     torch does the same or raises, depending on its backend.
 
-    Under torch.compile a function may be called within a block, and is compiled again when it was compiled outside;
-    the modules nn.MultiheadAttention in it are not, so compile them within. A block may also be part of the function,
-    without a graph break. Calls are then counted when they are traced, not when they run, and running such a function
-    restores torch's function, or that of an active block, for all threads.
+    A function under torch.compile that is called within a block is compiled again if it was compiled outside, except
+    for nn.MultiheadAttention in it, which keeps the attention of the first time. A block may also be part of the
+    function, without a graph break; when it ends, it restores for all threads the function that it found. In both cases
+    calls are counted when they are traced, not when they run.
 
     During a fallback through the ``__torch_function__`` of a subclass or a mode, torch's function is restored for all
     threads.
