@@ -74,18 +74,66 @@ def test_exported_as_one_operator(options: dict[str, Any]) -> None:
     assert targets.count("attention_ext.attention.default") == 1
 
 
-class Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, MultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
+class Blocks(nn.Module):
+    """Self-attention and cross-attention with weights, from one module each of ours."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.attention = attention
+        self.grouped = Attention(8, 4, num_kv_heads=2, is_causal=True, alibi="trained", dtype=torch.float64)
+
+    def forward(self, x: Tensor, memory: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.norm(x)
+        x = x + self.attention(normed, normed, normed, need_weights=False)[0]
+        out, weights = self.attention(x, memory, memory, key_padding_mask=padding)
+        y, _ = self.grouped(out, memory)
+        return y + self.grouped(y)[0], weights
 
 
-def test_symbolic_trace_as_a_leaf() -> None:
-    module, arguments = call({})
-    model = nn.TransformerDecoderLayer(8, 2, 16).eval()
-    model.self_attn = model.multihead_attn = module.eval()
-    traced = torch.fx.GraphModule(model, Tracer().trace(model, {"tgt_is_causal": False, "memory_is_causal": False}))
-    assert [str(node.target) for node in traced.graph.nodes].count("self_attn") == 2
-    torch.testing.assert_close(traced(*arguments[:2]), model(*arguments[:2]))
+def blocks(**options: Any) -> tuple[Blocks, tuple[Tensor, Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = Blocks(nn.MultiheadAttention(8, 2, batch_first=True, **options)).double()
+    x, memory = torch.randn(2, 3, 8).double(), torch.randn(2, 4, 8).double()
+    return model, (x, memory, torch.arange(4).expand(2, 4) > 2)
+
+
+def test_symbolic_trace_records_calls_of_modules() -> None:
+    model, arguments = blocks()
+    attention_ext.replace_(model)
+
+    def gradients(module: nn.Module) -> list[Tensor]:
+        out, weights = module(*arguments)
+        return [out, weights, *torch.autograd.grad(out.sin().sum() + weights.sin().sum(), list(model.parameters()))]
+
+    traced = torch.fx.symbolic_trace(model)
+    calls = [(node.target, len(node.kwargs)) for node in traced.graph.nodes if node.op == "call_module"]
+    own = [call for call in calls if call[0] != "norm"]
+    assert own == [("attention", 1), ("attention", 1), ("grouped", 1), ("grouped", 0)]
+    assert traced.attention is model.attention
+    for graph in (traced, torch.fx.symbolic_trace(traced), torch.fx.Transformer(traced).transform()):
+        torch.testing.assert_close(gradients(graph), gradients(model), rtol=0, atol=0)
+    expected = gradients(model)
+    attention_ext.restore_(traced)
+    assert type(model.attention) is nn.MultiheadAttention
+    torch.testing.assert_close(gradients(traced), expected)
+
+
+def test_symbolic_trace_of_what_a_node_would_do_twice_raises() -> None:
+    class Derived(Attention):
+        def forward(self, query: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(2 * query)
+
+    hooked = Attention(8, 2)
+    hooked.register_forward_hook(lambda module, args, out: out)
+    for module, message in (
+        (nn.Sequential(Derived(8, 2)), "Derived has a forward of its own"),
+        (nn.Sequential(hooked), "has forward hooks, which the node would run again"),
+        (Attention(8, 2), "trace a module that contains it"),
+        (MultiheadAttention(8, 2), "trace a module that contains it"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.fx.symbolic_trace(module)
 
 
 def test_ensemble() -> None:

@@ -141,6 +141,19 @@ def test_report_of_modules_left() -> None:
     assert restore_(model).swapped == ["done"]
 
 
+def test_short_text_of_reports() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2) for _ in range(3)])
+    assert repr(replace_(model)) == "Replacement: 3 attention modules swapped, none left"
+    model.extend([OwnForward(8, 2), OwnForward(8, 2), Renamed(8, 2)])
+    reason = f"{__name__}.OwnForward is a subclass with a forward of its own"
+    assert repr(replace_(model)).splitlines() == [
+        "Replacement: 0 attention modules swapped, 6 left",
+        "  3 left: already attention_ext.MultiheadAttention",
+        f"  2 left: {reason}",
+        f"  1 left: {__name__}.Renamed is a subclass",
+    ]
+
+
 def test_restore_reports_removed_modules() -> None:
     model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
     report = replace_(model)

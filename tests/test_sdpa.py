@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.overrides import TorchFunctionMode
 
-from attention_ext import UnroutedWarning, sdpa
+from attention_ext import Routed, UnroutedWarning, sdpa
 from attention_ext.integrations import sdpa_routing
 
 TORCHS: Any = F.scaled_dot_product_attention
@@ -406,3 +406,17 @@ def test_sdpa_is_undone_by_an_exception() -> None:
     with pytest.raises(KeyError), sdpa():
         raise KeyError
     assert F.scaled_dot_product_attention is original
+
+
+def test_short_text_of_counts() -> None:
+    routed = Routed()
+    routed.taken = 12
+    assert repr(routed) == "Routed: 12 calls taken, none left"
+    routed._left.update({"nested tensor": 3, "a": 1, "b": 1, "c": 4, "d": 1})
+    assert repr(routed).splitlines() == [
+        "Routed: 12 calls taken, 10 left",
+        "  4 left: c",
+        "  3 left: nested tensor",
+        "  1 left: a",
+        "  2 left for 2 other reasons",
+    ]

@@ -4,21 +4,25 @@ Only the class of a module changes. It stays the same object, so parameters, buf
 mode and all references to it, such as those of optimizers and wrappers, are kept.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from attention_ext.integrations.report import summary
 from attention_ext.modules.multihead import MultiheadAttention
 
 __all__ = ["Replacement", "replace_", "restore_"]
+
+# Modules in which torch derives a class for a module, for parametrizations and sharding. No forward is defined there.
+_DERIVING = ("torch.nn.utils.parametrize", "torch.distributed.")
 
 # Marks an nn.TransformerEncoder whose use_nested_tensor was set to False by replace_.
 _NESTED_FLAG = "_use_nested_tensor_before_replacement"
 
 
-@dataclass
+@dataclass(repr=False)
 class Replacement:
     """What `replace_` or `restore_` did.
 
@@ -33,7 +37,7 @@ class Replacement:
     swapped: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     encoders: list[str] = field(default_factory=list)
-    _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)  # swapped modules and encoders
+    _modules: dict[str, nn.Module] = field(default_factory=dict)  # swapped modules and encoders
 
     def restore(self) -> "Replacement":
         """Restores the class of every module that this replacement swapped."""
@@ -55,6 +59,9 @@ class Replacement:
                 report.encoders.append(name)
         return report
 
+    def __repr__(self) -> str:
+        return summary(f"Replacement: {len(self.swapped)} attention modules swapped", Counter(self.left.values()))
+
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} attention modules swapped, {len(self.left)} left"]
         lines += [f"  swapped  {name or '(the model)'}" for name in self.swapped]
@@ -66,9 +73,10 @@ class Replacement:
 def replace_(model: nn.Module) -> Replacement:
     r"""Makes every nn.MultiheadAttention in model an `attention_ext.MultiheadAttention`, in place.
 
-    The model itself may be one. Only torch's own class is swapped, with or without parametrizations; a subclass, or a
-    ``forward`` set on the module, may compute something else. An nn.TransformerEncoder with a swapped module no longer
-    converts padded input to a nested tensor at inference (which would skip padded positions and return zeros for them).
+    The model itself may be one. Only torch's own class is swapped, also within wrappers (DDP, torch.compile) and where
+    parametrizations or ``fully_shard`` derived a class from it; a subclass, or a ``forward`` set on the module, may
+    compute something else. An nn.TransformerEncoder with a swapped module no longer converts padded input to a nested
+    tensor at inference (which would skip padded positions and return zeros for them).
 
     Returns:
         A report that can be printed, and undone with ``restore()``.
@@ -110,26 +118,29 @@ def _reason_to_leave(module: nn.Module) -> str | None:
 
 def _reason_not_exact(expected: type[nn.MultiheadAttention], module: nn.MultiheadAttention) -> str | None:
     """The reason why the module may not compute what its class does, or None."""
-    base = _base_class(module)
+    base = _base_class(type(module))
     if base is not expected:
         overrides = " with a forward of its own" if base.forward is not expected.forward else ""
         return f"{base.__module__}.{base.__qualname__} is a subclass{overrides}"
     return "its forward was set on the instance" if "forward" in vars(module) else None
 
 
-def _base_class(module: nn.Module) -> type[nn.Module]:
-    """The class of the module, without the subclass that parametrizations create."""
-    bases = type(module).__bases__
-    return bases[0] if parametrize.is_parametrized(module) and len(bases) == 1 else type(module)
+def _base_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class below those that torch derived for the module."""
+    return _base_class(cls.__bases__[-1]) if cls.__module__.startswith(_DERIVING) else cls
+
+
+def _rebased(cls: type[nn.Module], to: type[nn.MultiheadAttention]) -> type[nn.Module]:
+    """The class `to`, below copies of those that torch derived for the module."""
+    if not cls.__module__.startswith(_DERIVING):
+        return to
+    *mixins, base = cls.__bases__
+    contents = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, (*mixins, _rebased(base, to)), contents)
 
 
 def _change_class(module: nn.Module, to: type[nn.MultiheadAttention]) -> None:
-    if parametrize.is_parametrized(module):
-        # The subclass of this module has the properties that compute its parameters.
-        contents = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(f"Parametrized{to.__name__}", (to,), contents)
-    else:
-        module.__class__ = to
+    module.__class__ = _rebased(type(module), to)
     packed = module.in_proj_weight is not None
     module._qkv_same_embed_dim = packed and to is nn.MultiheadAttention  # type: ignore[assignment]
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from attention_ext.integrations.report import summary
+
 __all__ = ["Routed", "UnroutedWarning", "sdpa"]
 
 
@@ -32,7 +34,7 @@ class Routed:
         return Counter(self._left)
 
     def __repr__(self) -> str:
-        return f"Routed(taken={self.taken}, left={self.left})"
+        return summary(f"Routed: {self.taken} calls taken", self.left)
 
 
 @contextmanager

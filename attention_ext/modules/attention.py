@@ -6,8 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from attention_ext.arguments import Window, check_tensors, window_sides
+from attention_ext.modules.fx import recorded
 from attention_ext.modules.positional import RotaryPositions
 from attention_ext.ops.sharding import beside, is_dtensor, register, share_of
 
@@ -247,6 +249,13 @@ class Attention(nn.Module):
                 heads, or if query and key heads are not in the ratio of ``num_heads`` to ``num_kv_heads``. Also as
                 :func:`attention_ext.attention`.
         """
+        if has_torch_function_variadic(query, key, value, attn_mask, key_lengths):
+            node: Any = recorded(
+                self, Attention.forward, query, key=key, value=value, attn_mask=attn_mask, is_causal=is_causal,
+                key_lengths=key_lengths, cache=cache, need_weights=need_weights, average_weights=average_weights,
+            )  # fmt: skip
+            if node is not None:
+                return node
         key = query if key is None else key
         value = key if value is None else value
         if query.is_nested or key.is_nested or value.is_nested:

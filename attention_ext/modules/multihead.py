@@ -4,9 +4,14 @@ This module does the projections, head views and masks, and calls the operator. 
 checks it calls these, so that errors keep their type and text.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
+
+from attention_ext.modules.fx import recorded
 
 __all__ = ["MultiheadAttention"]
 
@@ -25,8 +30,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     - Dropout draws other random numbers. A mask may have another floating dtype than the query.
     - Nested tensors raise, in every mode. The output is contiguous also with ``batch_first``.
     - Backward raises if an input was modified in place, also with ``batch_first``, where torch copies it.
-    - torch.fx and torch.ao.quantization.prepare handle torch's own class only: trace with a ``torch.fx.Tracer`` whose
-      ``is_leaf_module`` is also True for this class; it is not quantized.
+    - torch.ao.quantization.prepare handles torch's own class only: this one is not quantized.
     - ``_qkv_same_embed_dim`` is False, so that torch's ``TransformerEncoderLayer`` and ``TransformerEncoder`` do not
       take their fast path, which would bypass this module's forward. ``in_proj_weight is not None`` tells whether the
       projections are packed.
@@ -101,6 +105,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if not torch.jit.is_scripting() and has_torch_function_variadic(query, key, value, key_padding_mask, attn_mask):
+            node: Any = recorded(
+                self, MultiheadAttention.forward, query, key, value, key_padding_mask=key_padding_mask,
+                need_weights=need_weights, attn_mask=attn_mask, average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )  # fmt: skip
+            if node is not None:
+                return node
         if query.is_nested or key.is_nested or value.is_nested:
             raise AssertionError(
                 "MultiheadAttention does not support NestedTensor: pass a padded tensor with key_padding_mask, and "
