@@ -189,31 +189,38 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Inputs that are the same tensor share one product, as in torch; its parts are not copied.
         """
+        q, k, v = self._projections(query, key, value)
+        k, v = self._tokens(k, v, batch_first)
+        if self.add_zero_attn:
+            zero = torch.zeros(1, 1, self.embed_dim, dtype=k.dtype, device=k.device)
+            k = _append(k, zero, batch_first)
+            v = _append(v, zero, batch_first)
+        return self._heads(q, batch_first), self._heads(k, batch_first), self._heads(v, batch_first)
+
+    def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is None:
-            q, k, v = self._project_separately(query, key, value)
-        elif query is key and key is value:
+            return self._project_separately(query, key, value)
+        if query is key and key is value:
             q, k, v = F.linear(query, weight, bias).unflatten(-1, [3, self.embed_dim]).unbind(-2)
-        elif key is value:
+            return q, k, v
+        if key is value:
             sizes = [self.embed_dim, 2 * self.embed_dim]
             weight_q, weight_kv = weight.split(sizes)
             bias_q: Tensor | None = None
             bias_kv: Tensor | None = None
             if bias is not None:
                 bias_q, bias_kv = bias.split(sizes)
-            q = F.linear(query, weight_q, bias_q)
             k, v = F.linear(key, weight_kv, bias_kv).unflatten(-1, [2, self.embed_dim]).unbind(-2)
-        else:
-            q, k, v = F._in_projection_packed(query, key, value, weight, bias)  # type: ignore[attr-defined]
+            return F.linear(query, weight_q, bias_q), k, v
+        q, k, v = F._in_projection_packed(query, key, value, weight, bias)  # type: ignore[attr-defined]
+        return q, k, v
+
+    def _tokens(self, k: Tensor, v: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
         bias_k, bias_v = self.bias_k, self.bias_v
         if bias_k is not None and bias_v is not None:
-            k = _append(k, bias_k, batch_first)
-            v = _append(v, bias_v, batch_first)
-        if self.add_zero_attn:
-            zero = torch.zeros(1, 1, self.embed_dim, dtype=k.dtype, device=k.device)
-            k = _append(k, zero, batch_first)
-            v = _append(v, zero, batch_first)
-        return self._heads(q, batch_first), self._heads(k, batch_first), self._heads(v, batch_first)
+            return _append(k, bias_k, batch_first), _append(v, bias_v, batch_first)
+        return k, v
 
     def _project_separately(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bias_q: Tensor | None = None
