@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 from attention_ext.arguments import Window, check_tensors, window_sides
 from attention_ext.modules.fx import recorded
 from attention_ext.modules.positional import RotaryPositions
-from attention_ext.ops.sharding import beside, is_dtensor, register, share_of
+from attention_ext.ops.sharding import beside, is_dtensor, register, share_of, shared_by
 
 ops = torch.ops.attention_ext
 
@@ -116,8 +116,8 @@ class Attention(nn.Module):
     The number of heads in a call follows from the output widths of ``q_proj``, ``k_proj`` and ``v_proj``, so that these
     may be replaced by ones with fewer heads (pruning), or sharded (ColwiseParallel on these three, RowwiseParallel on
     ``out_proj``), with DTensors or local tensors between them. Query and key heads must be sharded alike, unless all
-    local query heads share a single key head. Slopes, sinks and temperatures may be unsharded; they are then sharded as
-    the DTensor ``q_proj.weight`` is.
+    local query heads share a single key head. Slopes, sinks, temperatures, masks and key lengths may be unsharded; those with
+    heads are then sharded as the DTensor ``q_proj.weight`` is.
 
     Source: grouped heads arXiv:2305.13245, cosine similarity arXiv:2111.09883, ALiBi arXiv:2108.12409, softcap
     arXiv:2408.00118, sinks arXiv:2309.17453 and their trained form in gpt-oss.
@@ -285,7 +285,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         window_left, window_right = window_sides(self.window)
         options: dict[str, Any] = {
-            "attn_mask": attn_mask,
+            "attn_mask": None if attn_mask is None else self._mask(attn_mask, q),
             "dropout_p": self.dropout if self.training else 0.0,
             "is_causal": self.is_causal if is_causal is None else is_causal,
             "scale": self.scale,
@@ -296,7 +296,7 @@ class Attention(nn.Module):
             "softcap": self.softcap,
             "alibi_slopes": None if slopes is None else self._per_head("slopes", slopes, q),
             "sinks": None if self.sinks is None else self._per_head("sinks", self.sinks, q),
-            "key_lengths": key_lengths,
+            "key_lengths": None if key_lengths is None else beside(key_lengths, q),
         }
         out, logsumexp, rng_state = ops.attention(q, k, v, **options)
         weights = None
@@ -341,6 +341,15 @@ class Attention(nn.Module):
                 "it is sharded only if `q_proj.weight`, or its output, is a DTensor sharded by heads"
             )
         return parameter
+
+    def _mask(self, attn_mask: Tensor, query: Tensor) -> Tensor:
+        """The part of the mask for the heads of query (..., H, L, D)."""
+        if is_dtensor(query):
+            return beside(attn_mask, query)
+        weight = getattr(self.q_proj, "weight", None)
+        if attn_mask.dim() > 2 and attn_mask.size(-3) == self.num_heads != query.size(-3):
+            return share_of(attn_mask.movedim(-3, 0), weight).movedim(0, -3)
+        return shared_by(attn_mask, weight) if attn_mask.requires_grad else attn_mask
 
     def extra_repr(self) -> str:
         return (

@@ -75,6 +75,16 @@ def share_of(x: Tensor, weight: Any) -> Tensor:
     return full.redistribute(weight.device_mesh, weight.placements).to_local()
 
 
+def shared_by(x: Tensor, weight: Any) -> Tensor:
+    """x, which all heads share; its gradient sums those of the ranks among which `weight` says that they are sharded."""
+    if not is_dtensor(weight):
+        return x
+    from torch.distributed.tensor import Partial, Replicate
+
+    full: Any = beside(x, weight)
+    return full.to_local(grad_placements=[Partial() if p.is_shard(0) else Replicate() for p in weight.placements])
+
+
 class _Rule:
     """Acceptable placements of outputs and inputs: everything replicated, the batch sharded, or the heads sharded.
 
