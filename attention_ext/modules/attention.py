@@ -116,8 +116,8 @@ class Attention(nn.Module):
     The number of heads in a call follows from the output widths of ``q_proj``, ``k_proj`` and ``v_proj``, so that these
     may be replaced by ones with fewer heads (pruning), or sharded (ColwiseParallel on these three, RowwiseParallel on
     ``out_proj``), with DTensors or local tensors between them. Query and key heads must be sharded alike, unless all
-    local query heads share a single key head. Slopes, sinks, temperatures, masks and key lengths may be unsharded; those with
-    heads are then sharded as the DTensor ``q_proj.weight`` is.
+    local query heads share a single key head. Slopes, sinks, temperatures, masks and key lengths may be unsharded; what
+    they have for each head is then sharded as the DTensor ``q_proj.weight`` is.
 
     Source: grouped heads arXiv:2305.13245, cosine similarity arXiv:2111.09883, ALiBi arXiv:2108.12409, softcap
     arXiv:2408.00118, sinks arXiv:2309.17453 and their trained form in gpt-oss.

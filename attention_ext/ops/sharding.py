@@ -76,7 +76,7 @@ def share_of(x: Tensor, weight: Any) -> Tensor:
 
 
 def shared_by(x: Tensor, weight: Any) -> Tensor:
-    """x, which all heads share; its gradient sums those of the ranks among which `weight` says that they are sharded."""
+    """x, which all heads share; its gradient is the sum of those of the ranks that the rows of `weight` are on."""
     if not is_dtensor(weight):
         return x
     from torch.distributed.tensor import Partial, Replicate
