@@ -6,6 +6,7 @@
 
 from attention_ext import ops  # loads the operator library, so it comes first  # isort: skip
 
+from attention_ext import inspect
 from attention_ext._C import build_info
 from attention_ext.functional import attention, attention_varlen, attention_weights
 from attention_ext.integrations.replace import Replacement, replace_, restore_
@@ -43,6 +44,7 @@ __all__ = [
     "cmake_prefix",
     "explain",
     "include_path",
+    "inspect",
     "kernels",
     "library_path",
     "ops",

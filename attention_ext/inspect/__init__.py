@@ -1,0 +1,26 @@
+"""Looking at attention: which keys each query attends to, without a (queries, keys) array per head.
+
+docs/inspect.md has examples.
+"""
+
+from attention_ext.inspect.plots import plot_entropy, plot_heads, plot_image, plot_tokens
+from attention_ext.inspect.recorder import Record, record
+from attention_ext.inspect.rollout import rollout
+from attention_ext.inspect.statistics import TopK, entropy, received, top_k, unpack, unpad, weights
+
+__all__ = [
+    "Record",
+    "TopK",
+    "entropy",
+    "plot_entropy",
+    "plot_heads",
+    "plot_image",
+    "plot_tokens",
+    "received",
+    "record",
+    "rollout",
+    "top_k",
+    "unpack",
+    "unpad",
+    "weights",
+]

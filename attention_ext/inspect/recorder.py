@@ -1,0 +1,210 @@
+"""Records statistics of every attention call in a model, whoever computes the attention."""
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attention_ext.inspect.statistics import Rows, TopK, statistics, unpack, weights
+from attention_ext.integrations.replace import replace_
+
+__all__ = ["Record", "record"]
+
+_STATISTICS = ("weights", "mean_weights", "entropy", "received", "top_k")
+_OPERATOR = torch.ops.attention_ext.attention
+_ARGUMENTS = tuple(x.name for x in _OPERATOR.default._schema.arguments)
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_SEEN = {
+    _OPERATOR: _ARGUMENTS,
+    _OPERATOR.default: _ARGUMENTS,
+    torch._C._nn.scaled_dot_product_attention: _SDPA_ARGUMENTS,
+}
+_IGNORED = ("value", "dropout_p", "rng_state")
+
+
+@dataclass
+class Record:
+    """One attention call. Statistics that were not asked for are None.
+
+    Shapes are those of the functions of `attention_ext.inspect`. Of packed sequences, ``weights`` and ``mean_weights``
+    are lists with one tensor per sequence, all else is packed: entropy ``(H, total_q)``, received ``(H, total_k)``,
+    top_k ``(H, total_q, k)`` with indices within the sequence.
+
+    Attributes:
+        name: the qualified name of the innermost module that made the call; "" is the model itself.
+        weights: ``(B, H, L, S)``, dtype of query.
+        mean_weights: ``(B, L, S)``, their mean over heads.
+        entropy: ``(B, H, L)``.
+        received: ``(B, H, S)``.
+        top_k: values and indices ``(B, H, L, k)``.
+    """
+
+    name: str
+    weights: Any = None
+    mean_weights: Any = None
+    entropy: Tensor | None = None
+    received: Tensor | None = None
+    top_k: TopK | None = None
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    stats: Sequence[str] = ("entropy", "received", "top_k"),
+    *,
+    k: int = 10,
+    rows: Rows = None,
+    heads: Rows = None,
+    differentiable: bool = False,
+) -> Iterator[list[Record]]:
+    r"""Within the block, each attention call that a module of model makes appends a :class:`Record` to a list.
+
+    Seen are calls of this library's functions and modules, also through its integrations, and of torch's
+    ``F.scaled_dot_product_attention``, wherever the name was bound; these still run as they do without the block.
+    Every nn.MultiheadAttention in model is an `attention_ext.MultiheadAttention` for the length of the block, see
+    :func:`attention_ext.replace_`, and compiled functions run eagerly. Weights are those before dropout.
+
+    Not seen: attention written out in matrix products, kernels of other libraries, and other threads.
+
+    Args:
+        model: all calls within it are recorded; pass a layer to look at that one only.
+        stats: of ``"weights"``, ``"mean_weights"``, ``"entropy"``, ``"received"`` and ``"top_k"``. The first two take
+            memory that grows with queries x keys.
+        k: for ``"top_k"``.
+        rows: the numbers of the queries looked at, such as ``[0]`` for a class token, as for :func:`weights`; with
+            packed sequences those of every sequence. None: all.
+        heads: the numbers of the heads looked at. None: all.
+        differentiable: statistics keep the graph, so that losses can be made of them.
+
+    Yields:
+        The list, in the order of the calls. A recomputed call (torch.utils.checkpoint) is recorded again.
+
+    Raises:
+        ValueError: for an unknown statistic, and for a scripted module in model.
+        RuntimeError: where model calls torch's F.multi_head_attention_forward from a class that `replace_` leaves as it
+            is, and as the functions for `rows` and `heads` that do not fit.
+
+    Warns:
+        UserWarning: if no attention was seen.
+    """
+    for name in stats:
+        if name not in _STATISTICS:
+            raise ValueError(f"record: expected `stats` of {', '.join(_STATISTICS)}, got {name!r}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"record: expected a model that is not scripted, got a scripted module, {name or 'the model'!r}, whose "
+                "calls cannot be seen: record the module it was scripted from"
+            )
+    recorder = _Recorder(stats, k, rows, heads, differentiable)
+    with ExitStack() as stack:
+        stack.callback(replace_(model).restore)
+        for name, module in model.named_modules():
+            enter, leave = recorder.hooks(name)
+            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(recorder)
+        yield recorder.records
+    if not recorder.records:
+        warnings.warn(
+            "record: no attention of the model was seen: it was not called in the block, or computes attention in "
+            "another way than by this library, F.scaled_dot_product_attention or nn.MultiheadAttention",
+            stacklevel=3,
+        )
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, stats: Sequence[str], k: int, rows: Rows, heads: Rows, differentiable: bool) -> None:
+        super().__init__()
+        self.stats, self.k, self.rows, self.heads = stats, k, rows, heads
+        self.differentiable = differentiable
+        self.records: list[Record] = []
+        self.running: list[str] = []  # names of modules, the innermost last
+
+    def hooks(self, name: str) -> tuple[Any, Any]:
+        def enter(*_: Any) -> None:
+            self.running.append(name)
+
+        def leave(*_: Any) -> None:
+            self.running.pop()
+
+        return enter, leave
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.running:
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            raise RuntimeError(
+                f"record: expected attention that can be seen, got F.multi_head_attention_forward called by "
+                f"{self.running[-1] or 'the model'!r}, which replace_ left as it is: print(attention_ext.replace_(model)) "
+                "says why"
+            )
+        result = func(*args, **kwargs)
+        if func in _SEEN:
+            given = {**dict(zip(_SEEN[func], args, strict=False)), **kwargs}
+            logsumexp = result[1] if _SEEN[func] is _ARGUMENTS else None
+            with nullcontext() if self.differentiable else torch.no_grad():
+                self.records.append(Record(self.running[-1], **self.of_call(given, logsumexp)))
+        return result
+
+    def of_call(self, given: dict[str, Any], logsumexp: Tensor | None) -> dict[str, Any]:
+        query, key = given["query"], given["key"]
+        for name in ("query", "key", "attn_mask"):
+            if type(given.get(name)) not in (type(None), Tensor, nn.Parameter):
+                raise RuntimeError(
+                    f"record: expected `{name}` of {self.running[-1] or 'the model'!r} to be a plain Tensor, got "
+                    f"{type(given[name]).__name__}: call the model within attention_ext.sdpa(), which converts what "
+                    "this library can serve"
+                )
+        sides = given.pop("window_left", None), given.pop("window_right", None)
+        starts = given.pop("cu_seqlens_q", None), given.pop("cu_seqlens_k", None)
+        options = {name: x for name, x in given.items() if name not in ("query", "key", *_IGNORED)}
+        options["window"] = None if sides == (None, None) else sides
+        # Autocast rounded the inputs of the call.
+        options["logsumexp"] = None if torch.is_autocast_enabled(query.device.type) else logsumexp
+        if starts[0] is None:
+            return self.of_dense(query, key, options)
+        if options["logsumexp"] is not None:
+            options["logsumexp"] = options["logsumexp"][0]
+        query, key = query[0].transpose(0, 1), key[0].transpose(0, 1)
+        return _joined([self.of_dense(**call) for call in _sequences(query, key, starts, options)])
+
+    def of_dense(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        chosen = {"rows": self.rows, "heads": self.heads}
+        for name, average_heads in (("weights", False), ("mean_weights", True)):
+            if name in self.stats:
+                found[name] = weights(query, key, **chosen, average_heads=average_heads, **options)
+        streamed = [name for name in self.stats if name not in found]
+        if streamed:
+            found.update(statistics("record", query, key, streamed, self.k, self.rows, self.heads, options))
+        return found
+
+
+def _sequences(query: Tensor, key: Tensor, starts: Any, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for call in unpack(query, key, *starts, **options):
+        yield {"query": call.pop("query"), "key": call.pop("key"), "options": call}
+
+
+def _joined(found: list[dict[str, Any]]) -> dict[str, Any]:
+    dims = {"entropy": -1, "received": -1, "top_k": -2}
+    result: dict[str, Any] = {}
+    for name in found[0] if found else ():
+        parts = [x[name] for x in found]
+        if name == "top_k":
+            result[name] = TopK(*(torch.cat(x, dims[name]) for x in zip(*parts, strict=True)))
+        else:
+            result[name] = torch.cat(parts, dims[name]) if name in dims else parts
+    return result
