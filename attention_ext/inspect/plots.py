@@ -90,7 +90,7 @@ def plot_image(image: Tensor, weights: Tensor, *, grid: tuple[int, int] | None =
     height, width = picture.shape[:2]
     figure, axes = _panels(1, 2, 3.0)
     for one in axes.flat:
-        one.imshow(picture, cmap="gray", extent=(0, width, height, 0))
+        one.imshow(picture.numpy(), cmap="gray", extent=(0, width, height, 0))
         one.set_axis_off()
     laid_over = axes[0, 1].imshow(shown.reshape(grid), alpha=0.6, extent=(0, width, height, 0), vmin=0)
     figure.colorbar(laid_over, ax=axes, label="weight")
@@ -116,7 +116,7 @@ def plot_entropy(records: Sequence[Record]) -> Figure:
         row[: len(mean)] = mean
     figure, axes = _panels(1, 1, max(3.0, 0.4 * max(table.shape)))
     one = axes[0, 0]
-    figure.colorbar(one.imshow(table, vmin=0, aspect="auto"), ax=one, label="entropy, nats")
+    figure.colorbar(one.imshow(table.numpy(), vmin=0, aspect="auto"), ax=one, label="entropy, nats")
     one.set_yticks(range(len(means)), [x.name or "the model" for x in records])
     one.set_xticks(range(heads))
     one.set_xlabel("head")

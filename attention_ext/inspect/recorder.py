@@ -35,7 +35,7 @@ class Record:
 
     Shapes are those of the functions of `attention_ext.inspect`. Of packed sequences, ``weights`` and ``mean_weights``
     are lists with one tensor per sequence, all else is packed: entropy ``(H, total_q)``, received ``(H, total_k)``,
-    top_k ``(H, total_q, k)`` with indices within the sequence.
+    top_k ``(H, total_q, k)`` with indices within the sequence; rows that no sequence owns are as if they saw no key.
 
     Attributes:
         name: the qualified name of the innermost module that made the call; "" is the model itself.
@@ -43,15 +43,15 @@ class Record:
         mean_weights: ``(B, L, S)``, their mean over heads.
         entropy: ``(B, H, L)``.
         received: ``(B, H, S)``.
-        top_k: values and indices ``(B, H, L, k)``.
+        top_k: :class:`TopK` of ``(B, H, L, k)``.
     """
 
     name: str
     weights: Any = None
     mean_weights: Any = None
-    entropy: Tensor | None = None
-    received: Tensor | None = None
-    top_k: TopK | None = None
+    entropy: Any = None
+    received: Any = None
+    top_k: Any = None
 
 
 @contextmanager
@@ -147,9 +147,9 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             raise RuntimeError(
-                f"record: expected attention that can be seen, got F.multi_head_attention_forward called by "
-                f"{self.running[-1] or 'the model'!r}, which replace_ left as it is: print(attention_ext.replace_(model)) "
-                "says why"
+                "record: expected attention that can be seen, got F.multi_head_attention_forward, called by "
+                f"{self.running[-1] or 'the model'!r}: print(attention_ext.replace_(model)) says why that module is "
+                "not replaced"
             )
         result = func(*args, **kwargs)
         if func in _SEEN:
@@ -176,10 +176,30 @@ class _Recorder(TorchFunctionMode):
         options["logsumexp"] = None if torch.is_autocast_enabled(query.device.type) else logsumexp
         if starts[0] is None:
             return self.of_dense(query, key, options)
+        return self.of_packed(query, key, starts, options)
+
+    def of_packed(self, query: Tensor, key: Tensor, starts: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """query (Hq, total_q, D), or with a batch dimension of 1."""
+        query, key = (x.flatten(0, -3) for x in (query, key))
         if options["logsumexp"] is not None:
-            options["logsumexp"] = options["logsumexp"][0]
-        query, key = query[0].transpose(0, 1), key[0].transpose(0, 1)
-        return _joined([self.of_dense(**call) for call in _sequences(query, key, starts, options)])
+            options["logsumexp"] = options["logsumexp"].flatten(0, -2)
+        calls = list(unpack(query.transpose(0, 1), key.transpose(0, 1), *starts, **options))
+        found = [self.of_dense(call.pop("query"), call.pop("key"), call) for call in calls]
+        found = found or [self.of_dense(query[:, :0], key[:, :0], {})]
+        total_q, total_k = query.size(1) if self.rows is None else 0, key.size(1)
+        result: dict[str, Any] = {}
+        for name in self.stats:
+            parts = [x[name] for x in found]
+            if name == "entropy":
+                result[name] = _padded(torch.cat(parts, -1), -1, total_q, 0)
+            elif name == "received":
+                result[name] = _padded(torch.cat(parts, -1), -1, total_k, 0)
+            elif name == "top_k":
+                values, indices = (torch.cat(x, -2) for x in zip(*parts, strict=True))
+                result[name] = TopK(_padded(values, -2, total_q, 0), _padded(indices, -2, total_q, -1))
+            else:
+                result[name] = parts[: len(calls)]
+        return result
 
     def of_dense(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -193,18 +213,7 @@ class _Recorder(TorchFunctionMode):
         return found
 
 
-def _sequences(query: Tensor, key: Tensor, starts: Any, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for call in unpack(query, key, *starts, **options):
-        yield {"query": call.pop("query"), "key": call.pop("key"), "options": call}
-
-
-def _joined(found: list[dict[str, Any]]) -> dict[str, Any]:
-    dims = {"entropy": -1, "received": -1, "top_k": -2}
-    result: dict[str, Any] = {}
-    for name in found[0] if found else ():
-        parts = [x[name] for x in found]
-        if name == "top_k":
-            result[name] = TopK(*(torch.cat(x, dims[name]) for x in zip(*parts, strict=True)))
-        else:
-            result[name] = torch.cat(parts, dims[name]) if name in dims else parts
-    return result
+def _padded(x: Tensor, dim: int, size: int, value: int) -> Tensor:
+    """Up to size, for rows that no sequence owns."""
+    missing = max(0, size - x.size(dim))
+    return F.pad(x, (0, missing) if dim == -1 else (0, 0, 0, missing), value=value)

@@ -16,7 +16,9 @@ from attention_ext.functional import attention, attention_weights
 
 __all__ = ["TopK", "entropy", "received", "top_k", "unpack", "unpad", "weights"]
 
-BLOCK = 1 << 23  # weights held at a time; at least those of one query
+# Weights held at a time, or those of one query: 40 MiB in float32. glibc returns blocks of 32 MiB and more to the
+# system as soon as they are free; of smaller ones its heap may keep as many as all weights together need.
+BLOCK = 10 << 20
 
 _LOGSUMEXP_OPTIONS = (
     "attn_mask", "is_causal", "scale", "enable_gqa", "causal_alignment", "window", "softcap", "alibi_slopes", "sinks",
@@ -261,8 +263,8 @@ class _Call:
     def rows_per_block(self) -> int:
         batch = torch.broadcast_shapes(self.query.shape[:-3], self.key.shape[:-3])
         heads = self.query.size(-3) if self.query.dim() > 2 else 1
-        rows = max(1, BLOCK // max(1, math.prod(batch) * heads * self.key.size(-2)))
-        return rows - rows % 16 if rows > 16 else rows  # whole tiles of the kernels
+        rows = math.ceil(BLOCK / max(1, math.prod(batch) * heads * self.key.size(-2)))
+        return rows + -rows % 16 if rows > 16 else rows  # whole tiles of the kernels
 
     def keeps_blocks(self) -> bool:
         """Whether autograd would keep the weights of all blocks, and can be told to recompute them."""
