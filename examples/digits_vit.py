@@ -1,12 +1,14 @@
 """Trains a small vision Transformer on scikit-learn's handwritten digits with our MultiheadAttention inside torch's
 encoder layer, and reports the accuracy on test images.
 
-Each 8 x 8 image is split into 16 patches of 2 x 2 pixels, preceded by a class token.
+Each 8 x 8 image is split into 16 patches of 2 x 2 pixels, preceded by a class token. --picture shows which patches the
+class of a test image rests on.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import report
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import attention_ext
+from attention_ext import inspect
 
 CLASSES, SIDE, PATCH = 10, 8, 2
 PATCHES = (SIDE // PATCH) ** 2
@@ -58,6 +61,15 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return right
 
 
+def relevance_of_patches(model: nn.Module, image: Tensor) -> Tensor:
+    """image (8, 8) -> (patches,): the relevance of each to the logit of the class that the model decides for"""
+    model.eval()
+    with inspect.record(model, ("relevance",)) as records:
+        model(image[None]).max().backward()
+    layers = [x.relevance for x in records]
+    return inspect.rollout(layers, rows=[0], normalize=False)[0, 0, 1:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=30)
@@ -65,6 +77,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--picture", type=Path, help="write a picture of the first test image and its relevant patches")
     parser.add_argument("--assert-accuracy", type=float, default=0.0, help="fail below it on the test images")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -92,6 +105,10 @@ def main() -> None:
         for name, images, labels in [("training", train_x, train_y), ("test", test_x, test_y)]
     ]
     report.table("Handwritten digits", ["split", "images", "accuracy"], rows)
+    if options.picture:
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        inspect.plot_image(test_x[0], relevance_of_patches(model, test_x[0])).savefig(options.picture, dpi=100)
+        print(f"wrote {options.picture}")
     if accuracy(model, test_x, test_y) < options.assert_accuracy:
         raise SystemExit(f"the accuracy on the test images is below {options.assert_accuracy:.1%}")
 

@@ -464,6 +464,59 @@ def test_record_can_keep_the_graph(device: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(records[0].entropy.sum(), parameters), expected)
 
 
+def expected_relevance(sample: Sample) -> Tensor:
+    """By autograd through the reference's steps after the softmax."""
+    weights = expected_of(sample).requires_grad_()
+    value = sample.value.repeat_interleave(weights.size(1) // sample.value.size(1), 1)
+    (gradient,) = torch.autograd.grad(weights @ value, weights, sample.grad_out)
+    return (weights * gradient).clamp_min(0).mean(1).detach()
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "causal_more_queries", "bias_hiding", "sinks", "wider_value"])
+def test_relevance(name: str, device: str) -> None:
+    sample = NAMED[name].build(device=device)
+    expected = expected_relevance(sample)
+    tensors = sample.query, sample.key, sample.value, sample.grad_out
+    torch.testing.assert_close(inspect.relevance(*tensors, **sample.options), expected)
+    rows = inspect.relevance(*tensors, rows=[2, 0], **sample.options)
+    torch.testing.assert_close(rows, expected[:, [2, 0]])
+    heads = [inspect.relevance(*tensors, heads=[i], **sample.options) for i in range(sample.query.size(1))]
+    torch.testing.assert_close(torch.stack(heads).mean(0), expected)
+
+    leaves = sample.requiring_grad("query", "value")
+    model = Calls(lambda q, k, v: attention_ext.attention(q, k, v, **leaves.options))
+    with inspect.record(model, ("relevance",)) as records:
+        out = model(leaves.query, leaves.key, leaves.value)
+    assert records[0].relevance is None
+    out.backward(leaves.grad_out)
+    torch.testing.assert_close(records[0].relevance, expected)
+
+
+def test_rollout_of_relevances(device: str) -> None:
+    layers = torch.rand(2, 3, 5, 5, dtype=torch.float64, device=device).unbind()
+    lower, upper = (torch.eye(5, dtype=torch.float64, device=device) + x for x in layers)
+    torch.testing.assert_close(4 * inspect.rollout(layers, normalize=False), upper @ lower)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"dropout_p": 0.5}, "dropout"), ({}, "an output that requires no grad"), ({"packed": True}, "packed sequences")],
+)
+def test_relevance_is_refused(options: dict[str, Any], reason: str, device: str) -> None:
+    x = torch.randn(5, 2, 4, device=device)
+    starts = torch.tensor([0, 5], device=device)
+
+    def call(x: Tensor) -> Tensor:
+        if options.get("packed"):
+            return attention_ext.attention_varlen(x, x, x, starts, starts)
+        return attention_ext.attention(x, x, x, **options)
+
+    model = Calls(call)
+    message = f"expected a call that has \"relevance\", got {reason} in 'the model'"
+    with pytest.raises(RuntimeError, match=message), inspect.record(model, ("relevance",)):
+        model(x.requires_grad_(bool(options)))
+
+
 def test_record_runs_compiled_models_eagerly(device: str) -> None:
     model: Any = torch.compile(encoder().to(device), backend="eager")
     x = torch.randn(2, 5, 16, device=device)

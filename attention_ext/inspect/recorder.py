@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attention_ext.inspect.statistics import Rows, TopK, statistics, unpack, weights
+from attention_ext.inspect.statistics import Rows, TopK, relevance, statistics, unpack, weights
 from attention_ext.integrations.replace import replace_
 
 __all__ = ["Record", "record"]
 
-_STATISTICS = ("weights", "mean_weights", "entropy", "received", "top_k")
+_STATISTICS = ("weights", "mean_weights", "entropy", "received", "top_k", "relevance")
 _OPERATOR = torch.ops.attention_ext.attention
 _ARGUMENTS = tuple(x.name for x in _OPERATOR.default._schema.arguments)
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -26,7 +26,7 @@ _SEEN = {
     _OPERATOR.default: _ARGUMENTS,
     torch._C._nn.scaled_dot_product_attention: _SDPA_ARGUMENTS,
 }
-_IGNORED = ("value", "dropout_p", "rng_state")
+_NO_OPTIONS = ("query", "key", "value", "dropout_p", "rng_state", "cu_seqlens_q", "cu_seqlens_k")
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Record:
         entropy: ``(B, H, L)``.
         received: ``(B, H, S)``.
         top_k: :class:`TopK` of ``(B, H, L, k)``.
+        relevance: ``(B, L, S)``, None before the backward pass of a loss.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Record:
     entropy: Any = None
     received: Any = None
     top_k: Any = None
+    relevance: Any = None
 
 
 @contextmanager
@@ -75,8 +77,9 @@ def record(
 
     Args:
         model: all calls within it are recorded; pass a layer to look at that one only.
-        stats: of ``"weights"``, ``"mean_weights"``, ``"entropy"``, ``"received"`` and ``"top_k"``. The first two take
-            memory that grows with queries x keys.
+        stats: of ``"weights"``, ``"mean_weights"``, ``"entropy"``, ``"received"``, ``"top_k"``, and ``"relevance"``,
+            which the backward pass of a loss sets, in the block or after it. Of these weights, mean_weights and
+            relevance take memory that grows with queries x keys.
         k: for ``"top_k"``.
         rows: the numbers of the queries looked at, such as ``[0]`` for a class token, as for :func:`weights`; with
             packed sequences those of every sequence. None: all.
@@ -88,6 +91,7 @@ def record(
 
     Raises:
         ValueError: for an unknown statistic, and for a scripted module in model.
+        RuntimeError: with ``"relevance"``, where a call has dropout, packed sequences, or an output without grad.
         RuntimeError: where model calls torch's F.multi_head_attention_forward from a class that `replace_` leaves as it
             is, and as the functions for `rows` and `heads` that do not fit.
 
@@ -154,29 +158,49 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _SEEN:
             given = {**dict(zip(_SEEN[func], args, strict=False)), **kwargs}
-            logsumexp = result[1] if _SEEN[func] is _ARGUMENTS else None
-            with nullcontext() if self.differentiable else torch.no_grad():
-                self.records.append(Record(self.running[-1], **self.of_call(given, logsumexp)))
+            out, logsumexp = (result, None) if _SEEN[func] is _SDPA_ARGUMENTS else result[:2]
+            self.see(given, out, logsumexp)
         return result
 
-    def of_call(self, given: dict[str, Any], logsumexp: Tensor | None) -> dict[str, Any]:
-        query, key = given["query"], given["key"]
-        for name in ("query", "key", "attn_mask"):
-            if type(given.get(name)) not in (type(None), Tensor, nn.Parameter):
+    def see(self, given: dict[str, Any], out: Tensor, logsumexp: Tensor | None) -> None:
+        name, query, key = self.running[-1], given["query"], given["key"]
+        for argument in ("query", "key", "attn_mask"):
+            if type(given.get(argument)) not in (type(None), Tensor, nn.Parameter):
                 raise RuntimeError(
-                    f"record: expected `{name}` of {self.running[-1] or 'the model'!r} to be a plain Tensor, got "
-                    f"{type(given[name]).__name__}: call the model within attention_ext.sdpa(), which converts what "
-                    "this library can serve"
+                    f"record: expected `{argument}` of {name or 'the model'!r} to be a plain Tensor, got "
+                    f"{type(given[argument]).__name__}: call the model within attention_ext.sdpa(), which converts "
+                    "what this library can serve"
                 )
-        sides = given.pop("window_left", None), given.pop("window_right", None)
-        starts = given.pop("cu_seqlens_q", None), given.pop("cu_seqlens_k", None)
-        options = {name: x for name, x in given.items() if name not in ("query", "key", *_IGNORED)}
-        options["window"] = None if sides == (None, None) else sides
+        starts = given.get("cu_seqlens_q"), given.get("cu_seqlens_k")
+        options = {option: x for option, x in given.items() if option not in _NO_OPTIONS}
+        if "window_left" in options or "window_right" in options:
+            options["window"] = options.pop("window_left", None), options.pop("window_right", None)
         # Autocast rounded the inputs of the call.
         options["logsumexp"] = None if torch.is_autocast_enabled(query.device.type) else logsumexp
-        if starts[0] is None:
-            return self.of_dense(query, key, options)
-        return self.of_packed(query, key, starts, options)
+        with nullcontext() if self.differentiable else torch.no_grad():
+            if starts[0] is None:
+                one = Record(name, **self.of_dense(query, key, options))
+            else:
+                one = Record(name, **self.of_packed(query, key, starts, options))
+        self.records.append(one)
+        if "relevance" not in self.stats:
+            return
+        for reason, hinders in (
+            ("packed sequences", starts[0] is not None),
+            ("dropout", bool(given.get("dropout_p"))),
+            ("an output that requires no grad", not out.requires_grad),
+        ):
+            if hinders:
+                raise RuntimeError(
+                    f'record: expected a call that has "relevance", got {reason} in {name or "the model"!r}'
+                )
+        chosen = {"rows": self.rows, "heads": self.heads}
+
+        def set_relevance(grad_out: Tensor) -> None:
+            with torch.no_grad():
+                one.relevance = relevance(query, key, given["value"], grad_out, **chosen, **options)
+
+        out.register_hook(set_relevance)
 
     def of_packed(self, query: Tensor, key: Tensor, starts: Any, options: dict[str, Any]) -> dict[str, Any]:
         """query (Hq, total_q, D), or with a batch dimension of 1."""
@@ -188,7 +212,7 @@ class _Recorder(TorchFunctionMode):
         found = found or [self.of_dense(query[:, :0], key[:, :0], {})]
         total_q, total_k = query.size(1) if self.rows is None else 0, key.size(1)
         result: dict[str, Any] = {}
-        for name in self.stats:
+        for name in found[0]:
             parts = [x[name] for x in found]
             if name == "entropy":
                 result[name] = _padded(torch.cat(parts, -1), -1, total_q, 0)
@@ -207,7 +231,7 @@ class _Recorder(TorchFunctionMode):
         for name, average_heads in (("weights", False), ("mean_weights", True)):
             if name in self.stats:
                 found[name] = weights(query, key, **chosen, average_heads=average_heads, **options)
-        streamed = [name for name in self.stats if name not in found]
+        streamed = [name for name in self.stats if name in ("entropy", "received", "top_k")]
         if streamed:
             found.update(statistics("record", query, key, streamed, self.k, self.rows, self.heads, options))
         return found

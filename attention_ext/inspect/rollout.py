@@ -10,7 +10,7 @@ from attention_ext.inspect.statistics import Rows, indices_of
 __all__ = ["rollout"]
 
 
-def rollout(layers: Sequence[Tensor], *, rows: Rows = None, residual: float = 0.5) -> Tensor:
+def rollout(layers: Sequence[Tensor], *, rows: Rows = None, residual: float = 0.5, normalize: bool = True) -> Tensor:
     r"""How much each output of a stack of self-attention layers draws on each input: the product of their weights.
 
     A layer counts as ``residual * I + (1 - residual) * weights``, divided by its row sums: a residual connection passes
@@ -22,14 +22,17 @@ def rollout(layers: Sequence[Tensor], *, rows: Rows = None, residual: float = 0.
         rows: the outputs asked for, such as ``[0]`` for a class token: memory and time then grow with their number.
             None: all.
         residual: the share that the residual connection passes on.
+        normalize: whether to divide by the row sums. False for layers that are relevances: the result is then the
+            relevance of the inputs to the loss, times ``2^-len(layers)`` for the default residual.
 
     Returns:
-        ``(B, rows, L)``, rows that sum to 1; differentiable.
+        ``(B, rows, L)``, rows that sum to 1 if normalized; differentiable.
 
     Raises:
         ValueError: if there are no layers, or one is not square or has another size than the first.
 
-    Source: "Quantifying Attention Flow in Transformers" (arXiv:2005.00928), attention rollout.
+    Source: attention rollout of "Quantifying Attention Flow in Transformers" (arXiv:2005.00928); for relevances,
+    "Generic Attention-model Explainability" (arXiv:2103.15679), equation 6.
     """
     means = [_mean_over_heads(x) for x in layers]
     if not means:
@@ -45,8 +48,9 @@ def rollout(layers: Sequence[Tensor], *, rows: Rows = None, residual: float = 0.
     if rows is not None:
         flow = flow[indices_of("rollout", "rows", rows, length)]
     for x in reversed(means):
-        sums = residual + (1 - residual) * x.sum(-1)
-        flow = flow / sums.masked_fill(sums == 0, 1).unsqueeze(-2)
+        if normalize:
+            sums = residual + (1 - residual) * x.sum(-1)
+            flow = flow / sums.masked_fill(sums == 0, 1).unsqueeze(-2)
         flow = residual * flow + (1 - residual) * (flow @ x)
     return flow
 

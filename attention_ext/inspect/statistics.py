@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_ext.functional import attention, attention_weights
 
-__all__ = ["TopK", "entropy", "received", "top_k", "unpack", "unpad", "weights"]
+__all__ = ["TopK", "entropy", "received", "relevance", "top_k", "unpack", "unpad", "weights"]
 
 # Weights held at a time, or those of one query: 40 MiB in float32. glibc returns blocks of 32 MiB and more to the
 # system as soon as they are free; of smaller ones its heap may keep as many as all weights together need.
@@ -120,6 +120,41 @@ def top_k(query: Tensor, key: Tensor, k: int, *, rows: Rows = None, heads: Rows 
         Also as :func:`weights`.
     """
     return statistics("top_k", query, key, ("top_k",), k, rows, heads, options)["top_k"]
+
+
+def relevance(
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, *, rows: Rows = None, heads: Rows = None,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    r"""The weights that serve a loss: the mean over heads of the positive part of ``weights * d loss / d weights``.
+
+    Args:
+        value: ``(B, Hkv, S, Dv)``.
+        grad_out: ``(B, Hq, L, Dv)``, the gradient of the loss, such as the logit of a class, by the output.
+        query, key, rows, heads, options: as for :func:`weights`, without dropout.
+
+    Returns:
+        ``(B, rows, S)``, float32, or float64 for float64.
+
+    Raises:
+        RuntimeError: for ``dropout_p > 0`` and for a query without heads. Also as :func:`weights`.
+
+    Source: "Generic Attention-model Explainability" (arXiv:2103.15679), equation 5.
+    """
+    _check_no_dropout("relevance", options)
+    if query.dim() < 3:
+        raise RuntimeError(f"relevance: expected `query` to have heads, (..., H, L, D), got {query.dim()} dimensions")
+    call = _Call("relevance", query, key, heads, options, at_least_float32=True)
+    group = query.size(-3) // max(1, value.size(-3))
+    value, grad_out = value.to(call.query.dtype).repeat_interleave(group, -3), grad_out.to(call.query.dtype)
+    if heads is not None:
+        chosen = torch.tensor(indices_of("relevance", "heads", heads, query.size(-3)), device=query.device)
+        value, grad_out = value.index_select(-3, chosen), grad_out.index_select(-3, chosen)
+    parts = []
+    for begin, end in _runs("relevance", rows, query.size(-2), call.rows_per_block()):
+        gradient = grad_out[..., begin:end, :] @ value.mT
+        parts.append((call.weights(begin, end) * gradient).clamp_min(0).mean(-3))
+    return torch.cat(parts, -2)
 
 
 def unpad(
