@@ -36,9 +36,12 @@ def test_char_lm_curves_are_equal_without_dropout(tmp_path: Path, dtype: str) ->
     assert "largest relative difference between the two loss curves" in text
 
 
-def test_digits_vit_recognises_digits() -> None:
+def test_digits_vit_recognises_digits(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    run("digits_vit.py", "--threads", 1, "--epochs", 12, "--assert-accuracy", 0.85)
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "picture.png"
+    run("digits_vit.py", "--threads", 1, "--epochs", 12, "--assert-accuracy", 0.85, "--picture", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def plot_image(image: Tensor, weights: Tensor, *, grid: tuple[int, int] | None =
         one.imshow(picture.numpy(), cmap="gray", extent=(0, width, height, 0))
         one.set_axis_off()
     laid_over = axes[0, 1].imshow(shown.reshape(grid), alpha=0.6, extent=(0, width, height, 0), vmin=0)
-    figure.colorbar(laid_over, ax=axes, label="weight")
+    figure.colorbar(laid_over, ax=axes)
     return figure
 
 
