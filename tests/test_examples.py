@@ -44,6 +44,17 @@ def test_digits_vit_recognises_digits(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_cost_measures_time_and_memory(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    text = run("cost.py", "--threads", 1, "--lengths", 32, 64, "--budget", 0.01, "--out", picture)
+    for label in ("seconds per step", "peak extra memory, MiB") if sys.platform == "linux" else ("seconds per step",):
+        rows = [line.split() for line in text.split(label)[1].splitlines()]
+        for length in ("32", "64"):
+            (numbers,) = (row[1:] for row in rows[:8] if row[:1] == [length])
+            assert len([x for x in numbers if float(x) >= 0]) == 2
+    assert "no picture" in text or picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [

@@ -33,6 +33,7 @@ PYTHON_LAYERS = [
     ["attention_ext.functional", "attention_ext.script_forms", "attention_ext.introspection"],
     ["attention_ext.modules"],
     ["attention_ext.integrations", "attention_ext.tutorials"],
+    ["attention_ext.inspect"],
 ]
 # Benchmarks and examples may import the public package only.
 PUBLIC = ("attention_ext.testing", "attention_ext.reference", "attention_ext.info", "attention_ext.integrations")
