@@ -6,7 +6,7 @@
 
 from attention_ext import ops  # loads the operator library, so it comes first  # isort: skip
 
-from attention_ext import inspect
+from attention_ext import inspect as inspect  # not in __all__: it would hide the standard library's
 from attention_ext._C import build_info
 from attention_ext.functional import attention, attention_varlen, attention_weights
 from attention_ext.integrations.replace import Replacement, replace_, restore_
@@ -44,7 +44,6 @@ __all__ = [
     "cmake_prefix",
     "explain",
     "include_path",
-    "inspect",
     "kernels",
     "library_path",
     "ops",

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as bound_early
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention_ext
 from attention_ext import inspect, reference
@@ -72,10 +73,25 @@ def test_features(spec: Spec, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("spec", DENSE, ids=lambda x: x.name)
 def test_logsumexp_is_computed(spec: Spec, device: str) -> None:
-    """Without rng_state, weights before dropout."""
+    """Without rng_state, weights before dropout; for some rows also from a part of the queries."""
     sample = spec.build(device=device).replace(dropout_p=0.0)
-    actual = inspect.entropy(sample.query, sample.key, **sample.options)
-    torch.testing.assert_close(actual, torch.special.entr(expected_of(sample)).sum(-1))
+    expected = torch.special.entr(expected_of(sample)).sum(-1)
+    torch.testing.assert_close(inspect.entropy(sample.query, sample.key, **sample.options), expected)
+    for rows in ([-1], [0], list(range(1, expected.size(-1))), []):
+        actual = inspect.entropy(sample.query, sample.key, rows=rows, **sample.options)
+        torch.testing.assert_close(actual, expected[..., rows])
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"), [({}, [3]), ({"is_causal": True}, [-1]), ({"causal_alignment": "bottom_right"}, [-1])]
+)
+def test_few_rows_take_few_operations(options: dict[str, Any], rows: list[int], device: str) -> None:
+    query = torch.randn(1, 2, 256, 16, device=device)
+    with FlopCounterMode(display=False) as one:
+        inspect.weights(query, query, rows=rows, **options)
+    with FlopCounterMode(display=False) as all_rows:
+        inspect.weights(query, query, **options)
+    assert 0 < 100 * one.get_total_flops() < all_rows.get_total_flops()
 
 
 @pytest.mark.parametrize("spec", DENSE, ids=lambda x: x.name)
@@ -209,8 +225,11 @@ def peak():
 
 def run(length, backward):
     query, key = (torch.randn(1, 2, length, 8, requires_grad=backward) for _ in range(2))
-    inspect.entropy(query, key, is_causal=True).sum().backward() if backward else inspect.received(query, key)
-    inspect.top_k(query, key, 4, rows=range(length // 8), is_causal=True)
+    if backward:
+        inspect.entropy(query, key, is_causal=True).sum().backward()
+    else:
+        inspect.received(query, key)
+        inspect.top_k(query, key, 4, rows=range(length // 8), is_causal=True)
 
 backward = sys.argv[1] == "backward"
 run(64, backward)
@@ -269,7 +288,8 @@ STARTS = torch.tensor([0, 5]), torch.tensor([0, 5])
     [
         (lambda x: inspect.entropy(x, x, rows=[0, 5]), IndexError, "entropy: expected `rows` from -5 to 4, got 5"),
         (lambda x: inspect.weights(x, x, heads=[-4]), IndexError, "weights: expected `heads` from -3 to 2, got -4"),
-        (lambda x: inspect.received(x[0, 0], x[0, 0], heads=[0]), IndexError, "received: expected `query` to have"),
+        (lambda x: inspect.received(x[0, 0], x[0, 0], heads=[0]), IndexError, "received: expected `query` to be"),
+        (lambda x: inspect.received(x, cast(Any, [x])), TypeError, "received: expected `key` to be a Tensor, got list"),
         (lambda x: inspect.top_k(x, x, -1), ValueError, "top_k: expected `k` to be at least 0, got -1"),
         (lambda x: inspect.entropy(x, x, average_heads=True), TypeError, "entropy: .* got `average_heads`"),
         (lambda x: inspect.entropy(x, x, dropout_p=0.5), RuntimeError, "rng_state"),

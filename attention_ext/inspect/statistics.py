@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from attention_ext.arguments import check_tensors
 from attention_ext.functional import attention, attention_weights
 
 __all__ = ["TopK", "entropy", "received", "relevance", "top_k", "unpack", "unpad", "weights"]
@@ -60,9 +61,8 @@ def weights(
         RuntimeError: as :func:`attention_ext.attention`.
         TypeError: for an unknown keyword.
     """
-    call = _Call("weights", query, key, heads, options)
-    length = query.size(-2)
-    parts = [call.weights(*run, average_heads) for run in _runs("weights", rows, length, length)]
+    call = _Call("weights", query, key, rows, heads, options)
+    parts = [call.weights(*run, average_heads) for run in call.ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
@@ -144,14 +144,14 @@ def relevance(
     _check_no_dropout("relevance", options)
     if query.dim() < 3:
         raise RuntimeError(f"relevance: expected `query` to have heads, (..., H, L, D), got {query.dim()} dimensions")
-    call = _Call("relevance", query, key, heads, options, at_least_float32=True)
+    call = _Call("relevance", query, key, rows, heads, options, at_least_float32=True)
     group = query.size(-3) // max(1, value.size(-3))
     value, grad_out = value.to(call.query.dtype).repeat_interleave(group, -3), grad_out.to(call.query.dtype)
-    if heads is not None:
-        chosen = torch.tensor(indices_of("relevance", "heads", heads, query.size(-3)), device=query.device)
-        value, grad_out = value.index_select(-3, chosen), grad_out.index_select(-3, chosen)
+    if call.heads is not None:
+        value, grad_out = value.index_select(-3, call.heads), grad_out.index_select(-3, call.heads)
+    grad_out = grad_out[..., call.first_row :, :]
     parts = []
-    for begin, end in _runs("relevance", rows, query.size(-2), call.rows_per_block()):
+    for begin, end in call.blocks():
         gradient = grad_out[..., begin:end, :] @ value.mT
         parts.append((call.weights(begin, end) * gradient).clamp_min(0).mean(-3))
     return torch.cat(parts, -2)
@@ -220,7 +220,7 @@ def statistics(
     """Those of entropy, received and top_k that are named, from one pass over the weights."""
     if k < 0:
         raise ValueError(f"{function}: expected `k` to be at least 0, got {k}")
-    call = _Call(function, query, key, heads, options, at_least_float32=True)
+    call = _Call(function, query, key, rows, heads, options, at_least_float32=True)
 
     def of_run(begin: int, end: int) -> list[Tensor]:
         block = call.weights(begin, end)
@@ -234,7 +234,7 @@ def statistics(
             found.extend(_top_k(block, k))
         return found
 
-    runs = _runs(function, rows, query.size(-2), call.rows_per_block())
+    runs = call.blocks()
     if len(runs) > 1 and call.keeps_blocks():
         found = [checkpoint(of_run, *run, use_reentrant=False, preserve_rng_state=False) for run in runs]
     else:
@@ -251,29 +251,45 @@ def statistics(
 
 
 class _Call:
-    """A call of attention_weights, for some of its heads."""
+    """A call of attention_weights, for some of its rows and heads.
+
+    Attributes:
+        query: the rows from first_row on.
+        ranges: the ranges of the rows asked for, within query; an empty range for none.
+        heads: the numbers of the heads asked for, or None.
+    """
 
     def __init__(
-        self, function: str, query: Tensor, key: Tensor, heads: Rows, options: dict[str, Any],
+        self, function: str, query: Tensor, key: Tensor, rows: Rows, heads: Rows, options: dict[str, Any],
         at_least_float32: bool = False,
     ) -> None:  # fmt: skip
+        check_tensors(function, {"query": query, "key": key}, {})
         for name in options:
             if name not in _OPTIONS:
                 raise TypeError(
                     f"{function}: expected keywords of attention_weights and `rows` and `heads`, got `{name}`"
                 )
-        if heads is not None and query.dim() < 3:
-            raise IndexError(f"{function}: expected `query` to have heads for `heads`, got {query.dim()} dimensions")
-        self.chosen: Tensor | None = None
+        if query.dim() < 2 or (heads is not None and query.dim() < 3):
+            raise IndexError(
+                f"{function}: expected `query` to be (..., L, D), and (..., H, L, D) for `heads`, got {query.dim()} "
+                "dimensions"
+            )
+        self.first_row, self.heads = 0, None
+        self.ranges = [(0, query.size(-2))]
+        if rows is not None:
+            self.ranges = _consecutive(indices_of(function, "rows", rows, query.size(-2)))
+        # Dropout depends on the numbers of row and head.
+        self.has_dropout = bool(options.get("dropout_p"))
+        if rows is not None and options.get("logsumexp") is None and not self.has_dropout:
+            self.first_row, query, options = _of_rows(query, key, options, self.ranges)
+            self.ranges = [(begin - self.first_row, end - self.first_row) for begin, end in self.ranges]
+        self.ranges = self.ranges or [(0, 0)]
         if heads is not None:
             numbers = indices_of(function, "heads", heads, query.size(-3))
-            chosen = torch.tensor(numbers, device=query.device, dtype=torch.int64)
-            if options.get("dropout_p"):
-                self.chosen = chosen  # dropout depends on the number of the head
-            else:
-                query, key, options = _of_heads(query, key, options, chosen)
-        self.reduced = at_least_float32 and query.dtype in (torch.float16, torch.bfloat16)
-        if self.reduced:
+            self.heads = torch.tensor(numbers, device=query.device, dtype=torch.int64)
+            if not self.has_dropout:
+                query, key, options = _of_heads(query, key, options, self.heads)
+        if at_least_float32 and query.dtype in (torch.float16, torch.bfloat16):
             query, key = query.float(), key.float()
             options = {name: _widened(name, x) for name, x in options.items()}
         self.keep_autocast = not at_least_float32
@@ -287,19 +303,22 @@ class _Call:
     def weights(self, begin: int, end: int, average_heads: bool = False) -> Tensor:
         """(B, heads, end - begin, S), or without heads."""
         with self._autocast():
-            if self.chosen is None:
+            if self.heads is None or not self.has_dropout:
                 return attention_weights(
                     self.query, self.key, **self.options, rows=(begin, end), average_heads=average_heads
                 )
             block = attention_weights(self.query, self.key, **self.options, rows=(begin, end))
-        block = block.index_select(-3, self.chosen)
+        block = block.index_select(-3, self.heads)
         return block.mean(-3) if average_heads else block
 
-    def rows_per_block(self) -> int:
+    def blocks(self) -> list[tuple[int, int]]:
+        """The ranges, divided into blocks of queries."""
         batch = torch.broadcast_shapes(self.query.shape[:-3], self.key.shape[:-3])
         heads = self.query.size(-3) if self.query.dim() > 2 else 1
         rows = math.ceil(BLOCK / max(1, math.prod(batch) * heads * self.key.size(-2)))
-        return rows + -rows % 16 if rows > 16 else rows  # whole tiles of the kernels
+        rows += -rows % 16 if rows > 16 else 0  # whole tiles of the kernels
+        blocks = [(i, min(i + rows, end)) for begin, end in self.ranges for i in range(begin, end, rows)]
+        return blocks or [(0, 0)]
 
     def keeps_blocks(self) -> bool:
         """Whether autograd would keep the weights of all blocks, and can be told to recompute them."""
@@ -343,10 +362,26 @@ def _of_heads(
     return query.index_select(-3, chosen), key.index_select(-3, chosen // group), options
 
 
-def _runs(function: str, rows: Rows, length: int, size: int) -> list[tuple[int, int]]:
-    """Ranges of at most size consecutive queries, in the order of rows; one empty range for none."""
-    ranges = [(0, length)] if rows is None else _consecutive(indices_of(function, "rows", rows, length))
-    return [(i, min(i + size, end)) for begin, end in ranges for i in range(begin, end, max(1, size))] or [(0, 0)]
+def _of_rows(
+    query: Tensor, key: Tensor, options: dict[str, Any], ranges: Sequence[tuple[int, int]]
+) -> tuple[int, Tensor, dict[str, Any]]:
+    """The first row of a part of query that contains the ranges, that part, and the options for it.
+
+    Where positions count, they do from one end of the queries, so the part extends to it.
+    """
+    begin, end = min([x for x, _ in ranges] or [0]), max([x for _, x in ranges] or [0])
+    options = dict(options)
+    window = options.get("window")
+    if options.get("is_causal") or options.get("alibi_slopes") is not None or window not in (None, (None, None)):
+        is_square = query.size(-2) == key.size(-2) and options.get("key_lengths") is None
+        if is_square or options.get("causal_alignment") == "bottom_right":
+            end, options["causal_alignment"] = query.size(-2), "bottom_right"
+        else:
+            begin = 0
+    mask = options.get("attn_mask")
+    if mask is not None and mask.dim() > 1 and mask.size(-2) > 1:
+        options["attn_mask"] = mask[..., begin:end, :]
+    return begin, query[..., begin:end, :], options
 
 
 def _consecutive(indices: Sequence[int]) -> list[tuple[int, int]]:
