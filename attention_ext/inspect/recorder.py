@@ -59,7 +59,7 @@ class Record:
 @contextmanager
 def record(
     model: nn.Module,
-    stats: Sequence[str] = ("entropy", "received", "top_k"),
+    stats: str | Sequence[str] = ("entropy", "received", "top_k"),
     *,
     k: int = 10,
     rows: Rows = None,
@@ -77,9 +77,9 @@ def record(
 
     Args:
         model: all calls within it are recorded; pass a layer to look at that one only.
-        stats: of ``"weights"``, ``"mean_weights"``, ``"entropy"``, ``"received"``, ``"top_k"``, and ``"relevance"``,
-            which the backward pass of a loss sets, in the block or after it. Of these weights, mean_weights and
-            relevance take memory that grows with queries x keys.
+        stats: one or several of ``"weights"``, ``"mean_weights"``, ``"entropy"``, ``"received"``, ``"top_k"``, and
+            ``"relevance"``, which the backward pass of a loss sets, in the block or after it. Of these weights,
+            mean_weights and relevance take memory that grows with queries x keys.
         k: for ``"top_k"``.
         rows: the numbers of the queries looked at, such as ``[0]`` for a class token, as for :func:`weights`; with
             packed sequences those of every sequence. None: all.
@@ -91,13 +91,14 @@ def record(
 
     Raises:
         ValueError: for an unknown statistic, and for a scripted module in model.
-        RuntimeError: with ``"relevance"``, where a call has dropout, packed sequences, or an output without grad.
         RuntimeError: where model calls torch's F.multi_head_attention_forward from a class that `replace_` leaves as it
-            is, and as the functions for `rows` and `heads` that do not fit.
+            is; with ``"relevance"``, where a call has dropout, packed sequences, or an output that requires no grad.
+        IndexError: for rows or heads that a call does not have.
 
     Warns:
         UserWarning: if no attention was seen.
     """
+    stats = (stats,) if isinstance(stats, str) else tuple(stats)
     for name in stats:
         if name not in _STATISTICS:
             raise ValueError(f"record: expected `stats` of {', '.join(_STATISTICS)}, got {name!r}")
