@@ -296,6 +296,7 @@ STARTS = torch.tensor([0, 5]), torch.tensor([0, 5])
         (lambda x: inspect.entropy(x, x, average_heads=True), TypeError, "entropy: .* got `average_heads`"),
         (lambda x: inspect.entropy(x, x, dropout_p=0.5), RuntimeError, "rng_state"),
         (lambda x: inspect.entropy(x, x[..., :2]), RuntimeError, "expected `key`"),
+        (lambda x: inspect.unpad(x, x, [1, 1], [1, 1], rows=[0]), TypeError, "unpad: .* got `rows`"),
         (lambda x: inspect.unpad(x, x, [1], [1, 2]), RuntimeError, "`query_lengths` to be 2 numbers from 0 to 5"),
         (lambda x: inspect.unpad(x, x, [1, 1], [1, 6]), RuntimeError, r"`key_lengths` .* got \[1, 6\]"),
         (lambda x: inspect.unpad(x[0], x[0], [1], [1]), RuntimeError, "unpad: expected `query` to have 4 dim"),

@@ -178,8 +178,10 @@ def unpad(
 
     Raises:
         RuntimeError: for a query of other dimensions, lengths that do not fit, and ``dropout_p > 0``.
+        TypeError: for an unknown keyword; pass ``heads`` to the functions.
     """
     _check_dims("unpad", query, key, 4)
+    _check_options("unpad", options)
     _check_no_dropout("unpad", options)
     lengths_q, lengths_k = _numbers(query_lengths), _numbers(key_lengths)
     for name, lengths, x in (("query_lengths", lengths_q, query), ("key_lengths", lengths_k, key)):
@@ -207,8 +209,10 @@ def unpack(
 
     Raises:
         RuntimeError: for a query or key of other dimensions, and ``dropout_p > 0``.
+        TypeError: for an unknown keyword; pass ``rows`` and ``heads`` to the functions.
     """
     _check_dims("unpack", query, key, 3)
+    _check_options("unpack", options)
     _check_no_dropout("unpack", options)
     return _each_packed(query, key, _numbers(cu_seqlens_q), _numbers(cu_seqlens_k), options)
 
@@ -264,11 +268,7 @@ class _Call:
         at_least_float32: bool = False,
     ) -> None:  # fmt: skip
         check_tensors(function, {"query": query, "key": key}, {})
-        for name in options:
-            if name not in _OPTIONS:
-                raise TypeError(
-                    f"{function}: expected keywords of attention_weights and `rows` and `heads`, got `{name}`"
-                )
+        _check_options(function, options)
         if query.dim() < 2 or (heads is not None and query.dim() < 3):
             raise IndexError(
                 f"{function}: expected `query` to be (..., L, D), and (..., H, L, D) for `heads`, got {query.dim()} "
@@ -411,6 +411,12 @@ def _check_dims(function: str, query: Tensor, key: Tensor, dims: int) -> None:
     for name, x in (("query", query), ("key", key)):
         if x.dim() != dims:
             raise RuntimeError(f"{function}: expected `{name}` to have {dims} dimensions, got {x.dim()}")
+
+
+def _check_options(function: str, options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"{function}: expected options of attention_weights, {', '.join(_OPTIONS)}, got `{name}`")
 
 
 def _check_no_dropout(function: str, options: dict[str, Any]) -> None:
