@@ -15,7 +15,8 @@ import attention_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMED_FILE = re.compile(r"`((?:csrc|attention_ext|tests|tools|benchmarks|examples|docs)/[\w./]+\.\w+)`")
-DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
+WITH_LIBRARIES = {"integrations.md", "transformers.md", "libraries.md"}  # these need what requirements-integrations.txt has
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 
@@ -26,7 +27,7 @@ def blocks(document: Path, language: str) -> list[str]:
 @pytest.mark.parametrize("document", [x for x in DOCUMENTS if blocks(x, "python")], ids=lambda path: path.name)
 def test_python_blocks_run(document: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """In order, in one namespace and one process per document, in a temporary folder."""
-    if document.name in ("integrations.md", "transformers.md") and not request.config.getoption("--integrations"):
+    if document.name in WITH_LIBRARIES and not request.config.getoption("--integrations"):
         pytest.skip("needs --integrations")
     script = tmp_path / "blocks.py"  # TorchScript needs a source file
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks(document, "python")))

@@ -41,7 +41,9 @@ def test_no_pickle_is_loaded() -> None:
     assert not [f"{path}:{n}" for path in files for n, x in enumerate(path.read_text().split("\n")) if unsafe.search(x)]
 
 
-@pytest.mark.parametrize("name", ["requirements", "requirements-lint", "requirements-integrations"])
+@pytest.mark.parametrize(
+    "name", ["requirements", "requirements-lint", "requirements-docs", "requirements-integrations"]
+)
 def test_requirements_are_pinned_by_hash(name: str) -> None:
     pinned = re.split(r"\n(?=[\w.-]+==)", (ROOT / f"{name}.txt").read_text())[1:]
     assert all("--hash=sha256:" in entry for entry in pinned)

@@ -171,6 +171,7 @@ def main() -> None:
         sys.exit("bootstrap: needs Python 3.10 or later")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lint", action="store_true", help="also install what the lints need")
+    parser.add_argument("--docs", action="store_true", help="also install what builds the documentation")
     parser.add_argument("--integrations", action="store_true", help="also install what tests/integrations needs")
     arguments = parser.parse_args()
     prerequisites()
@@ -179,6 +180,8 @@ def main() -> None:
         requirements(python, ROOT / "requirements.txt")
         if arguments.lint:
             requirements(python, ROOT / "requirements-lint.txt")
+        if arguments.docs:
+            requirements(python, ROOT / "requirements-docs.txt")
         if arguments.integrations:
             requirements(python, ROOT / "requirements-integrations.txt")
         build(python)
