@@ -138,6 +138,13 @@ def write_build_facts(version: str) -> None:
         BUILD_FACTS.write_text(text)
 
 
+def local_version() -> str:
+    """What of torch a build fits, as in 0.1.0+torch2.13cpu; a source distribution fits any."""
+    minor = ".".join(torch.__version__.split(".")[:2])
+    device = f"cu{torch.version.cuda}".replace(".", "") if CUDA else "cpu"
+    return "" if "sdist" in sys.argv else f"+torch{minor}{device}"
+
+
 class Build(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -148,7 +155,7 @@ class Build(cpp_extension.BuildExtension):
         check_compiler()
         if len(CXX) > 1:
             os.environ["CXX"] = compiler_in_one_word()
-        write_build_facts(self.distribution.get_version())
+        write_build_facts(self.distribution.get_version().removesuffix(local_version()))
         super().run()
 
     def get_ext_filename(self, ext_name: str) -> str:
@@ -196,4 +203,5 @@ setup(
         ),
     ],
     cmdclass={"build_ext": Build},
+    options={"egg_info": {"tag_build": local_version()}},
 )

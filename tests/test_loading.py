@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import platform
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +48,57 @@ def test_library_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert message() == f"attention_ext was built for torch 1.2.3, and this is {torch.__version__}; {BUILD}"
 
 
-def test_library_that_does_not_load(tmp_path: Path) -> None:
-    """As where torch lacks one of its symbols."""
+UNDEFINED = "_ZN2at13globalContextEv"
+STUB = """
+import importlib, sys, types
+
+package, library = sys.argv[1:]
+sys.modules["attention_ext"] = types.ModuleType("attention_ext")
+sys.modules["attention_ext"].__path__ = [package]
+importlib.import_module("attention_ext.paths").library_path = lambda: library
+import attention_ext.ops
+"""
+
+
+def error_of(library_file: Path) -> str:
+    """The last line that a process writes which imports the package with another operator library."""
+    command = [sys.executable, "-c", STUB, str(Path(library.__file__).parent.parent), str(library_file)]
+    return subprocess.run(command, capture_output=True, text=True).stderr.rstrip().rpartition("\n")[2]
+
+
+def test_library_with_a_symbol_that_torch_lacks(tmp_path: Path) -> None:
+    """As one that was built for another torch."""
+    contents = Path(library_path()).read_bytes()
+    assert UNDEFINED.encode() in contents
+    built_for = _C.build_info()["torch"]
+    path = tmp_path / "libattention_ext.so"
+    renamed = UNDEFINED.replace("global", "glabel")
+    path.write_bytes(
+        contents.replace(UNDEFINED.encode(), renamed.encode()).replace(
+            f"built for torch {built_for}".encode(), b"built for torch " + b"1.2.3".ljust(len(built_for), b"0")
+        )
+    )
+    text = error_of(path)
+    assert text.startswith("ImportError: attention_ext was built for torch 1.2.3")
+    assert f" and does not load with torch {torch.__version__}: {path}: undefined symbol: {renamed}; " in text
+    assert text.endswith(BUILD)
+
+
+def test_library_of_another_machine(tmp_path: Path) -> None:
     path = tmp_path / "libattention_ext.so"
     path.write_bytes(b"\x7fELF of another machine")
-    code = ("import attention_ext.paths as paths; paths.library_path = lambda: PATH\nimport attention_ext.ops").replace(
-        "PATH", repr(str(path))
+    text = error_of(path)
+    assert text.startswith(
+        "ImportError: attention_ext was built for torch of an unknown version and does not load with"
     )
-    stub = "import sys, types; package = types.ModuleType('attention_ext'); package.__path__ = [PACKAGE]\n".replace(
-        "PACKAGE", repr(str(Path(library.__file__).parent.parent))
+    assert text.endswith(BUILD)
+
+
+def test_library_of_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "attention_ext._C" else find_spec(name)
     )
-    stub += "sys.modules['attention_ext'] = package\n"
-    done = subprocess.run([sys.executable, "-c", stub + code], capture_output=True, text=True, check=False)
-    assert f"ImportError: attention_ext does not fit torch {torch.__version__} here: " in done.stderr
-    assert done.stderr.rstrip().endswith(BUILD)
+    assert message() == f"attention_ext was built for another Python than {platform.python_version()}; {BUILD}"
 
 
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "batch_first": True}], ids=str)

@@ -11,8 +11,12 @@
 //   out_tangent without compute_out_tangent.
 // The options are positional because torch's register_vmap refuses operators with keyword-only tensors.
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <string>
+
+// Read from the file by attention_ext/ops/library.py where it does not load.
+extern "C" const char* const attention_ext_built_for = "attention_ext was built for torch " TORCH_VERSION;
 
 namespace attention_ext {
 
