@@ -12,6 +12,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
+if sys.platform != "linux":
+    sys.exit(
+        f"attention_ext: builds on Linux only, and this is {sys.platform}. Use it in a Linux container, or on Windows "
+        "in WSL (wsl --install)."
+    )
+
 try:
     import torch
     from torch.utils import cpp_extension

@@ -173,6 +173,13 @@ def test_build_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         setup_script(monkeypatch)
 
 
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_build_on_another_system(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    with pytest.raises(SystemExit, match=f"builds on Linux only, and this is {system}"):
+        setup_script(monkeypatch)
+
+
 def test_version() -> None:
     declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared is not None

@@ -16,7 +16,7 @@ import attention_ext
 ROOT = Path(__file__).resolve().parent.parent
 NAMED_FILE = re.compile(r"`((?:csrc|attention_ext|tests|tools|benchmarks|examples|docs)/[\w./]+\.\w+)`")
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
-WITH_LIBRARIES = {"integrations.md", "transformers.md", "libraries.md"}  # these need what requirements-integrations.txt has
+WITH_LIBRARIES = {"integrations.md", "transformers.md"}  # these need what requirements-integrations.txt has
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 
