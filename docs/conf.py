@@ -19,6 +19,7 @@ include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**", "
 exclude_patterns = ["docs/templates"]
 templates_path = ["templates"]
 default_role = "code"
+smartquotes = False
 
 autodoc_mock_imports = ["transformers"]  # the page of each integration is built without its library
 

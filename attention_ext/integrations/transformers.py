@@ -1,4 +1,4 @@
-"""attention_ext as an attention implementation of transformers. Importing this module registers it.
+"""attention_ext as an attention implementation of transformers. Importing this module registers it::
 
     import attention_ext.integrations.transformers
     model = AutoModel.from_pretrained(..., attn_implementation="attention_ext")   # or model.set_attn_implementation
