@@ -16,7 +16,7 @@
 #include <string>
 
 // Read from the file by attention_ext/ops/library.py where it does not load.
-extern "C" const char* const attention_ext_built_for = "attention_ext was built for torch " TORCH_VERSION;
+extern "C" const char* const kAttentionExtBuiltFor = "attention_ext was built for torch " TORCH_VERSION;
 
 namespace attention_ext {
 
