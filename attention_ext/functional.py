@@ -69,8 +69,8 @@ def attention(
         sinks: ``(Hq,)`` or ``(B, Hq)``: one more logit per head in the normaliser, without a value; differentiable.
         key_lengths: ``(B,)``, int32 or int64: keys from this position on are hidden, and are not read. From 0 to S,
             which is verified on the CPU only: on a GPU that would wait for the device.
-        query_offset: the position in the whole sequence of the first query given, for a shard of it: the diagonal, ALiBi
-            and the bits of dropout follow.
+        query_offset: the position of the first query in the whole sequence, for a shard of it: the diagonal, ALiBi and
+            the bits of dropout follow.
         key_offset: likewise of the first key; with dropout on a GPU a multiple of 8.
         return_logsumexp: also return the logarithm of the normaliser.
 
