@@ -2,19 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
-from attention_ext.distributed.exchange import compare
+from attention_ext.arguments import Window, check_types, window_sides
 from attention_ext.ops.dropout import draw_rng_state
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_STATE = ("seed_high", "seed_low", "offset_high", "offset_low")
-_OF_RANK = ("length_q", "length_k", "mask_rows", *_STATE)  # may differ between ranks
 
 
 class Inputs(NamedTuple):
@@ -36,7 +35,8 @@ class Call:
         name: of the function, for errors.
         inputs: this rank's shards.
         lengths: key_lengths, cu_seqlens_q and cu_seqlens_k of the whole sequence.
-        options: of the operator that are no tensors.
+        window: as the user gave it.
+        settings: the other options of the operator that are no tensors.
         rng_state: the state of dropout.
         balanced: whether shards have a chunk from the head and one from the tail.
         ring: whether keys travel, so that no rank has all of them.
@@ -45,10 +45,17 @@ class Call:
     name: str
     inputs: Inputs
     lengths: dict[str, Tensor | None]
-    options: dict[str, Any]
+    window: Window
+    settings: dict[str, Any]
     rng_state: Tensor | None
     balanced: bool
     ring: bool
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """Of the operator, without tensors."""
+        left, right = window_sides(self.window)
+        return {**self.settings, "window_left": left, "window_right": right}
 
     def needs_composition(self) -> bool:
         """Whether a transform is active that kernels' own passes do not serve: forward mode or torch.func."""
@@ -59,55 +66,90 @@ class Call:
 
 
 class Agreement(NamedTuple):
-    """What all ranks know of a call: the lengths of their shards, and the state of dropout."""
+    """What all ranks of a group know of a call: the lengths of their shards, and the state of dropout."""
 
     queries: list[int]
     keys: list[int]
+    mask_rows: list[int]
     rng_state: Tensor | None
 
 
-def agree(call: Call, group: ProcessGroup) -> Agreement:
-    """Compares the call with those of the other ranks.
+class _Said(NamedTuple):
+    """What a rank tells the others: why it refuses the call, or what it was given, as text that has to be equal."""
+
+    refusal: str | None
+    given: dict[str, str]
+    lengths: tuple[int, int, int]  # of query, of key, rows of attn_mask: these and the drawn state may differ
+    rng_state: list[int] | None
+
+
+def agree(call: Call, groups: Sequence[ProcessGroup]) -> list[Agreement]:
+    """Compares the call with those of the other ranks, group by group; a rank of a later group is a whole earlier one.
 
     Raises:
         RuntimeError: on every rank, if they do not fit together.
         ValueError: on every rank, if a mask does not fit the lengths.
     """
     refusal: Exception | None = None
+    said = _Said(None, {}, (0, 0, 0), None)
+    state = call.rng_state
     try:
         _check(call)
+        if call.options["dropout_p"] > 0 and state is None:
+            state = draw_rng_state(call.inputs.query)
+        query, key, _, mask = call.inputs[:4]
+        lengths = query.shape[2], key.shape[2], 0 if mask is None else mask.shape[-2]
+        said = _Said(None, _described(call), lengths, None if state is None else state.tolist())
     except Exception as error:  # the others are told before it is raised
         refusal = error
-    rng_state = call.rng_state
-    if call.options["dropout_p"] > 0 and rng_state is None:
-        rng_state = draw_rng_state(call.inputs.query)
-    numbers = {
-        "refused": float(refusal is not None),
-        "balanced": float(call.balanced),
-        "forward mode or torch.func": float(call.needs_composition()),
-        **_described(call),
-        **{name: _number(x) for name, x in call.options.items()},
-        **dict(zip(_STATE, _halves(rng_state), strict=True)),
-    }
-    table = compare(call.name, numbers, _OF_RANK, call.inputs.query.device, group)
+    agreements = []
+    for group in groups:
+        rows: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(rows, said._replace(refusal=None if refusal is None else str(refusal)), group=group)
+        refusal = refusal or _disagreement(call, rows)
+        each = [list(column) for column in zip(*(row.lengths for row in rows), strict=True)]
+        said = said._replace(lengths=tuple(map(sum, each)), rng_state=rows[0].rng_state)
+        agreements.append(Agreement(*each, None if state is None else state.new_tensor(said.rng_state or [])))
     if refusal is not None:
         raise refusal
-    if rng_state is not None:
-        seed, offset = (int(table[0][f"{x}_high"]) << 32 | int(table[0][f"{x}_low"]) for x in ("seed", "offset"))
-        rng_state = torch.cat([rng_state.new_tensor([seed, offset]), rng_state[2:]])
-    queries, keys = ([int(row[name]) for row in table] for name in ("length_q", "length_k"))
-    _check_rows(call, table)
-    return Agreement(queries, keys, rng_state)
+    return agreements
+
+
+def _disagreement(call: Call, rows: Sequence[_Said]) -> Exception | None:
+    for rank, row in enumerate(rows):
+        if row.refusal is not None:
+            return RuntimeError(
+                f"{call.name}: expected all ranks to accept their arguments, but rank {rank} did not: {row.refusal}"
+            )
+    for name in rows[0].given:
+        values = [row.given[name] for row in rows]
+        if len(set(values)) > 1:
+            return RuntimeError(
+                f"{call.name}: expected `{name}` to be equal on all ranks, got {'; '.join(values)} by rank"
+            )
+    for rank, (length, _, mask_rows) in enumerate(row.lengths for row in rows):
+        if call.inputs.attn_mask is not None and mask_rows not in (1, length):
+            return ValueError(
+                f"{call.name}: expected `attn_mask` to have a row for each of the {length} queries of rank {rank}, or "
+                f"one, got {mask_rows}"
+            )
+    return None
 
 
 def _check(call: Call) -> None:
-    """By the operator's own rules, on tensors without data. Those of attn_mask need the lengths of the other ranks."""
-    tensors = {**call.inputs._asdict(), **call.lengths}
-    given = {name: x for name, x in tensors.items() if x is not None and name != "attn_mask"}
+    """By the operator's own rules, on tensors without data. Rows and columns of attn_mask need the other ranks."""
+    tensors = {**call.inputs._asdict(), **call.lengths, "rng_state": call.rng_state}
+    given = {name: x for name, x in tensors.items() if x is not None or name in ("query", "key", "value")}
     for name, x in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{call.name}: expected `{name}` to be a Tensor, got {type(x).__name__}")
+    if not isinstance(call.balanced, bool):
+        raise TypeError(f"{call.name}: expected `balanced` to be a bool, got {type(call.balanced).__name__}")
+    alignment = {"causal_alignment": call.settings["causal_alignment"]}
+    check_types(call.name, **{name: x for name, x in call.settings.items() if name not in alignment})
     meta = {name: x.detach().to("meta") for name, x in given.items()}
+    if "attn_mask" in meta and meta["attn_mask"].dim() > 1:
+        meta["attn_mask"] = meta["attn_mask"][..., :1, :1]
     torch.ops.attention_ext.attention_forward(**meta, **call.options)
     bottom_right = call.options["causal_alignment"] == "bottom_right"
     if call.ring and bottom_right and call.lengths["key_lengths"] is not None:
@@ -115,56 +157,27 @@ def _check(call: Call) -> None:
             f'{call.name}: expected `causal_alignment` to be "top_left" with `key_lengths`, got "bottom_right": '
             "each batch entry would have a diagonal of its own; pack the sequences and give cu_seqlens"
         )
-    if call.inputs.attn_mask is not None and call.lengths["cu_seqlens_q"] is not None:
-        raise ValueError(f"{call.name}: expected no `attn_mask` with `cu_seqlens_q`, got one")
+    if call.balanced and not call.ring:
+        raise ValueError(f"{call.name}: expected `balanced` to be False without a ring, got True")
 
 
-def _described(call: Call) -> dict[str, float]:
-    query, key, value, mask = call.inputs[:4]
-    described: dict[str, float] = {}
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        sizes = x.shape if isinstance(x, Tensor) and x.dim() == 4 else (0, 0, 0, 0)
-        described |= {f"batch size of {name}": sizes[0], f"heads of {name}": sizes[1], f"head_dim of {name}": sizes[3]}
-        described[f"dtype of {name}"] = _DTYPES.index(x.dtype) if isinstance(x, Tensor) and x.dtype in _DTYPES else -1
-        if name != "value":
-            described[f"length_{name[0]}"] = sizes[2]
-    described["mask_rows"] = mask.shape[-2] if mask is not None else 0
-    described["columns of attn_mask"] = mask.shape[-1] if mask is not None else 0
-    for name, tensor in {**call.inputs._asdict(), **call.lengths}.items():
-        described[f"presence of {name}"] = tensor is not None
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "key_lengths"):
-        described[f"values of {name}"] = _checksum(call.lengths[name])
-    for name, tensor in call.inputs._asdict().items():
-        described[f"requires_grad of {name}"] = torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-    return {name: float(x) for name, x in described.items()}
-
-
-def _checksum(lengths: Tensor | None) -> float:
-    if lengths is None or lengths.dim() != 1:
-        return 0.0
-    factors = torch.arange(1, len(lengths) + 1, device=lengths.device)
-    return float((lengths.long() * factors).sum() + len(lengths))
-
-
-def _number(option: Any) -> float:
-    if isinstance(option, str):
-        return float(option == "bottom_right")
-    return math.nan if option is None else float(option)
-
-
-def _halves(rng_state: Tensor | None) -> list[int]:
-    """Of seed and offset: numbers that a float64 holds exactly."""
-    state = [0, 0] if rng_state is None else rng_state.tolist()[:2]
-    return [half for number in state for half in (number >> 32, number & 0xFFFFFFFF)]
-
-
-def _check_rows(call: Call, table: list[dict[str, float]]) -> None:
-    for rank, row in enumerate(table if call.inputs.attn_mask is not None else ()):
-        if row["mask_rows"] not in (1, row["length_q"]):
-            raise ValueError(
-                f"{call.name}: expected `attn_mask` to have a row for each of the {int(row['length_q'])} queries of "
-                f"rank {rank}, or one, got {int(row['mask_rows'])}"
-            )
+def _described(call: Call) -> dict[str, str]:
+    described: dict[str, Any] = {
+        "balanced": call.balanced,
+        "forward mode or torch.func": call.needs_composition(),
+        **{name: None if x is None else x.tolist() for name, x in call.lengths.items()},
+        "rng_state": None if call.rng_state is None else call.rng_state.tolist(),
+        **call.options,
+    }
+    for name, x in call.inputs._asdict().items():
+        described[name] = None
+        if x is not None:
+            sizes: list[object] = list(x.shape)
+            if name in ("query", "key", "value", "attn_mask") and len(sizes) > 1:
+                sizes[-2] = "length"
+            shape = ", ".join(map(str, sizes))
+            described[name] = f"{x.dtype} ({shape}), requires_grad={torch.is_grad_enabled() and x.requires_grad}"
+    return {name: str(x) for name, x in described.items()}
 
 
 def check_whole(call: Call, agreement: Agreement) -> None:
@@ -176,11 +189,17 @@ def check_whole(call: Call, agreement: Agreement) -> None:
             f'differ in length, {length_q} and {length_k}, got "bottom_right"'
         )
     for name, length in (("cu_seqlens_q", length_q), ("cu_seqlens_k", length_k)):
-        starts = call.lengths[name]
-        if starts is not None and starts[-1] > length:
+        starts = [] if call.lengths[name] is None else call.lengths[name].tolist()
+        if starts and not (starts[0] == 0 and starts == sorted(starts) and starts[-1] <= length):
             raise ValueError(
-                f"{call.name}: expected `{name}` to end with at most the whole length {length}, got {int(starts[-1])}"
+                f"{call.name}: expected `{name}` to start with 0, not to decrease and to end with at most the whole "
+                f"length {length}, got {starts}"
             )
+    key_lengths = [] if call.lengths["key_lengths"] is None else call.lengths["key_lengths"].tolist()
+    if not all(0 <= x <= length_k for x in key_lengths):
+        raise ValueError(
+            f"{call.name}: expected `key_lengths` to be from 0 to the whole length {length_k}, got {key_lengths}"
+        )
     mask = call.inputs.attn_mask
     if mask is not None and mask.shape[-1] not in (1, length_k):
         raise ValueError(

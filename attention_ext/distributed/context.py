@@ -85,12 +85,15 @@ def context_parallel(
             f"context_parallel: expected one of `buffer_seq_dims` for each buffer, got {len(buffer_seq_dims)} for "
             f"{len(buffers)} buffers"
         )
+    balanced = balanced and (ring_group is not None or ulysses_group is None)
     whole = [buffer.detach().clone() for buffer in buffers]
-    with torch.no_grad():
-        for buffer, dim in zip(buffers, buffer_seq_dims, strict=True):
-            part = _part(buffer, dim, ring_group, ulysses_group, balanced).clone()
-            buffer.resize_(part.shape).copy_(part)
+    parts = [
+        _part(x, dim, ring_group, ulysses_group, balanced) for x, dim in zip(whole, buffer_seq_dims, strict=True)
+    ]
     try:
+        with torch.no_grad():
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.resize_(part.shape).copy_(part)
         with _Parallel({"ring_group": ring_group, "ulysses_group": ulysses_group, "balanced": balanced}):
             yield
     finally:
@@ -120,11 +123,10 @@ class ContextParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         forward: Callable[..., Any] = module.forward
         ring_group, ulysses_group = (None, device_mesh) if self.ulysses else (device_mesh, None)
-        balanced = self.balanced and not self.ulysses
 
         @functools.wraps(forward)
         def parallel(*args: Any, **kwargs: Any) -> Any:
-            with context_parallel(ring_group, ulysses_group=ulysses_group, balanced=balanced):
+            with context_parallel(ring_group, ulysses_group=ulysses_group, balanced=self.balanced):
                 return forward(*args, **kwargs)
 
         module.forward = parallel

@@ -1,7 +1,5 @@
-"""What ranks say to each other: a comparison of their calls, and differentiable collectives."""
+"""Process groups, and collectives that are differentiable to any order."""
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,41 +21,11 @@ def group_of(group: object) -> ProcessGroup:
         if group.ndim != 1:
             raise ValueError(f"expected `group` to be a mesh of one dimension, got {group}: name one, as mesh['cp']")
         return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("expected `group` to be a group that this rank belongs to, got what new_group returns to others")
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"expected `group` to be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
     return group
-
-
-def compare(call: str, numbers: dict[str, float], may_differ: Sequence[str], device: torch.device, group: Any) -> Any:
-    """Exchanges the numbers that describe a call, and raises on every rank unless they agree.
-
-    Args:
-        call: the function, for the error.
-        numbers: by name, the same names on all ranks. ``refused`` is 1 where this rank will raise an error of its own.
-        may_differ: names whose numbers need not be equal.
-
-    Returns:
-        One dict of numbers per rank.
-
-    Raises:
-        RuntimeError: on every rank, naming the number that differs, or the rank that refused its arguments.
-    """
-    mine = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, mine, group=group)
-    table = [dict(zip(numbers, row.tolist(), strict=True)) for row in rows]
-    refused = [rank for rank, row in enumerate(table) if row["refused"]]
-    if refused and not numbers["refused"]:
-        raise RuntimeError(f"{call}: expected all ranks to accept their arguments, but ranks {refused} raised an error")
-    for name in numbers:
-        values = [row[name] for row in table]
-        if name not in ("refused", *may_differ) and not all(_equal(value, values[0]) for value in values):
-            raise RuntimeError(f"{call}: expected `{name}` to be equal on all ranks, got {values} by rank")
-    return table
-
-
-def _equal(a: float, b: float) -> bool:
-    return a == b or (math.isnan(a) and math.isnan(b))
 
 
 def all_gather(shard: Tensor, dim: int, group: ProcessGroup) -> list[Tensor]:

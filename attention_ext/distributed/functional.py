@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from attention_ext.arguments import Window, window_sides
+from attention_ext.arguments import Window
 from attention_ext.distributed import ring, ulysses
 from attention_ext.distributed.call import Call, Inputs
 from attention_ext.distributed.exchange import group_of
@@ -52,10 +53,12 @@ def attention(
         key: ``(B, Hkv, s, D)``, likewise.
         value: ``(B, Hkv, s, Dv)``.
         attn_mask: broadcastable to ``(B, Hq, l, S)``: this rank's rows and all columns, in the order of the sequence.
+            One row stands for all rows of all ranks, and is the same on each.
         ring_group: a ProcessGroup or a one-dimensional DeviceMesh. Where both groups are None: the default group.
         ulysses_group: likewise. Ranks need not divide the heads. With both groups a rank's shard is
             ``shard(shard(x, dim, ring_group, balanced=...), dim, ulysses_group)``.
         balanced: whether shards of the ring have a chunk from the head and one from the tail, see :func:`chunks`.
+            Without a ring there are none.
         key_lengths: ``(B,)``, of the whole sequence, the same on all ranks.
         cu_seqlens_q: ``(n + 1,)``, packed sequences in the whole sequence, the same on all ranks, with B = 1.
         cu_seqlens_k: likewise for keys.
@@ -71,23 +74,30 @@ def attention(
 
     Source: "Ring Attention with Blockwise Transformers" (arXiv:2310.01889), "DeepSpeed Ulysses" (arXiv:2309.14509).
     """
-    left, right = window_sides(window)
-    options = {
+    settings = {
         "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa,
-        "causal_alignment": causal_alignment, "window_left": left, "window_right": right, "softcap": softcap,
+        "causal_alignment": causal_alignment, "softcap": softcap,
     }  # fmt: skip
+    query, key, value, attn_mask = (_autocast(x) for x in (query, key, value, attn_mask))
     inputs = Inputs(query, key, value, attn_mask, alibi_slopes, sinks)
     lengths = {"key_lengths": key_lengths, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     name = "ring_attention" if ulysses_group is None else "ulysses_attention"
-    call = Call(
-        name, inputs, lengths, options, rng_state, balanced, ring=ulysses_group is None or ring_group is not None
-    )
+    ring_too = ulysses_group is None or ring_group is not None
+    call = Call(name, inputs, lengths, window, settings, rng_state, balanced, ring_too)
     if ulysses_group is None:
         out, logsumexp = ring.run(call, group_of(ring_group))
     else:
         within = None if ring_group is None else group_of(ring_group)
         out, logsumexp = ulysses.run(call, group_of(ulysses_group), within)
     return (out, logsumexp) if return_logsumexp else out
+
+
+def _autocast(x: Any) -> Any:
+    """As the operator's own rule for query, key, value and a float mask."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, group: object = None, **options: Any) -> Any:

@@ -26,8 +26,13 @@ Pair = tuple[Tensor, Tensor]  # key and value, or out and logsumexp
 
 def run(call: Call, group: ProcessGroup) -> Pair:
     """Output and logsumexp of this rank's queries."""
-    agreement = agree(call, group)
+    (agreement,) = agree(call, [group])
     check_whole(call, agreement)
+    return attend(call, agreement, group)
+
+
+def attend(call: Call, agreement: Agreement, group: ProcessGroup) -> Pair:
+    """The same for a call that the ranks agree on."""
     plan = plan_of(call, agreement)
     return _composed(plan, group, call.inputs) if call.needs_composition() else _Ring.apply(plan, group, *call.inputs)
 

@@ -4,6 +4,7 @@ Source: Jacobs et al., "DeepSpeed Ulysses" (arXiv:2309.14509). With a ring group
 of the whole sequence, as in "USP" (Fang and Zhao, arXiv:2405.07719).
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -21,7 +22,9 @@ ops = torch.ops.attention_ext
 
 def run(call: Call, group: ProcessGroup, ring_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of this rank's queries."""
-    agreement = agree(call, group)
+    agreement, *of_ring = agree(call, [group] if ring_group is None else [group, ring_group])
+    whole = of_ring[0] if of_ring else agreement
+    check_whole(call, whole)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     query, key, value, mask, slopes, sinks = call.inputs
     heads, kv_heads = query.shape[1], key.shape[1]
@@ -39,16 +42,14 @@ def run(call: Call, group: ProcessGroup, ring_group: ProcessGroup | None) -> tup
         alibi_slopes=None if slopes is None else slopes[..., mine],
         sinks=None if sinks is None else sinks[..., mine],
     )
-    rng_state = agreement.rng_state
+    rng_state = whole.rng_state
     if rng_state is not None:
         rng_state = torch.cat([rng_state[:2], rng_state.new_tensor([mine.start, heads])])
-    options = {**call.options, "enable_gqa": True}
+    call = dataclasses.replace(call, inputs=inputs, settings={**call.settings, "enable_gqa": True}, rng_state=rng_state)
     if ring_group is not None:
-        inner = Call(call.name, inputs, call.lengths, options, rng_state, call.balanced, ring=True)
-        out, logsumexp = ring.run(inner, ring_group)
+        out, logsumexp = ring.attend(call, whole._replace(rng_state=rng_state), ring_group)
     else:
-        check_whole(call, agreement)
-        out, logsumexp, _ = ops.attention(**inputs._asdict(), **call.lengths, **options, rng_state=rng_state)
+        out, logsumexp, _ = ops.attention(**inputs._asdict(), **call.lengths, **call.options, rng_state=rng_state)
     counts = [x.stop - x.start for x in of_query]
     return (
         to_sequence(out, counts, agreement.queries, group),
@@ -102,8 +103,9 @@ def mask_to_heads(mask: Tensor, of_query: list[slice], heads: int, agreement: Ag
     mask = mask[(None,) * (4 - mask.dim())]
     mine = of_query[dist.get_rank(group)]
     own_heads = slice(None) if mask.shape[1] == 1 else mine
-    if mask.shape[2] == 1 and max(agreement.queries) > 1:
+    if max(agreement.mask_rows) == 1 < max(agreement.queries):
         return mask[:, own_heads]
+    mask = mask.expand(-1, -1, agreement.queries[dist.get_rank(group)], -1)
     if mask.shape[1] == 1:
         return torch.cat(all_gather(mask, 2, group), 2)
     return to_heads(mask, of_query, agreement.queries, group)
