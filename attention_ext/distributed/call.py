@@ -108,7 +108,7 @@ def agree(call: Call, groups: Sequence[ProcessGroup]) -> list[Agreement]:
         dist.all_gather_object(rows, said._replace(refusal=None if refusal is None else str(refusal)), group=group)
         refusal = refusal or _disagreement(call, rows)
         each = [list(column) for column in zip(*(row.lengths for row in rows), strict=True)]
-        said = said._replace(lengths=tuple(map(sum, each)), rng_state=rows[0].rng_state)
+        said = said._replace(lengths=(sum(each[0]), sum(each[1]), 1), rng_state=rows[0].rng_state)
         agreements.append(Agreement(*each, None if state is None else state.new_tensor(said.rng_state or [])))
     if refusal is not None:
         raise refusal
@@ -157,6 +157,8 @@ def _check(call: Call) -> None:
             f'{call.name}: expected `causal_alignment` to be "top_left" with `key_lengths`, got "bottom_right": '
             "each batch entry would have a diagonal of its own; pack the sequences and give cu_seqlens"
         )
+    if call.inputs.attn_mask is not None and call.lengths["cu_seqlens_q"] is not None:
+        raise ValueError(f"{call.name}: expected no `attn_mask` with `cu_seqlens_q`, got one")
     if call.balanced and not call.ring:
         raise ValueError(f"{call.name}: expected `balanced` to be False without a ring, got True")
 

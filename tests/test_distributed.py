@@ -1,0 +1,401 @@
+"""Attention over shards of a sequence gives the results of one process: each test runs ranks that talk by gloo."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import attention_ext
+from attention_ext.testing import SINGLE, Sample, Spec, assert_accurate, evaluate, operator, with_keep
+
+if dist.is_available():
+    from attention_ext.distributed import attention, chunks, ring, ring_attention, shard, ulysses_attention, unshard
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+
+
+def spawn(world: int, *checks: Callable[[], None]) -> None:
+    """Runs the checks on every rank of a group."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run, args=(world, folder, checks), nprocs=world)
+
+
+def _run(rank: int, world: int, folder: str, checks: tuple[Callable[[], None], ...]) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout)
+    for check in checks:
+        check()
+        dist.barrier()
+    dist.destroy_process_group()
+    # Skips interpreter shutdown, in which Gloo's threads may release tensors and abort (pytorch/pytorch#190489).
+    os._exit(0)
+
+
+class Method(NamedTuple):
+    """A way to cut a sequence, and the groups of a call over these shards."""
+
+    name: str
+    groups: dict[str, Any]
+    cut: Callable[[Tensor, int], Tensor]
+    whole: Callable[[Tensor, int], Tensor]
+
+    def attention(self, *args: Any, **options: Any) -> Any:
+        return attention(*args, **options, **self.groups, return_logsumexp=True)
+
+
+def cut_anywhere(x: Tensor, dim: int) -> Tensor:
+    """The first rank has nothing, the last one most."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    length = x.shape[dim]
+    ends = [0, *(length * i // (2 * ranks) for i in range(ranks - 1)), length]
+    return x.narrow(dim, ends[rank], ends[rank + 1] - ends[rank])
+
+
+def methods() -> list[Method]:
+    found = [
+        Method(
+            "balanced ring",
+            {"balanced": True},
+            lambda x, dim: shard(x, dim, balanced=True),
+            lambda x, dim: unshard(x, dim, balanced=True),
+        ),
+        Method("uneven ring", {}, cut_anywhere, unshard),
+        Method("uneven ulysses", {"ulysses_group": dist.group.WORLD}, cut_anywhere, unshard),
+    ]
+    if dist.get_world_size() == 4:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+        outer, inner = mesh["ring"], mesh["ulysses"]
+        found.append(
+            Method(
+                "mesh",
+                {"ring_group": outer, "ulysses_group": inner, "balanced": True},
+                lambda x, dim: shard(shard(x, dim, outer, balanced=True), dim, inner),
+                lambda x, dim: unshard(unshard(x, dim, inner), dim, outer, balanced=True),
+            )
+        )
+    return found
+
+
+def is_cut(name: str, x: Tensor) -> bool:
+    return name in ("query", "key", "value", "out", "logsumexp") or (name == "attn_mask" and x.shape[-2] > 1)
+
+
+def sequence_dim(name: str) -> int:
+    return -1 if name == "logsumexp" else -2
+
+
+def cut(method: Method, name: str, x: Tensor) -> Tensor:
+    return method.cut(x, x.dim() + sequence_dim(name)) if is_cut(name, x) else x
+
+
+def whole(method: Method, name: str, part: Tensor, like: Tensor) -> Tensor:
+    """The shards of all ranks together; of what every rank has, their sum."""
+    part = part.detach()
+    if is_cut(name, like):
+        return method.whole(part, part.dim() + sequence_dim(name))
+    total = part.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def local(method: Method, sample: Sample) -> Sample:
+    masks = {"attn_mask": cut(method, "attn_mask", sample.options["attn_mask"])} if has_mask(sample) else {}
+    inputs = {name: cut(method, name, x).detach() for name, x in sample.inputs().items()}
+    return sample.replace(
+        **masks,
+        **{name: x for name, x in inputs.items() if name != "attn_mask"},
+        grad_out=cut(method, "out", sample.grad_out),
+        grad_logsumexp=None if sample.grad_logsumexp is None else cut(method, "logsumexp", sample.grad_logsumexp),
+    )
+
+
+def has_mask(sample: Sample) -> bool:
+    return "attn_mask" in sample.options
+
+
+def second(sample: Sample, function: Callable[..., Any], directions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Derivatives of the sum of the gradients' products with the directions."""
+    sample = sample.requiring_grad()
+    outputs = sample.call(function)[:2]
+    grads = [sample.grad_out, torch.zeros_like(outputs[1]) if sample.grad_logsumexp is None else sample.grad_logsumexp]
+    inputs = sample.inputs()
+    leaves = list(inputs.values())
+    first = torch.autograd.grad(outputs, leaves, grads, create_graph=True, materialize_grads=True)
+    found = torch.autograd.grad(first, leaves, list(directions.values()), materialize_grads=True)
+    return dict(zip(inputs, found, strict=True))
+
+
+LENGTHS = {"equal": (43, 43), "more_keys": (25, 50), "more_queries": (41, 22), "decode": (1, 33)}
+SEQUENCES = {"equal": ((9, 0, 24, 3), (9, 0, 24, 3)), "more_keys": ((9, 0, 20, 7, 0), (11, 5, 30, 0, 4))}
+
+
+def longer(spec: Spec) -> Spec:
+    """Lengths of several shards."""
+    if isinstance(spec.lengths, str):
+        packed: Any = SEQUENCES["equal" if spec.lengths == "equal" else "more_keys"] if spec.varlen else False
+        return dataclasses.replace(spec, lengths=LENGTHS[spec.lengths], varlen=packed)
+    return spec
+
+
+SPECS = [longer(spec) for spec in SINGLE if spec.offsets == (0, 0) and not (spec.varlen and spec.mask)]
+SPECS += [
+    Spec("varlen_dropout", varlen=SEQUENCES["equal"], causal="top_left", dropout_p=0.4),
+    Spec("alibi_per_sequence", varlen=SEQUENCES["more_keys"], alibi="batch", sinks="batch", window=(6, 2), heads=(4, 2)),
+    Spec("one_row_on_the_last_rank", lengths=(9, 9), mask="float qk"),
+    Spec("odd_heads", lengths=(33, 33), heads=(5, 1), causal="top_left", mask="float 1hqk", sinks="heads"),
+    Spec("odd_groups", lengths=(33, 33), heads=(6, 3), causal="top_left", dropout_p=0.2, alibi="batch"),
+]
+FEW = ["odd_heads", "odd_groups", "alibi_per_sequence", "varlen_padded", "causal_bottom_right", "bias_columns"]
+
+
+def refused_by_rings(spec: Spec) -> bool:
+    dense = not spec.varlen and spec.causal == "bottom_right"
+    return dense and (bool(spec.key_lengths) or (spec.dropout_p > 0 and spec.lengths[0] != spec.lengths[1]))
+
+
+def check_features(specs: list[Spec], second_order: bool = True) -> None:
+    """In float64: outputs, gradients and second derivatives."""
+    for method in methods():
+        for spec in specs:
+            sample = spec.build(torch.float64)
+            given = local(method, sample)
+            if refused_by_rings(spec) and "ulysses" not in method.name:
+                with pytest.raises(ValueError, match='expected `causal_alignment` to be "top_left" with'):
+                    given.call(method.attention)
+                continue
+            expected, results = evaluate(sample, operator), evaluate(given, method.attention)
+            if second_order:
+                torch.manual_seed(0)
+                directions = {name: torch.randn_like(x) for name, x in sample.inputs().items()}
+                parts = {name: cut(method, name, x) for name, x in directions.items()}
+                expected |= second(sample, operator, directions)
+                results |= second(given, method.attention, parts)
+            sizes = {"out": sample.grad_out, "logsumexp": sample.grad_out[..., 0], **sample.inputs()}
+            for name, want in expected.items():
+                got = whole(method, name.removeprefix("grad_"), results[name], sizes[name.removeprefix("grad_")])
+                label = f"{spec.name}, {method.name}, {name}"
+                torch.testing.assert_close(
+                    got, want, rtol=1e-11, atol=1e-11, equal_nan=True, msg=lambda text, x=label: f"{x}: {text}"
+                )
+
+
+def check_all_features() -> None:
+    check_features(SPECS)
+
+
+def check_few_features() -> None:
+    check_features([spec for spec in SPECS if spec.name in FEW])
+
+
+def test_features_with_two_ranks() -> None:
+    spawn(2, check_all_features)
+
+
+def test_features_with_three_and_four_ranks() -> None:
+    spawn(3, check_few_features)
+    spawn(4, check_few_features)
+
+
+FUNC = Spec("func", (21, 21), heads=(4, 2), mask="float 1hqk", causal="top_left", softcap=1.5, alibi="heads",
+            sinks="heads", dropout_p=0.2)  # fmt: skip
+
+
+def tangents(sample: Sample, function: Callable[..., Any], directions: dict[str, Tensor]) -> dict[str, Tensor]:
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(x.detach(), directions[name]) for name, x in sample.inputs().items()}
+        out, logsumexp = sample.replace(**duals).call(function)[:2]
+        found = {"out": forward_ad.unpack_dual(out).tangent, "logsumexp": forward_ad.unpack_dual(logsumexp).tangent}
+    return {name: x.detach() for name, x in found.items() if x is not None}
+
+
+def transformed(sample: Sample, function: Callable[..., Any], directions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By torch.func: gradients, and their tangents."""
+
+    def loss(inputs: dict[str, Tensor]) -> Tensor:
+        out, logsumexp = sample.replace(**inputs).call(function)[:2]
+        return (out * sample.grad_out).sum() + (logsumexp * sample.grad_logsumexp).sum()
+
+    inputs = {name: x.detach() for name, x in sample.inputs().items()}
+    gradients, their_tangents = torch.func.jvp(torch.func.grad(loss), (inputs,), (directions,))
+    return {**gradients, **{f"tangent {name}": x for name, x in their_tangents.items()}}
+
+
+def check_transforms() -> None:
+    """Forward mode and torch.func are composed of operations that have every derivative, kernels' passes are not."""
+    sample = FUNC.build(torch.float64)
+    torch.manual_seed(0)
+    directions = {name: torch.randn_like(x) for name, x in sample.inputs().items()}
+    sizes = {"out": sample.grad_out, "logsumexp": sample.grad_out[..., 0], **sample.inputs()}
+    for method in methods():
+        given = local(method, sample)
+        parts = {name: cut(method, name, x) for name, x in directions.items()}
+        with mock.patch.object(ring, "_composed", wraps=ring._composed) as composed:
+            evaluate(given, method.attention)
+            assert composed.call_count == 0
+            for derive in (tangents, transformed):
+                results = derive(given, method.attention, parts)
+                expected = derive(sample, operator, directions)
+                assert results.keys() == expected.keys()
+                for name, want in expected.items():
+                    got = whole(method, name.removeprefix("tangent "), results[name], sizes[name.removeprefix("tangent ")])
+                    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+            assert composed.call_count == (0 if method.name == "uneven ulysses" else 2)
+
+
+def check_low_precision() -> None:
+    specs = [
+        Spec("causal", (193, 193), (32, 24), heads=(4, 2), causal="top_left"),
+        Spec("window", (97, 257), (32, 32), window=(45, 30), alibi="heads", sinks="heads"),
+        Spec("bias", (130, 97), (32, 32), mask="float 1hqk"),
+        Spec("dropout", (130, 130), (32, 32), dropout_p=0.3),
+        Spec("varlen", varlen=((97, 0, 65), (97, 0, 65)), head_dims=(32, 32), causal="top_left"),
+    ]
+    for method in methods():
+        for dtype in (torch.float32, torch.bfloat16):
+            for spec in specs:
+                sample = spec.build(dtype)
+                sizes = {"out": sample.grad_out, "logsumexp": sample.grad_out[..., 0], **sample.inputs()}
+                results = evaluate(local(method, sample), method.attention)
+                actual = {
+                    name: whole(method, name.removeprefix("grad_"), x, sizes[name.removeprefix("grad_")])
+                    for name, x in results.items()
+                }
+                if spec.dropout_p:
+                    sample = with_keep(sample, sample.call(operator)[2])
+                assert_accurate(sample, actual)
+
+
+def check_reruns() -> None:
+    """Equal to the last bit, and with the dropout bits of one process, read off by values that are one-hot."""
+    spec = dataclasses.replace(FUNC, name="bits", head_dims=(8, 21))
+    sample = spec.build(torch.float32)
+    sample = sample.replace(value=torch.eye(21).expand_as(sample.value), grad_logsumexp=None)
+    dropped = sample.call(operator)[0] == 0
+    assert 0.1 < dropped.tril().float().mean()
+    for method in methods():
+        given = local(method, sample)
+        first, again = evaluate(given, method.attention), evaluate(given, method.attention)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert torch.equal(whole(method, "out", first["out"], sample.grad_out) == 0, dropped)
+
+
+def check_autocast() -> None:
+    sample = FUNC.build(torch.float32).replace(grad_logsumexp=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = evaluate(sample, operator)
+        for method in methods():
+            results = evaluate(local(method, sample), method.attention)
+            for name, want in expected.items():
+                like = sample.inputs().get(name.removeprefix("grad_"), want)
+                got = whole(method, name.removeprefix("grad_"), results[name], like)
+                torch.testing.assert_close(got, want, rtol=0.02, atol=0.05)
+
+
+def test_other_derivatives_and_dtypes() -> None:
+    spawn(2, check_transforms, check_low_precision, check_reruns, check_autocast)
+    spawn(4, check_transforms, check_low_precision, check_reruns)
+
+
+def messages(call: Callable[[], object]) -> tuple[list[int], list[int], int]:
+    """The ranks that this one sends tensors to and receives tensors from, and how many operators it calls."""
+    sent, received, made = list[int](), list[int](), 0
+    plain = dist.P2POp
+
+    def counted(op: Any, *args: Any, **kwargs: Any) -> Any:
+        (sent if op is dist.isend else received).append(kwargs["group_peer"])
+        return plain(op, *args, **kwargs)
+
+    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal made
+            made += func is torch.ops.attention_ext.attention_forward.default
+            return func(*args, **kwargs or {})
+
+    with mock.patch.object(dist, "P2POp", counted), Counted(), torch.no_grad():
+        call()
+    return sent, received, made
+
+
+def check_messages() -> None:
+    """Two messages, key and value, only where queries see keys."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    x = torch.randn(1, 2, 16, 8)
+
+    def both(ranks: list[int]) -> list[int]:
+        return sorted(2 * ranks)
+
+    def given(**options: Any) -> tuple[list[int], list[int], int]:
+        sent, received, made = messages(lambda: ring_attention(x, x, x, **options))
+        return sorted(sent), sorted(received), made
+
+    later, earlier = list(range(rank + 1, last + 1)), list(range(rank))
+    others = earlier + later
+    assert given() == (both(others), both(others), last + 1)
+    assert given(is_causal=True) == (both(later), both(earlier), rank + 1)
+    after, before = later[:1], earlier[-1:]
+    assert given(window=(16, 0)) == (both(after), both(before), 1 + len(before))
+    assert given(window=(0, 0)) == ([], [], 1)
+    assert given(window=(None, 0), is_causal=True, causal_alignment="bottom_right")[2] == rank + 1
+    starts = torch.tensor([0, 16, 20, 40, 64])  # the third sequence lies on ranks 1 and 2, all others on one
+    assert given(cu_seqlens_q=starts, cu_seqlens_k=starts)[:2] == {
+        0: ([], []), 1: ([2, 2], [2, 2]), 2: ([1, 1, 3, 3], [1, 1, 3, 3]), 3: ([2, 2], [2, 2])
+    }[rank]  # fmt: skip
+    sent, received, made = given(is_causal=True, balanced=True)
+    assert (len(sent), len(received)) == (6, 6)
+    assert made == 2 * last + 3
+
+
+def check_shards() -> None:
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    for length in (0, 1, 7, 8, 9, 31, 64, 65, 100):
+        for balanced in (False, True):
+            found = chunks(length, ranks, balanced)
+            assert sorted(i for of_rank in found for chunk in of_rank for i in chunk) == list(range(length))
+            assert all(chunk.start % 8 == 0 for of_rank in found for chunk in of_rank if chunk)
+            x = torch.arange(2.0 * length).view(2, length).requires_grad_()
+            part = shard(x, 1, balanced=balanced)
+            mine = [i for chunk in found[rank] for i in chunk]
+            assert torch.equal(part, x[:, mine])
+            back = unshard(part, -1, balanced=balanced)
+            assert torch.equal(back, x)
+            (gradient,) = torch.autograd.grad((back * (rank + 1)).sum(), x)
+            expected = torch.zeros_like(x)
+            expected[:, mine] = ranks * (ranks + 1) / 2
+            assert torch.equal(gradient, expected)
+    assert torch.equal(unshard(torch.full((rank,), rank), 0), torch.repeat_interleave(torch.arange(ranks)))
+    with pytest.raises(ValueError, match=r"expected `tensor` to be sharded as .* in lengths \[.*\] by rank, got \[3, 3"):
+        unshard(torch.ones(3), 0, balanced=True)
+    with pytest.raises(TypeError, match="expected `group` to be a ProcessGroup or a DeviceMesh, got str"):
+        shard(torch.ones(3), 0, "cp")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("a", "b"))
+    with pytest.raises(ValueError, match=r"expected `group` to be a mesh of one dimension, got .*: name one, as mesh"):
+        shard(torch.ones(3), 0, mesh)
+    first = dist.new_group([0])
+    if rank:
+        with pytest.raises(ValueError, match="expected `group` to be a group that this rank belongs to"):
+            shard(torch.ones(3), 0, first)
+    else:
+        assert torch.equal(shard(torch.ones(3), 0, first), torch.ones(3))
+
+
+def test_messages_and_shards() -> None:
+    spawn(4, check_messages, check_shards)
+
+
+def test_groups_need_a_backend() -> None:
+    with pytest.raises(RuntimeError, match="expected torch.distributed to be initialised: call"):
+        shard(torch.ones(3), 0)
