@@ -105,7 +105,9 @@ def agree(call: Call, groups: Sequence[ProcessGroup]) -> list[Agreement]:
     agreements = []
     for group in groups:
         rows: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(rows, said._replace(refusal=None if refusal is None else str(refusal)), group=group)
+        said = said._replace(refusal=None if refusal is None else str(refusal))
+        with torch._C._DisableFuncTorch():  # what is said has no derivative
+            dist.all_gather_object(rows, said, group=group)
         refusal = refusal or _disagreement(call, rows)
         each = [list(column) for column in zip(*(row.lengths for row in rows), strict=True)]
         said = said._replace(lengths=(sum(each[0]), sum(each[1]), 1), rng_state=rows[0].rng_state)
