@@ -141,10 +141,11 @@ class _Ring(Function):
                     rows[1].copy_(more_logsumexp)
                 else:
                     merge(*rows, more, more_logsumexp)
-        out = out.to(query.dtype)
+        rounded = out.to(query.dtype)
         ctx.plan, ctx.group = plan, group
-        ctx.save_for_backward(*tensors, out, logsumexp)
-        return out, logsumexp
+        saved = out if _needs_exact_out(ctx.needs_input_grad[2:]) else rounded
+        ctx.save_for_backward(*tensors, saved, logsumexp)
+        return rounded, logsumexp
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,6 +158,16 @@ class _Ring(Function):
         results = _composed(ctx.plan, ctx.group, inputs)
         found = iter(torch.autograd.grad(results, asked, grads, create_graph=True, materialize_grads=True))
         return None, None, *(next(found) if want else None for want in wanted)
+
+
+def _needs_exact_out(wanted: Sequence[bool]) -> bool:
+    """Whether a gradient sums over rows, and with them errors of a 16-bit output; that of a mask may, by its pieces.
+
+    There the operator computes the output again, from its own keys, which are those of one shard. With float32 inputs
+    it takes the output that it is given.
+    """
+    wants = dict(zip(Inputs._fields, wanted, strict=True))
+    return wants["attn_mask"] or wants["alibi_slopes"] or wants["sinks"]
 
 
 def _gradients(
@@ -205,6 +216,9 @@ def _add_gradients(
 ) -> None:
     """Adds the gradients of a piece to those of the inputs named in `sums`."""
     grad_out, grad_logsumexp, out, logsumexp = (x[:, :, piece.queries] for x in (*grads, *results))
+    if out.dtype != grad_out.dtype:  # unrounded
+        grad_out = grad_out.to(out.dtype)
+        given = {name: x.to(out.dtype) if x is not None and x.is_floating_point() else x for name, x in given.items()}
     options = dict(piece.options)
     rng_state = options.pop("rng_state")
     made = ops.attention_backward(
