@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import subprocess
+import sys
 import tempfile
-import traceback
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -15,14 +18,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import attention_ext
 from attention_ext.testing import SINGLE, Sample, Spec, assert_accurate, evaluate, operator, with_keep
 
 if dist.is_available():
-    from attention_ext.distributed import attention, chunks, ring, ring_attention, shard, ulysses_attention, unshard
+    from attention_ext.distributed import ContextParallel, attention, chunks, context_parallel, ring, ring_attention, shard, ulysses_attention, unshard
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
 
@@ -399,3 +403,243 @@ def test_messages_and_shards() -> None:
 def test_groups_need_a_backend() -> None:
     with pytest.raises(RuntimeError, match="expected torch.distributed to be initialised: call"):
         shard(torch.ones(3), 0)
+
+
+def refusals(call: Callable[[], object]) -> list[str]:
+    """The error of each rank."""
+    texts: list[Any] = [None] * dist.get_world_size()
+    text = ""
+    try:
+        with mock.patch.object(dist, "batch_isend_irecv") as ring_sends, mock.patch.object(
+            dist, "all_to_all_single"
+        ) as heads_sent:
+            call()
+    except (RuntimeError, ValueError, TypeError) as error:
+        text = f"{type(error).__name__}: {error}"
+    assert not ring_sends.called
+    assert not heads_sent.called
+    dist.all_gather_object(texts, text)
+    return texts
+
+
+def check_disagreements() -> None:
+    """All ranks raise, before data travels, and the group still serves a right call."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, odd = torch.randn(1, 4, 16, 8), rank == world - 1
+    expected = F.scaled_dot_product_attention(*[unshard(x, 2)] * 3)
+    lengths = torch.tensor([5 if odd else 7])
+    starts = torch.tensor([0, 3 if odd else 4, 16])
+    state = torch.tensor([1, 2 + odd])
+    calls: dict[str, Callable[[Any], object]] = {
+        "dropout_p": lambda f: f(x, x, x, dropout_p=0.1 if odd else 0.0),
+        "is_causal": lambda f: f(x, x, x, is_causal=odd),
+        "scale": lambda f: f(x, x, x, scale=0.5 if odd else None),
+        "window_left": lambda f: f(x, x, x, window=(3, 0) if odd else (None, 0)),
+        "softcap": lambda f: f(x, x, x, softcap=float(odd)),
+        "causal_alignment": lambda f: f(x, x, x, causal_alignment="bottom_right" if odd else "top_left"),
+        "key_lengths": lambda f: f(x, x, x, key_lengths=lengths),
+        "cu_seqlens_q": lambda f: f(x, x, x, cu_seqlens_q=starts, cu_seqlens_k=torch.tensor([0, 4, 16])),
+        "rng_state": lambda f: f(x, x, x, dropout_p=0.5, rng_state=state),
+        "sinks": lambda f: f(x, x, x, sinks=torch.zeros(4) if odd else None),
+        "query": lambda f: f(x.clone().requires_grad_(odd), x, x),
+        "key": lambda f: f(x, *[x[:, : 2 + 2 * odd]] * 2, enable_gqa=True),
+        "value": lambda f: f(x, x, x[..., : 4 + odd]),
+        "attn_mask": lambda f: f(x, x, x, torch.ones(16, 16 * world + odd)),
+    }
+    functions: list[Any] = [ring_attention, ulysses_attention]
+    if world == 4:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+        functions.append(
+            lambda *args, **options: attention(
+                *args, ring_group=mesh["ring"], ulysses_group=mesh["ulysses"], **options
+            )
+        )
+    for function in functions:
+        for name, call in calls.items():
+            for text in refusals(lambda f=function, c=call: c(f)):
+                assert f"expected `{name}` to be equal on all ranks, got " in text, (name, text)
+        own = {
+            "expected `query` to be a Tensor, got str": lambda f: f("x" if odd else x, x, x),
+            "expected `attn_mask` to be a Tensor, got list": lambda f: f(x, x, x, [1] if odd else None),
+            "expected `dropout_p` to be a number, got str": lambda f: f(x, x, x, dropout_p="a" if odd else 0.0),
+            "expected `window` to be None or two numbers": lambda f: f(x, x, x, window=3 if odd else None),
+            "expected `query` to be 4-D": lambda f: f(x[0] if odd else x, x, x),
+            "expected `key` to have the same dtype": lambda f: f(x, x.double() if odd else x, x),
+            "expected `attn_mask` to be of dtype": lambda f: f(x, x, x, torch.ones(1, 1).long() if odd else None),
+            "expected `balanced` to be a bool, got str": lambda f: f(x, x, x, balanced="yes" if odd else False),
+        }
+        for wanted, call in own.items():
+            texts = refusals(lambda f=function, c=call: c(f))
+            assert wanted.split("` ")[0] in texts[-1], (wanted, texts[-1])
+            for text in texts[:-1]:
+                assert "expected all ranks to accept their arguments, but rank " in text, text
+                assert wanted.split("` ")[0] in text, text
+        torch.testing.assert_close(unshard(function(x, x, x), 2), expected)
+    for text in refusals(lambda: ring_attention(x, x, x, torch.ones(3 if odd else 16, 1))):
+        assert f"expected `attn_mask` to have a row for each of the 16 queries of rank {world - 1}, or one, got 3" in text
+    everywhere: dict[str, Callable[[], object]] = {
+        "`attn_mask` to have a column for each of the .* keys of all ranks, or one, got 17": lambda: ring_attention(
+            x, x, x, torch.ones(16, 17)
+        ),
+        "`key_lengths` to be from 0 to the whole length .*, got": lambda: ring_attention(
+            x, x, x, key_lengths=torch.tensor([-1])
+        ),
+        "`cu_seqlens_k` to start with 0, not to decrease and to end": lambda: ulysses_attention(
+            x, x, x, cu_seqlens_q=torch.tensor([0, 5]), cu_seqlens_k=torch.tensor([0, 999])
+        ),
+        "no `attn_mask` with `cu_seqlens_q`, got one": lambda: ring_attention(
+            x, x, x, torch.ones(1, 1), cu_seqlens_q=torch.tensor([0, 5]), cu_seqlens_k=torch.tensor([0, 5])
+        ),
+        "`balanced` to be False without a ring, got True": lambda: ulysses_attention(x, x, x, balanced=True),
+        "`query` to be sharded as attention_ext.distributed.shard does with balanced=True": lambda: ring_attention(
+            *[x if rank else x[:, :, :5]] * 3, balanced=True
+        ),
+    }
+    for pattern, fails in everywhere.items():
+        with pytest.raises(ValueError, match=f"expected {pattern}"):
+            fails()
+    torch.testing.assert_close(unshard(ring_attention(x, x, x), 2), expected)
+
+
+def test_disagreements() -> None:
+    spawn(2, check_disagreements)
+    spawn(4, check_disagreements)
+
+
+def _lose(rank: int, folder: str, how: str) -> None:
+    """The last rank is lost; all others write the error that they get."""
+    torch.set_num_threads(1)
+    seconds = timedelta(seconds=5)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3, timeout=seconds)
+    x = torch.randn(1, 2, 16, 8, requires_grad=True)
+    if how == "never calls" and rank == 2:
+        time.sleep(30)
+    try:
+        out = ring_attention(x, x, x)
+        if rank == 2:
+            os._exit(0)
+        out.sum().backward()
+    except RuntimeError as error:
+        with open(f"{folder}/{rank}", "w") as file:
+            file.write(str(error))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["dies", "never calls"])
+def test_a_lost_rank_is_an_error_within_the_timeout(how: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        processes = [context.Process(target=_lose, args=(rank, folder, how)) for rank in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes[:2]:
+            process.join(60)
+            assert process.exitcode == 0
+        processes[2].kill()
+        processes[2].join()
+        for rank in range(2):
+            with open(f"{folder}/{rank}") as file:
+                assert re.search("Connection (closed|reset) by peer|Timed out", file.read())
+
+
+def check_blocks() -> None:
+    """Each way to call attention within a block, over buffers that hold shards there."""
+    torch.manual_seed(0)
+    x, table = torch.randn(2, 4, 43, 8), torch.arange(43.0)
+    mha = attention_ext.MultiheadAttention(8, 2, batch_first=True)
+    own = attention_ext.Attention(8, 2)
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        "sdpa": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3),
+        "attention": lambda x: attention_ext.attention(x, x, x, is_causal=True, window=(20, 0), softcap=2.0),
+        "operator": lambda x: torch.ops.attention_ext.attention(x, x, x, window_left=9, window_right=2)[0],
+        "Attention": lambda x: own(x[:, 0]),
+        "MultiheadAttention": lambda x: mha(x[:, 0], x[:, 0], x[:, 0], need_weights=False)[0],
+    }
+    blocks: list[tuple[dict[str, Any], bool]] = [
+        ({}, True),
+        ({"balanced": False}, False),
+        ({"ulysses_group": dist.group.WORLD}, False),
+    ]
+    for options, balanced in blocks:
+        for name, call in calls.items():
+            expected, before = call(x), x.clone()
+            with context_parallel(**options, buffers=[x, table], buffer_seq_dims=[2, 0]):
+                assert torch.equal(table, shard(torch.arange(43.0), 0, balanced=balanced))
+                out = call(x)
+            assert torch.equal(x, before)
+            assert torch.equal(table, torch.arange(43.0))
+            got = unshard(out, out.dim() - 2, balanced=balanced)
+            torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}")
+    with pytest.raises(KeyError), context_parallel(buffers=[x], buffer_seq_dims=[2]):
+        raise KeyError
+    assert torch.equal(x, before)
+    refused: dict[str, Callable[[], object]] = {
+        "expected no call for attention weights, got one: use need_weights=False": lambda: mha(x[:, 0], x[:, 0], x[:, 0]),
+        "expected no call for attention weights": lambda: attention_ext.attention_weights(x, x),
+        "expected packed sequences in attention_ext.distributed.attention": lambda: attention_ext.attention_varlen(
+            x[0], x[0], x[0], torch.tensor([0, 4]), torch.tensor([0, 4])
+        ),
+        "expected no `query_offset` or `key_offset`, got one": lambda: attention_ext.attention(x, x, x, query_offset=3),
+    }
+    with context_parallel():
+        for pattern, fails in refused.items():
+            with pytest.raises(RuntimeError, match=f"context_parallel: {pattern}"):
+                fails()
+    with pytest.raises(ValueError, match="expected one of `buffer_seq_dims` for each buffer, got 2 for 1 buffers"):
+        with context_parallel(buffers=[x], buffer_seq_dims=[1, 2]):
+            pass
+    with pytest.raises(IndexError), context_parallel(buffers=[table, x], buffer_seq_dims=[0, 9]):
+        pass
+    assert table.shape == (43,)
+
+
+def check_layers() -> None:
+    """torch's layer with this package's attention, by a block and by a style, in checkpoints and under DDP."""
+    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.checkpoint import checkpoint
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    whole_x = torch.randn(2, 43, 8, dtype=torch.float64)
+
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+        attention_ext.replace_(layer)
+        return layer
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    model = build()
+    expected = model(whole_x)
+    expected.square().sum().backward()
+    wanted = gradients(model)
+    assert len(wanted) == len(list(model.parameters()))
+
+    def check(model: nn.Module, call: Callable[[Tensor], Tensor], balanced: bool) -> None:
+        out = call(shard(whole_x, 1, balanced=balanced))
+        torch.testing.assert_close(unshard(out.detach(), 1, balanced=balanced), expected.detach())
+        out.square().sum().backward()
+        for got, want in zip(gradients(model), wanted, strict=True):
+            dist.all_reduce(got)  # that of DDP is a mean already, of which each rank has one
+            torch.testing.assert_close(got, want)
+
+    for ulysses in (False, True):
+        model = build()
+        parallelize_module(model, mesh, {"self_attn": ContextParallel(ulysses=ulysses)})
+        check(model, model, balanced=not ulysses)
+        model = build()
+        parallelize_module(model, mesh, ContextParallel(ulysses=ulysses, balanced=False))
+        check(model, lambda x, m=model: checkpoint(m, x, use_reentrant=False), balanced=False)
+        model = build()
+        parallelize_module(model, mesh, {"self_attn": ContextParallel(ulysses=ulysses)})
+        check(model, DistributedDataParallel(model), balanced=not ulysses)
+    model = build()
+    with context_parallel():
+        check(model, lambda x: checkpoint(model, x, use_reentrant=False), balanced=True)
+
+
+def test_blocks_and_layers() -> None:
+    spawn(2, check_blocks, check_layers)
