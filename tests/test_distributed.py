@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -548,12 +550,17 @@ def check_blocks() -> None:
     x, table = torch.randn(2, 4, 43, 8), torch.arange(43.0)
     mha = attention_ext.MultiheadAttention(8, 2, batch_first=True)
     own = attention_ext.Attention(8, 2)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    torchs = nn.MultiheadAttention(8, 2, batch_first=True)
     calls: dict[str, Callable[[Tensor], Any]] = {
         "sdpa": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3),
         "attention": lambda x: attention_ext.attention(x, x, x, is_causal=True, window=(20, 0), softcap=2.0),
         "operator": lambda x: torch.ops.attention_ext.attention(x, x, x, window_left=9, window_right=2)[0],
-        "Attention": lambda x: own(x[:, 0]),
+        "Attention": lambda x: own(x[:, 0])[0],
         "MultiheadAttention": lambda x: mha(x[:, 0], x[:, 0], x[:, 0], need_weights=False)[0],
+        "torch.nn.MultiheadAttention": lambda x: torchs(x[:, 0], x[:, 0], x[:, 0], need_weights=False)[0],
+        "torch.nn.TransformerEncoderLayer": lambda x: layer(x[:, 0]),
+        "torch.nn.TransformerEncoderLayer in evaluation": lambda x: copy.deepcopy(layer).eval()(x[:, 0]),
     }
     blocks: list[tuple[dict[str, Any], bool]] = [
         ({}, True),
@@ -575,13 +582,14 @@ def check_blocks() -> None:
     assert torch.equal(x, before)
     refused: dict[str, Callable[[], object]] = {
         "expected no call for attention weights, got one: use need_weights=False": lambda: mha(x[:, 0], x[:, 0], x[:, 0]),
+        "expected no call for attention weights, got": lambda: torchs(x[:, 0], x[:, 0], x[:, 0]),
         "expected no call for attention weights": lambda: attention_ext.attention_weights(x, x),
         "expected packed sequences in attention_ext.distributed.attention": lambda: attention_ext.attention_varlen(
             x[0], x[0], x[0], torch.tensor([0, 4]), torch.tensor([0, 4])
         ),
         "expected no `query_offset` or `key_offset`, got one": lambda: attention_ext.attention(x, x, x, query_offset=3),
     }
-    with context_parallel():
+    with context_parallel(balanced=False):
         for pattern, fails in refused.items():
             with pytest.raises(RuntimeError, match=f"context_parallel: {pattern}"):
                 fails()
@@ -597,7 +605,7 @@ def check_layers() -> None:
     """torch's layer with this package's attention, by a block and by a style, in checkpoints and under DDP."""
     from torch.distributed.tensor.parallel import parallelize_module
     from torch.nn.parallel import DistributedDataParallel
-    from torch.utils.checkpoint import checkpoint
+    from torch.utils.checkpoint import CheckpointError, checkpoint
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
@@ -637,9 +645,65 @@ def check_layers() -> None:
         parallelize_module(model, mesh, {"self_attn": ContextParallel(ulysses=ulysses)})
         check(model, DistributedDataParallel(model), balanced=not ulysses)
     model = build()
+
+    def within(x: Tensor) -> Tensor:
+        with context_parallel():
+            return model(x)
+
+    check(model, lambda x: checkpoint(within, x, use_reentrant=False), balanced=True)
     with context_parallel():
-        check(model, lambda x: checkpoint(model, x, use_reentrant=False), balanced=True)
+        out = checkpoint(model, shard(whole_x, 1, balanced=True), use_reentrant=False)
+        with pytest.raises(CheckpointError):
+            out.square().sum().backward()
 
 
 def test_blocks_and_layers() -> None:
     spawn(2, check_blocks, check_layers)
+
+
+MEMORY = """
+import os, sys, tempfile
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from attention_ext.distributed import ring_attention
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:")) // 1024
+
+def run(rank, ranks, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    def step(length):
+        x = torch.randn(1, 16, length, 64, requires_grad=True)
+        ring_attention(x, x, x, window=(64, 64)).sum().backward()
+    step(64)
+    before = peak()
+    step(16384 // ranks)
+    grown = torch.tensor([peak() - before])
+    dist.all_reduce(grown, dist.ReduceOp.MAX)
+    if rank == 0:
+        print(int(grown), flush=True)
+    dist.barrier()
+    os._exit(0)
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, args=(int(sys.argv[1]), folder), nprocs=int(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_memory_falls_with_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "memory.py"
+    script.write_text(MEMORY)
+
+    def growth(ranks: int) -> int:
+        done = subprocess.run([sys.executable, str(script), str(ranks)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    one, four = growth(1), growth(4)
+    assert one > 400
+    assert four < one / 2

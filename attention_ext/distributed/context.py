@@ -1,8 +1,10 @@
 """Attention calls of existing code, made context parallel."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +22,18 @@ from attention_ext.ops.schema import argument
 ops = torch.ops.attention_ext
 
 
+_NO_WEIGHTS = "context_parallel: expected no call for attention weights, got one: use need_weights=False"
+_signature = inspect.signature(F.multi_head_attention_forward)
+
+# A copy that does not ask for modes, so that a mode sees the calls that it makes.
+_multi_head_attention_forward: Any = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda _: False},
+    F.multi_head_attention_forward.__name__,
+    F.multi_head_attention_forward.__defaults__,
+)
+
+
 class _Parallel(TorchFunctionMode):
     def __init__(self, groups: dict[str, Any]) -> None:
         super().__init__()
@@ -32,19 +46,22 @@ class _Parallel(TorchFunctionMode):
         if func in (ops.attention, ops.attention.default):
             return self._operator(args, kwargs)
         if func in (ops.attention_weights, ops.attention_weights.default, attention_ext.attention_weights):
-            raise RuntimeError(
-                "context_parallel: expected no call for attention weights, got one: use need_weights=False"
-            )
-        if func is attention_ext.attention_varlen:
-            raise RuntimeError(
-                "context_parallel: expected packed sequences in attention_ext.distributed.attention, with cu_seqlens_q "
-                "and cu_seqlens_k of the whole sequence, got a call of attention_varlen"
-            )
+            raise RuntimeError(_NO_WEIGHTS)
+        if func is F.multi_head_attention_forward:
+            if _signature.bind(*args, **kwargs).arguments.get("need_weights", True):
+                raise RuntimeError(_NO_WEIGHTS)
+            with self:
+                return _multi_head_attention_forward(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _operator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As the layers of this package call it."""
         given = {x.name: argument(ops.attention, args, kwargs, x.name) for x in ops.attention.default._schema.arguments}
+        if given["cu_seqlens_q"] is not None:
+            raise RuntimeError(
+                "context_parallel: expected packed sequences in attention_ext.distributed.attention, with cu_seqlens_q "
+                "and cu_seqlens_k of the whole sequence, got a call with them within the block"
+            )
         window = given.pop("window_left"), given.pop("window_right")
         if given.pop("query_offset") or given.pop("key_offset"):
             raise RuntimeError("context_parallel: expected no `query_offset` or `key_offset`, got one")
@@ -63,10 +80,12 @@ def context_parallel(
 ) -> Iterator[None]:
     """Within the block every attention call is made over the shards of all ranks, by :func:`attention`.
 
-    Served are ``F.scaled_dot_product_attention``, :func:`attention_ext.attention` and the layers of this package, also
-    those that :func:`attention_ext.replace_` puts in place. Everything else sees this rank's shard of the sequence, so
+    Served are ``F.scaled_dot_product_attention``, :func:`attention_ext.attention`, ``torch.nn.MultiheadAttention`` with
+    ``need_weights=False`` and the layers of this package. Everything else sees this rank's shard of the sequence, so
     what depends on positions has to be sharded too: give such tensors as buffers, or use :func:`shard`. Backward passes
-    may run outside the block.
+    may run outside the block. Functions that torch.utils.checkpoint calls again in the backward pass, where torch hides
+    the block from them, have to contain the block, as modules with :class:`ContextParallel` do: torch raises a
+    CheckpointError otherwise.
 
     Args:
         ring_group: as for :func:`attention`; ulysses_group likewise.
