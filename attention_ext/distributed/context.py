@@ -106,9 +106,7 @@ def context_parallel(
         )
     balanced = balanced and (ring_group is not None or ulysses_group is None)
     whole = [buffer.detach().clone() for buffer in buffers]
-    parts = [
-        _part(x, dim, ring_group, ulysses_group, balanced) for x, dim in zip(whole, buffer_seq_dims, strict=True)
-    ]
+    parts = [_part(x, dim, ring_group, ulysses_group, balanced) for x, dim in zip(whole, buffer_seq_dims, strict=True)]
     try:
         with torch.no_grad():
             for buffer, part in zip(buffers, parts, strict=True):

@@ -22,7 +22,9 @@ def group_of(group: object) -> ProcessGroup:
             raise ValueError(f"expected `group` to be a mesh of one dimension, got {group}: name one, as mesh['cp']")
         return group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("expected `group` to be a group that this rank belongs to, got what new_group returns to others")
+        raise ValueError(
+            "expected `group` to be a group that this rank belongs to, got what new_group returns to others"
+        )
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"expected `group` to be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
     return group
