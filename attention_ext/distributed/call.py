@@ -1,7 +1,6 @@
 """A call over shards, and the comparison of what the ranks say of it."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -109,9 +108,10 @@ def agree(call: Call, groups: Sequence[ProcessGroup]) -> list[Agreement]:
         with torch._C._DisableFuncTorch():  # what is said has no derivative
             dist.all_gather_object(rows, said, group=group)
         refusal = refusal or _disagreement(call, rows)
-        each = [list(column) for column in zip(*(row.lengths for row in rows), strict=True)]
-        said = said._replace(lengths=(sum(each[0]), sum(each[1]), 1), rng_state=rows[0].rng_state)
-        agreements.append(Agreement(*each, None if state is None else state.new_tensor(said.rng_state or [])))
+        queries, keys, mask_rows = ([row.lengths[i] for row in rows] for i in range(3))
+        said = said._replace(lengths=(sum(queries), sum(keys), 1), rng_state=rows[0].rng_state)
+        drawn = None if state is None else state.new_tensor(said.rng_state or [])
+        agreements.append(Agreement(queries, keys, mask_rows, drawn))
     if refusal is not None:
         raise refusal
     return agreements
@@ -193,13 +193,15 @@ def check_whole(call: Call, agreement: Agreement) -> None:
             f'differ in length, {length_q} and {length_k}, got "bottom_right"'
         )
     for name, length in (("cu_seqlens_q", length_q), ("cu_seqlens_k", length_k)):
-        starts = [] if call.lengths[name] is None else call.lengths[name].tolist()
+        positions = call.lengths[name]
+        starts = [] if positions is None else positions.tolist()
         if starts and not (starts[0] == 0 and starts == sorted(starts) and starts[-1] <= length):
             raise ValueError(
                 f"{call.name}: expected `{name}` to start with 0, not to decrease and to end with at most the whole "
                 f"length {length}, got {starts}"
             )
-    key_lengths = [] if call.lengths["key_lengths"] is None else call.lengths["key_lengths"].tolist()
+    given = call.lengths["key_lengths"]
+    key_lengths = [] if given is None else given.tolist()
     if not all(0 <= x <= length_k for x in key_lengths):
         raise ValueError(
             f"{call.name}: expected `key_lengths` to be from 0 to the whole length {length_k}, got {key_lengths}"
