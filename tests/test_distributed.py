@@ -248,7 +248,8 @@ def transformed(sample: Sample, function: Callable[..., Any], directions: dict[s
         return (out * sample.grad_out).sum() + (logsumexp * sample.grad_logsumexp).sum()
 
     inputs = {name: x.detach() for name, x in sample.inputs().items()}
-    gradients, their_tangents = torch.func.jvp(torch.func.grad(loss), (inputs,), (directions,))
+    found: Any = torch.func.jvp(torch.func.grad(loss), (inputs,), (directions,))
+    gradients, their_tangents = found
     return {**gradients, **{f"tangent {name}": x for name, x in their_tangents.items()}}
 
 
