@@ -53,6 +53,8 @@ def shard(tensor: Tensor, dim: int, group: object = None, *, balanced: bool = Fa
 def unshard(tensor: Tensor, dim: int, group: object = None, *, balanced: bool = False) -> Tensor:
     """The whole tensor on every rank, of shards as :func:`shard` cuts them; differentiable.
 
+    The gradient of a shard is the sum of those that all ranks have for the whole tensor.
+
     Raises:
         ValueError: on every rank, if the shards are not those of any whole tensor.
     """
