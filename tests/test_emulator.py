@@ -106,6 +106,7 @@ DECODE = [
     Spec("causal", lengths=(16, 600), head_dims=(32, 32), batch=1, causal="bottom_right", window=(530, None)),
     Spec("lengths", lengths=(1, 1030), head_dims=(33, 8), key_lengths=(1025, 0), sinks="heads"),
     Spec("mods", lengths=(2, 700), head_dims=(8, 8), mask="float 1hqk inf", alibi="heads", softcap=3.0, dropout_p=0.2),
+    Spec("long", lengths=(16, 4096), head_dims=(16, 16), batch=1, heads=(4, 1)),
 ]
 
 
@@ -138,7 +139,31 @@ def test_uneven_sequences(dtype: torch.dtype, rows: str, emulate: Any, check_acc
     check_accuracy(sample, evaluate(sample, operator))
 
 
-@pytest.mark.parametrize("spec", [NAMED["everything"], NAMED["bias"], SIZES[0], SIZES[1]], ids=lambda x: x.name)
+LONG_LENGTHS = (64, 128), (64, 512), (64, 2048), (64, 4096), (2048, 64)
+LONG = [Spec("long {} {}".format(*x), lengths=x, head_dims=(16, 16), batch=1, heads=(1, 1)) for x in LONG_LENGTHS]
+
+
+@pytest.mark.parametrize("spec", [*LONG, dataclasses.replace(LONG[1], head_dims=(256, 256))], ids=lambda x: x.name)
+def test_long_sums(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
+    """Tensor cores cut off, towards 0, what they add to a sum: over many keys that would add up."""
+    sample = spec.build(dtype)
+    emulate()
+    check_accuracy(sample, evaluate(sample, operator))
+    check_second_order(sample)
+    check_weights(sample, average_heads=False, force=emulate)
+
+
+@pytest.mark.parametrize("tensor_core", ["sm_90", "nearest"])
+def test_long_sums_on_other_tensor_cores(
+    tensor_core: str, emulate: Any, check_accuracy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTENTION_EXT_TENSOR_CORE", tensor_core)
+    sample = LONG[2].build(torch.float32)
+    emulate()
+    check_accuracy(sample, evaluate(sample, operator))
+
+
+@pytest.mark.parametrize("spec", [NAMED["everything"], NAMED["bias"], SIZES[0], SIZES[1], *LONG], ids=lambda x: x.name)
 def test_tf32(spec: Spec, emulate: Any, check_accuracy: Any) -> None:
     """float16 inputs are exact in TF32, so only the intermediates that float16 kernels round are rounded."""
     half = spec.build(torch.float16, "small")

@@ -81,7 +81,8 @@ def build(program: str, folder: Path, csrc: Path, *flags_of_test: str) -> Path:
     binary = folder / program
     compiler = os.environ.get("CXX", "g++").split()
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{csrc}", *flags_of_test]
-    sources = [ROOT / "tests" / "emulator" / f"{program}.cpp", csrc / "gpu" / "emulation" / "block.cpp"]
+    emulation = csrc / "gpu" / "emulation"
+    sources = [ROOT / "tests" / "emulator" / f"{program}.cpp", emulation / "block.cpp", emulation / "tensor_core.cpp"]
     subprocess.run([*compiler, *flags, *sources, "-o", binary], check=True)
     return binary
 

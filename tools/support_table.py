@@ -1,8 +1,8 @@
 """Updates the README's table of kernels from the kernel table of this machine, or compares the two with --check.
 
 A machine has the kernels of its own architecture, and the dtypes of those that its CPU can run; other cells of the
-README are kept. CUDA kernels are listed in tools/cuda_kernels.json with what they were tested on: "emulated" or the
-name of a GPU.
+README are kept. CUDA kernels are listed in tools/cuda_kernels.json with what they were tested on: "emulated",
+"emulated (truncating)" where they use tensor cores, or the name of a GPU.
 """
 
 from __future__ import annotations

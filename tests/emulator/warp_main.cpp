@@ -1,6 +1,8 @@
 // The emulated warp layer: products, shuffles, copies that complete at their wait, and errors.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 
 #include "gpu/warp/warp.h"
@@ -61,6 +63,54 @@ void test_product() {
   });
 }
 
+using emulation::OperandType, emulation::TensorCore;
+constexpr OperandType kHalf{16, 16, 2, -14}, kTf32{16, 8, 4, -126};
+
+// c + sum of terms * 1
+float sum_on(const TensorCore& core, const OperandType& type, float c, std::initializer_list<float> terms) {
+  emulation::Operands<float> x{};
+  x.c[5][3] = c;
+  int k = 0;
+  for (const float term : terms) {
+    x.a[5][k] = term;
+    x.b[k++][3] = 1;
+  }
+  emulation::multiply(core, type, x);
+  for (int m = 0; m < 16; ++m) {
+    for (int n = 0; n < 8; ++n) check((m == 5 && n == 3) || x.c[m][n] == 0, "a sum goes to its own place");
+  }
+  return x.c[5][3];
+}
+
+// As the papers that tensor_core.h names have measured it; an eps is the distance from 1 to the next float.
+void test_sums_are_cut_off() {
+  using emulation::kNearest, emulation::kSm80, emulation::kSm90;
+  constexpr float kEps = 0x1p-23f;
+  for (const OperandType& type : {kHalf, kTf32}) {
+    check(sum_on(kSm80, type, 1, {kEps / 2, kEps / 2}) == 1 + kEps, "sm_80 keeps one bit below a float");
+    check(sum_on(kSm80, type, 1, {kEps / 4, kEps / 4, kEps / 4, kEps / 4}) == 1, "sm_80 keeps no second bit");
+    check(sum_on(kSm90, type, 1, {kEps / 4, kEps / 4, kEps / 4, kEps / 4}) == 1 + kEps, "sm_90 keeps two bits");
+    check(sum_on({16, 0}, type, 1, {kEps / 2, kEps / 2}) == 1, "without extra bits all below is lost");
+    check(sum_on(kSm80, type, 1, {kEps, kEps / 2}) == 1 + kEps, "a sum is cut off, not rounded");
+    check(sum_on(kNearest, type, 1, {kEps, kEps / 2}) == 1 + 2 * kEps, "sums to nearest can be asked for");
+    check(sum_on(kSm80, type, -1, {-kEps, -kEps / 2}) == -1 - kEps, "towards 0 on either side");
+    check(sum_on(kSm80, type, -1, {kEps / 4}) == -1 && sum_on(kSm80, type, 1, {-kEps / 4}) == 1, "not downwards");
+    check(sum_on(kSm80, type, 0, {1, kEps / 2, kEps / 2}) == 1 + kEps,
+          "terms are aligned with the largest of them too");
+    check(sum_on(kSm80, type, 0, {0x1p-10f, -0x1p-10f}) == 0, "what cancels is 0");
+    check(sum_on(kSm80, type, HUGE_VALF, {1}) == HUGE_VALF, "an infinity");
+    check(std::isnan(sum_on(kSm80, type, NAN, {1})), "a NaN");
+  }
+  // A block of sm_80 is 16 bytes of a row, one of sm_90 32.
+  check(sum_on(kSm80, kTf32, 1, {kEps / 2, 0, 0, 0, kEps / 2}) == 1, "sm_80 adds four tf32 terms at once");
+  check(sum_on(kSm90, kTf32, 1, {kEps / 2, 0, 0, 0, kEps / 2}) == 1 + kEps, "sm_90 adds eight");
+  check(sum_on(kSm80, kHalf, 1, {kEps / 2, 0, 0, 0, 0, 0, 0, kEps / 2}) == 1 + kEps, "sm_80 adds eight 16-bit terms");
+  check(sum_on(kSm80, kHalf, 1, {kEps / 2, 0, 0, 0, 0, 0, 0, 0, kEps / 2}) == 1, "and no more");
+  check(sum_on(kSm90, kHalf, 1, {kEps / 2, 0, 0, 0, 0, 0, 0, 0, kEps / 2}) == 1 + kEps, "sm_90 adds sixteen");
+  check(sum_on(kSm80, kTf32, 0x1p-126f, {-0x1p-127f}) == 0x1p-127f, "a subnormal sum");
+  check(TensorCore::named("sm_90").extra_bits == 2 && TensorCore::named("nearest").block_bytes == 0, "names");
+}
+
 void test_copies_complete_at_their_wait() {
   alignas(16) static const float source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
   run_warps(1, 2 * 16 * kWarpSize, [] {
@@ -114,6 +164,7 @@ void test_errors() {
 int main() {
   attention_ext::test_shuffle_and_vote();
   attention_ext::test_product();
+  attention_ext::test_sums_are_cut_off();
   attention_ext::test_copies_complete_at_their_wait();
   attention_ext::test_errors();
 }

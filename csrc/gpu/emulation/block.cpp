@@ -44,6 +44,11 @@ constexpr uint64_t kCanary = 0x5AFE57AC5AFE57ACu;  // at the far end of every st
 constexpr int kUnwritten = 0xFF;                   // NaN in every floating type
 constexpr size_t kSharedAlignment = 128;
 
+const char* setting(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value ? value : otherwise;
+}
+
 }  // namespace
 
 thread_local Block* current = nullptr;
@@ -78,11 +83,11 @@ void Block::prepare(int64_t index, int threads, size_t shared_bytes) {
   const auto address = reinterpret_cast<uintptr_t>(memory_.get());
   shared_ = memory_.get() + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;
   std::memset(shared_, kUnwritten, shared_bytes);
-  const char* schedule = std::getenv("ATTENTION_EXT_SCHEDULE");
-  const std::string name = schedule ? schedule : "ascending";
+  const std::string name = setting("ATTENTION_EXT_SCHEDULE", "ascending");
   schedule_ = name == "random"       ? Schedule::kRandom
               : name == "descending" ? Schedule::kDescending
                                      : Schedule::kAscending;
+  tensor_core_ = TensorCore::named(setting("ATTENTION_EXT_TENSOR_CORE", "sm_80"));
   random_ = static_cast<uint32_t>(index) * 2654435761u + 1;
   for (Warp& warp : warps_) warp.arrived = 0;
   for (int i = 0; i < threads; ++i) {

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "gpu/emulation/tensor_core.h"
+
 namespace attention_ext::emulation {
 
 class Block {
@@ -17,6 +19,7 @@ class Block {
   int thread() const { return thread_; }
   int64_t index() const { return index_; }
   char* shared_memory() { return shared_; }
+  const TensorCore& tensor_core() const { return tensor_core_; }
 
   void barrier();
   // All lanes of a warp arrive with an argument each; the last one calls together(arguments by lane).
@@ -65,6 +68,7 @@ class Block {
   int64_t index_ = 0;
   int thread_ = 0, threads_ = 0, at_barrier_ = 0, done_ = 0;
   Schedule schedule_ = Schedule::kAscending;
+  TensorCore tensor_core_ = kSm80;
   uint32_t random_ = 1;
   uint64_t ready_[kMostThreads / 64] = {};
   Fiber fibers_[kMostThreads];

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "gpu/emulation/block.h"
 #include "gpu/emulation/numbers.h"
+#include "gpu/emulation/tensor_core.h"
 
 namespace attention_ext::emulation {
 
@@ -16,7 +18,7 @@ struct Place {
 template <class E>
 struct Shape16x8x16 {
   static constexpr const char* kName = "mma.m16n8k16";
-  static constexpr int kRows = 16, kColumns = 8, kDepth = 16;
+  static constexpr OperandType kType{16, 16, sizeof(E), std::is_same_v<E, Half> ? -14 : -126};
   using Register = uint32_t;
   using Number = float;
   static constexpr int kA = 4, kB = 2, kC = 4, kNumbersPerRegister = 2;
@@ -28,7 +30,7 @@ struct Shape16x8x16 {
 
 struct Shape16x8x8 {
   static constexpr const char* kName = "mma.m16n8k8";
-  static constexpr int kRows = 16, kColumns = 8, kDepth = 8;
+  static constexpr OperandType kType{16, 8, sizeof(float), -126};
   using Register = uint32_t;
   using Number = float;
   static constexpr int kA = 4, kB = 2, kC = 4, kNumbersPerRegister = 1;
@@ -40,7 +42,7 @@ struct Shape16x8x8 {
 
 struct Shape8x8x4 {
   static constexpr const char* kName = "mma.m8n8k4";
-  static constexpr int kRows = 8, kColumns = 8, kDepth = 4;
+  static constexpr OperandType kType{8, 4, sizeof(double), -1022};
   using Register = double;
   using Number = double;
   static constexpr int kA = 1, kB = 1, kC = 2, kNumbersPerRegister = 1;
@@ -60,33 +62,29 @@ void multiply(typename Shape::Number (&c)[Shape::kC], const typename Shape::Regi
   } argument{c, a, b};
   current->collective(Shape::kName, &argument, [](void* const* lanes) {
     constexpr int kPacked = Shape::kNumbersPerRegister;
-    Number a[Shape::kRows][Shape::kDepth], b[Shape::kDepth][Shape::kColumns], c[Shape::kRows][Shape::kColumns];
+    Operands<Number> x;
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const auto* from = static_cast<const Argument*>(lanes[lane]);
       const int group = lane / 4, member = lane % 4;
       for (int i = 0; i < Shape::kA * kPacked; ++i) {
         const Place at = Shape::a(group, member, i);
-        a[at.row][at.column] = Shape::number(from->a[i / kPacked], i % kPacked);
+        x.a[at.row][at.column] = Shape::number(from->a[i / kPacked], i % kPacked);
       }
       for (int i = 0; i < Shape::kB * kPacked; ++i) {
         const Place at = Shape::b(group, member, i);
-        b[at.row][at.column] = Shape::number(from->b[i / kPacked], i % kPacked);
+        x.b[at.row][at.column] = Shape::number(from->b[i / kPacked], i % kPacked);
       }
       for (int i = 0; i < Shape::kC; ++i) {
         const Place at = Shape::c(group, member, i);
-        c[at.row][at.column] = from->c[i];
+        x.c[at.row][at.column] = from->c[i];
       }
     }
-    for (int m = 0; m < Shape::kRows; ++m) {
-      for (int k = 0; k < Shape::kDepth; ++k) {
-        for (int n = 0; n < Shape::kColumns; ++n) c[m][n] += a[m][k] * b[k][n];
-      }
-    }
+    multiply(current->tensor_core(), Shape::kType, x);
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const auto* to = static_cast<const Argument*>(lanes[lane]);
       for (int i = 0; i < Shape::kC; ++i) {
         const Place at = Shape::c(lane / 4, lane % 4, i);
-        to->c[i] = c[at.row][at.column];
+        to->c[i] = x.c[at.row][at.column];
       }
     }
   });

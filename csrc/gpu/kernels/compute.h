@@ -158,16 +158,19 @@ struct ComputeTf32 : ComputeWide<float, RoundedFloat> {
   }
 };
 
-// 3xTF32: all products but that of the two rests.
+// 3xTF32: all products but that of the two rests. Tensor cores cut off what they add to C, always towards 0, and over
+// many keys that adds up: so their sums begin at 0 here and are added to C rounded to nearest.
 struct ComputeFloat : ComputeWide<float, SplitFloat> {
   ATTENTION_DEVICE static void multiply(Fragment<float>& c, const A& a, const B& b) {
     const uint32_t big_a[4] = {a.number[0].big, a.number[2].big, a.number[1].big, a.number[3].big};
     const uint32_t small_a[4] = {a.number[0].small, a.number[2].small, a.number[1].small, a.number[3].small};
     const uint32_t big_b[2] = {b.number[0].big, b.number[1].big};
     const uint32_t small_b[2] = {b.number[0].small, b.number[1].small};
-    multiply_16x8x8(c.number, small_a, big_b);
-    multiply_16x8x8(c.number, big_a, small_b);
-    multiply_16x8x8(c.number, big_a, big_b);
+    float sum[4] = {};
+    multiply_16x8x8(sum, small_a, big_b);
+    multiply_16x8x8(sum, big_a, small_b);
+    multiply_16x8x8(sum, big_a, big_b);
+    for (int i = 0; i < 4; ++i) c.number[i] += sum[i];
   }
 };
 

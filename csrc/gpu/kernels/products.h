@@ -62,20 +62,23 @@ template <class C, int kRowTiles, int kTiles, int kWeights, class TileB>
 ATTENTION_DEVICE void multiply_weights(Fragments<typename C::Scalar, kRowTiles, kTiles>& c,
                                        const Fragments<typename C::Scalar, kRowTiles, kWeights>& weight, const TileB& b,
                                        int row_b) {
-  constexpr int kStep = C::kDepth / kFragmentColumns;
+  constexpr int kStep = C::kDepth / kFragmentColumns, kSteps = kWeights / kStep;
+  typename C::A rows[kSteps][kRowTiles];
   ATTENTION_UNROLL
-  for (int k = 0; k < kWeights; k += kStep) {
-    typename C::A rows[kRowTiles];
+  for (int k = 0; k < kSteps; ++k) {
     ATTENTION_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) rows[m] = C::narrow(weight.tile[m] + k);
+    for (int m = 0; m < kRowTiles; ++m) rows[k][m] = C::narrow(weight.tile[m] + k * kStep);
+  }
+  ATTENTION_UNROLL
+  for (int n = 0; n < kTiles; n += 2) {
     ATTENTION_UNROLL
-    for (int n = 0; n < kTiles; n += 2) {
+    for (int k = 0; k < kSteps; ++k) {
       typename C::B columns[2];
-      C::load_b_transposed(columns, b, row_b + k * kFragmentColumns, n * kFragmentColumns);
+      C::load_b_transposed(columns, b, row_b + k * kStep * kFragmentColumns, n * kFragmentColumns);
       ATTENTION_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
-        C::multiply(c.tile[m][n], rows[m], columns[0]);
-        C::multiply(c.tile[m][n + 1], rows[m], columns[1]);
+        C::multiply(c.tile[m][n], rows[k][m], columns[0]);
+        C::multiply(c.tile[m][n + 1], rows[k][m], columns[1]);
       }
     }
   }
