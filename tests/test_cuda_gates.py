@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -66,6 +67,39 @@ def test_budget_round_trip(gates: ModuleType, tmp_path: Path, monkeypatch: pytes
     for uses in ({}, {"b": gates.Use(1, 2, 3, 4), "a": gates.Use(5, 6, 7, 8)}):
         gates.write_budget(uses)
         assert gates.read_budget() == uses
+
+
+SUMS = """\
+#include "gpu/warp/warp.h"
+namespace attention_ext {
+__global__ void plain(float* x, double* y) { x[0] = x[1] * x[2] + x[3]; y[0] = y[1] * y[2] - y[3]; }
+__global__ void fused(float* x, double* y) {
+  x[0] = multiply_add(x[1], x[2], x[3]);
+  y[0] = multiply_add(y[1], y[2], y[3]);
+}
+}
+"""
+
+
+def test_sums_are_fused_only_where_asked(gates: ModuleType, tmp_path: Path) -> None:
+    """Else two instances of a template could round differently."""
+    compiler = gates.nvcc.find()
+    if compiler is None:
+        pytest.skip("nvcc was not found")
+    (tmp_path / "sums.cu").write_text(SUMS)
+    command = [
+        compiler,
+        *gates.nvcc.FLAGS,
+        "-arch=compute_80",
+        "-ptx",
+        "-o",
+        tmp_path / "sums.ptx",
+        tmp_path / "sums.cu",
+    ]
+    subprocess.run(command, check=True)
+    plain, fused = (tmp_path / "sums.ptx").read_text().split(".entry")[1:]
+    assert "fma" not in plain
+    assert [fused.count(f"fma.rn.{x}") for x in ("f32", "f64")] == [1, 1]
 
 
 @pytest.mark.parametrize("tool", ["cuda_gates", "check_cuda_binding"])

@@ -139,18 +139,39 @@ def test_uneven_sequences(dtype: torch.dtype, rows: str, emulate: Any, check_acc
     check_accuracy(sample, evaluate(sample, operator))
 
 
+@pytest.mark.parametrize("rows", ["emulated_sm80", "emulated_sm80_tf32", "emulated_simt"])
+@pytest.mark.parametrize("spec", EMPTY, ids=lambda x: x.name)
+def test_empty(spec: Spec, rows: str, emulate: Any, check_accuracy: Any) -> None:
+    sample = spec.build(torch.float32)
+    emulate(rows)
+    check_accuracy(sample, evaluate(sample, operator))
+    if rows != "emulated_sm80_tf32":
+        check_second_order(sample)
+        assert weights_of(sample).shape == (*sample.query.shape[:3], sample.key.shape[2])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"batch": 0}, {"heads": (0, 0)}, {"lengths": (0, 600)}, {"head_dims": (8, 0)}], ids=str
+)
+def test_empty_decode(sizes: dict[str, Any], emulate: Any, check_accuracy: Any) -> None:
+    sample = Spec("empty", **{"lengths": (3, 600), "head_dims": (8, 8), **sizes}).build(torch.float32)
+    emulate()
+    _C.force_kernel("forward", "emulated_sm80/decode")
+    check_accuracy(sample, evaluate(sample, operator, backward=False))
+
+
 LONG_LENGTHS = (64, 128), (64, 512), (64, 2048), (64, 4096), (2048, 64)
 LONG = [Spec("long {} {}".format(*x), lengths=x, head_dims=(16, 16), batch=1, heads=(1, 1)) for x in LONG_LENGTHS]
 
 
-@pytest.mark.parametrize("spec", [*LONG, dataclasses.replace(LONG[1], head_dims=(256, 256))], ids=lambda x: x.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", [*LONG, dataclasses.replace(LONG[0], head_dims=(256, 256))], ids=lambda x: x.name)
 def test_long_sums(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
     """Tensor cores cut off, towards 0, what they add to a sum: over many keys that would add up."""
     sample = spec.build(dtype)
     emulate()
     check_accuracy(sample, evaluate(sample, operator))
     check_second_order(sample)
-    check_weights(sample, average_heads=False, force=emulate)
 
 
 @pytest.mark.parametrize("tensor_core", ["sm_90", "nearest"])
@@ -254,10 +275,55 @@ def test_strides_beyond_two_to_the_31(dtype: torch.dtype, dim: int, kernel: str,
 
     def outputs(sample: Sample) -> dict[str, torch.Tensor]:
         tangents = {name: x.detach() for name, x in sample.inputs().items()}
-        return evaluate(sample, operator) | double_backward(sample, tangents, operator)
+        return (
+            evaluate(sample, operator) | double_backward(sample, tangents, operator) | {"weights": weights_of(sample)}
+        )
 
     actual, expected = outputs(near.replace(query=x, key=x, value=x, grad_out=x)), outputs(near)
     assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
+
+
+def weights_of(sample: Sample) -> torch.Tensor:
+    _, logsumexp, rng_state = sample.call(operator)
+    options = operator_options(sample.options)
+    return torch.ops.attention_ext.attention_weights(sample.query, sample.key, logsumexp, rng_state, **options)
+
+
+@pytest.mark.parametrize("row", ["emulated_sm80/decode", "emulated_sm80_tf32/forward"])
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_forward_beyond_two_to_the_31(row: str, dim: int, emulate: Any, far_apart: Any) -> None:
+    """The rows that the test above leaves out."""
+    near = Spec("far", lengths=(2, 530), heads=(2, 2), head_dims=(16, 16)).build(torch.float32)
+    far = {name: far_apart(x, dim) for name, x in near.inputs().items()}
+    emulate("emulated_sm80_tf32")
+    _C.force_kernel("forward", row)
+    actual, expected = near.replace(**far).call(operator), near.call(operator)
+    assert all(torch.equal(x, y) for x, y in zip(actual[:2], expected[:2], strict=True))
+    if row.startswith("emulated_sm80_tf32"):
+        grads, expected_grads = evaluate(near.replace(**far), operator), evaluate(near, operator)
+        assert [name for name, x in grads.items() if not torch.equal(x, expected_grads[name])] == []
+
+
+MOST_ROWS = 2**30 - 1
+
+
+@pytest.mark.parametrize("rows", ["emulated_sm80", "emulated_sm80_tf32", "emulated_simt"])
+def test_longest_sequence(rows: str, emulate: Any) -> None:
+    """The last keys of the longest sequence, through a window, are those of a short one."""
+    short = Spec("short", lengths=(5, 70), head_dims=(8, 8), batch=1, heads=(1, 1)).build(torch.float32)
+    short = short.replace(window_size=(40, 3), causal_alignment="bottom_right", alibi_slopes=torch.full((1,), 0.1))
+    row = short.key[:, :, :1]  # one row for all keys: with a stride of 0 they take no memory
+    emulate(rows)
+
+    def outputs(keys: int) -> tuple[torch.Tensor, ...]:
+        query, key = short.query.clone().requires_grad_(), row.expand(1, 1, keys, 8)
+        out, logsumexp, _ = operator(query, key, key, **short.options)
+        return out.detach(), logsumexp.detach(), *torch.autograd.grad(out, query, short.grad_out)
+
+    short_keys = MOST_ROWS % 128 + 128  # the same place in a tile
+    assert all(torch.equal(x, y) for x, y in zip(outputs(MOST_ROWS), outputs(short_keys), strict=True))
+    with pytest.raises(NotImplementedError, match=r"serves sequences of up to 2\^30 - 1 queries and keys"):
+        outputs(MOST_ROWS + 1)
 
 
 @pytest.mark.parametrize("average_heads", [False, True])
@@ -409,14 +475,25 @@ def test_dropout_mask_equals_the_cpus(rows: str, emulate: Any) -> None:
     assert torch.equal(on_cpu == 0, torch.ops.attention_ext.attention_weights(*arguments, **options) == 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("lengths", "rows"), [((33, 65), ROWS[0]), ((3, 600), ROWS[0]), ((9, 40), ROWS[1])], ids=str)
-def test_logsumexp_ignores_dropout(lengths: tuple[int, int], rows: str, dtype: torch.dtype, emulate: Any) -> None:
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    [
+        ("sm80/forward", {"lengths": (70, 97)}),
+        ("sm80/forward", {"lengths": (70, 150), "window": (40, 3), "sinks": "heads"}),
+        ("sm80/decode", {"lengths": (3, 600)}),
+        ("simt/forward", {"lengths": (5, 40)}),
+    ],
+    ids=["forward", "window", "decode", "simt"],
+)
+def test_logsumexp_ignores_dropout(
+    row: str, changes: dict[str, Any], head_dim: int, dtype: torch.dtype, emulate: Any
+) -> None:
     """Kernel instances with and without dropout give bit-equal logsumexp."""
-    sample = Spec("dropped", lengths=lengths, head_dims=(64, 64), dropout_p=0.5).build(dtype)
-    emulate(rows)
-    if lengths[0] < 16 and rows == ROWS[0]:
-        _C.force_kernel("forward", "emulated_sm80/decode")
+    spec = Spec("dropped", head_dims=(head_dim, head_dim), batch=1, heads=(1, 1), dropout_p=0.5, **changes)
+    sample = spec.build(dtype)
+    emulate()
+    _C.force_kernel("forward", f"emulated_{row}")
     _, logsumexp, _ = sample.call(operator)
     assert torch.equal(logsumexp, sample.replace(dropout_p=0.0).call(operator)[1])
 

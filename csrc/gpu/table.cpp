@@ -29,12 +29,14 @@ size_t most_shared_bytes(int compute_capability) {
 template <Planner kPlan, Reason kReason>
 const char* unavailable(const AttentionProblem& problem, int compute_capability) {
   if (compute_capability < 80) return "needs a GPU of compute capability 8.0 or later";
+  if (const char* reason = beyond_count(problem)) return reason;
   if (const char* reason = kReason(problem)) return reason;
   const GpuPlan plan = kPlan(problem);
   for (int i = 0; i < plan.launch_count; ++i) {
     if (plan.launches[i].shared_bytes > most_shared_bytes(compute_capability)) {
       return "needs more shared memory than this GPU has";
     }
+    if (plan.launches[i].blocks > kMostBlocks) return "needs more blocks of threads than a launch has";
   }
   return nullptr;
 }

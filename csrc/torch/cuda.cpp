@@ -3,8 +3,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-
 #include "gpu/plan.h"
 #include "torch/device.h"
 #include "torch/operators.h"
@@ -14,9 +12,6 @@ namespace attention_ext {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kMostBlocks = INT32_MAX;
-constexpr int64_t kMostRows = INT32_MAX / 2;  // of a sequence; kernels count them, and some tiles more, as int
 
 int attribute(cudaDeviceAttr name) {
   int value = 0;
@@ -31,9 +26,6 @@ int compute_capability() {
 }
 
 void run(Pass pass, const AttentionProblem& problem) {
-  TORCH_CHECK(std::max(problem.max_seqlen_q, problem.max_seqlen_k) <= kMostRows,
-              "attention_ext: CUDA kernels serve sequences of up to ", kMostRows, " queries and keys, got ",
-              problem.max_seqlen_q, " and ", problem.max_seqlen_k);
   const GpuKernel* kernel = select_gpu_kernel(pass, problem, compute_capability(), forced_kernel(pass));
   TORCH_CHECK_NOT_IMPLEMENTED(kernel, "attention_ext: no CUDA kernel serves this call:\n",
                               explain_kernels(at::kCUDA, pass, problem));
@@ -43,8 +35,6 @@ void run(Pass pass, const AttentionProblem& problem) {
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   for (int i = 0; i < plan.launch_count; ++i) {
     const Launch& launch = plan.launches[i];
-    TORCH_CHECK(launch.blocks <= kMostBlocks, "attention_ext: ", kernel->name, " would need ", launch.blocks,
-                " blocks, and a launch has ", kMostBlocks, " at most");
     C10_CUDA_CHECK(static_cast<cudaError_t>(launch.enqueue(launch, problem, workspace.mutable_data_ptr(), stream)));
   }
 }

@@ -1,14 +1,19 @@
-// The row of the GPU kernel table that a call selects, with stub planners.
+// The row of the GPU kernel table that a call selects, if any, with stub planners.
 #include "gpu/table.cpp"
 
 #include <cstdio>
 
 namespace attention_ext {
 
-#define STUB_PLANNER(planner, ...)        \
-  template <__VA_ARGS__>                  \
-  Plan planner(const AttentionProblem&) { \
-    return {};                            \
+int64_t blocks_of_plan = 1;
+
+#define STUB_PLANNER(planner, ...)            \
+  template <__VA_ARGS__>                      \
+  Plan planner(const AttentionProblem&) {     \
+    Plan plan;                                \
+    plan.launch_count = 1;                    \
+    plan.launches[0].blocks = blocks_of_plan; \
+    return plan;                              \
   }
 STUB_PLANNER(plan_forward, class Plan, class Element)
 STUB_PLANNER(plan_decode, class Plan, class Element)
@@ -61,6 +66,31 @@ const Case kCases[] = {
     {Pass::kDoubleBackward, DType::kFloat16, 256, 256, "sm80/double_backward"},
 };
 
+bool serves_any(const attention_ext::AttentionProblem& problem) {
+  return attention_ext::select_gpu_kernel(Pass::kForward, problem, 80) != nullptr;
+}
+
+// Calls that an int cannot count are refused by every row.
+int wrong_at_limits() {
+  constexpr int64_t kMost = (int64_t{1} << 30) - 1;
+  int wrong = 0;
+  for (int64_t attention_ext::AttentionProblem::* size :
+       {&attention_ext::AttentionProblem::max_seqlen_q, &attention_ext::AttentionProblem::max_seqlen_k,
+        &attention_ext::AttentionProblem::head_dim, &attention_ext::AttentionProblem::head_dim_v}) {
+    attention_ext::AttentionProblem problem;
+    problem.*size = kMost;
+    wrong += !serves_any(problem);
+    problem.*size = kMost + 1;
+    wrong += serves_any(problem);
+  }
+  attention_ext::blocks_of_plan = INT32_MAX;
+  wrong += !serves_any({});
+  attention_ext::blocks_of_plan = int64_t{INT32_MAX} + 1;
+  wrong += serves_any({});
+  if (wrong > 0) std::printf("%d calls at the limits are served or refused wrongly\n", wrong);
+  return wrong;
+}
+
 }  // namespace
 
 int main() {
@@ -80,5 +110,5 @@ int main() {
       ++wrong;
     }
   }
-  return wrong > 0;
+  return wrong + wrong_at_limits() > 0;
 }

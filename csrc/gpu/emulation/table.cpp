@@ -6,25 +6,33 @@
 namespace attention_ext {
 namespace {
 
-template <Plan (*kPlan)(const AttentionProblem&), Pass kPass>
-constexpr CpuKernel row(const char* name, const char* (*why_not)(const AttentionProblem&)) {
-  return {name, kPass, why_not, plan_row<Plan, kPlan, kPass>, true};
+using Reason = const char* (*)(const AttentionProblem&);
+
+template <Reason kReason>
+const char* unavailable(const AttentionProblem& problem) {
+  const char* reason = beyond_count(problem);
+  return reason ? reason : kReason(problem);
+}
+
+template <Plan (*kPlan)(const AttentionProblem&), Reason kReason, Pass kPass>
+constexpr CpuKernel row(const char* name) {
+  return {name, kPass, unavailable<kReason>, plan_row<Plan, kPlan, kPass>, true};
 }
 
 const CpuKernel kKernels[] = {
-    row<plan_decode<Plan>, Pass::kForward>("emulated_sm80/decode", not_decoding),
-    row<plan_forward<Plan>, Pass::kForward>("emulated_sm80/forward", not_in_buckets),
-    row<plan_backward<Plan>, Pass::kBackward>("emulated_sm80/backward", not_in_buckets),
-    row<plan_weights<Plan>, Pass::kWeights>("emulated_sm80/weights", not_in_buckets),
-    row<plan_jvp<Plan>, Pass::kJvp>("emulated_sm80/jvp", not_in_moving_buckets),
-    row<plan_double_backward<Plan>, Pass::kDoubleBackward>("emulated_sm80/double_backward", not_in_moving_buckets),
-    row<plan_forward<Plan, Tf32>, Pass::kForward>("emulated_sm80_tf32/forward", not_float32),
-    row<plan_backward<Plan, Tf32>, Pass::kBackward>("emulated_sm80_tf32/backward", not_float32),
-    row<plan_simt_forward<Plan>, Pass::kForward>("emulated_simt/forward", serves_every_problem),
-    row<plan_simt_backward<Plan>, Pass::kBackward>("emulated_simt/backward", serves_every_problem),
-    row<plan_simt_weights<Plan>, Pass::kWeights>("emulated_simt/weights", serves_every_problem),
-    row<plan_simt_jvp<Plan>, Pass::kJvp>("emulated_simt/jvp", serves_every_problem),
-    row<plan_simt_double_backward<Plan>, Pass::kDoubleBackward>("emulated_simt/double_backward", serves_every_problem),
+    row<plan_decode<Plan>, not_decoding, Pass::kForward>("emulated_sm80/decode"),
+    row<plan_forward<Plan>, not_in_buckets, Pass::kForward>("emulated_sm80/forward"),
+    row<plan_backward<Plan>, not_in_buckets, Pass::kBackward>("emulated_sm80/backward"),
+    row<plan_weights<Plan>, not_in_buckets, Pass::kWeights>("emulated_sm80/weights"),
+    row<plan_jvp<Plan>, not_in_moving_buckets, Pass::kJvp>("emulated_sm80/jvp"),
+    row<plan_double_backward<Plan>, not_in_moving_buckets, Pass::kDoubleBackward>("emulated_sm80/double_backward"),
+    row<plan_forward<Plan, Tf32>, not_float32, Pass::kForward>("emulated_sm80_tf32/forward"),
+    row<plan_backward<Plan, Tf32>, not_float32, Pass::kBackward>("emulated_sm80_tf32/backward"),
+    row<plan_simt_forward<Plan>, serves_every_problem, Pass::kForward>("emulated_simt/forward"),
+    row<plan_simt_backward<Plan>, serves_every_problem, Pass::kBackward>("emulated_simt/backward"),
+    row<plan_simt_weights<Plan>, serves_every_problem, Pass::kWeights>("emulated_simt/weights"),
+    row<plan_simt_jvp<Plan>, serves_every_problem, Pass::kJvp>("emulated_simt/jvp"),
+    row<plan_simt_double_backward<Plan>, serves_every_problem, Pass::kDoubleBackward>("emulated_simt/double_backward"),
 };
 
 const bool kAdded = (add_cpu_kernels(kKernels), true);

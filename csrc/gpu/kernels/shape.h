@@ -23,9 +23,12 @@ template <class C, int kDim, ScoreMode kMode>
 struct ForwardShape : Width<C, kDim> {
   using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes;
   static constexpr int kWarps = kRowBytes <= 512 ? 4 : 2;
-  static constexpr int kRowTiles = kNarrow && kDim <= 128 ? 2 : 1;  // of 16 queries, a warp
+  static constexpr int kMostWideDim = kMode == ScoreMode::kMask ? 128 : 64;  // by registers
+  static constexpr int kRowTiles = kNarrow && kDim <= kMostWideDim ? 2 : 1;  // of 16 queries, a warp
   static constexpr int kRows = kNarrow ? (kDim <= 128 ? 64 : 32) : kDim <= 64 ? 32 : 16;
-  static constexpr int kColumns = kWide || kRows < 32 || (kDim == 128 && kMode == ScoreMode::kAll) ? 16 : 32;
+  // The same for all modes: other blocks of keys would be summed in another order, so that dropout, which alone calls
+  // for ScoreMode::kAll too, would change bits of logsumexp.
+  static constexpr int kColumns = kWide || kRows < 32 ? 16 : 32;
   static constexpr int kStages = kRowBytes <= 1024 ? 2 : 1;
 };
 
