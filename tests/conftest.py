@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="where the operators run; cuda: only tests that take a device")
     group.addoption("--every", type=int, default=1, help="run only every n-th of the selected tests")
     group.addoption("--isa-every", type=int, default=9, help="the same for narrower instruction sets; 1: all tests")
+    group.addoption("--sites-every", type=int, default=5, help="the same for deleted barriers of GPU kernels; 1: all")
     group.addoption("--integrations", action="store_true", help="also run tests/integrations, with the real libraries")
     group.addoption("--fuzz-examples", type=int, default=0, help="examples of each property test, 0: the default")
 

@@ -1,5 +1,8 @@
 """Mutation tests of the GPU kernels in the emulator: each changed line gives wrong results or an error.
 
+`pytest tests/test_emulator_mutations.py --sites-every 1` deletes every barrier, wait and commit of the kernels, each in
+its turn; without the option a sample of them.
+
 The programs in tests/emulator need no torch; the mutated ones are compiled from a copy of the sources.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -71,10 +75,27 @@ JVP = {
     "score tangent without the scale": ("tangent.h", "dot_tangent * static_cast<T>(p.scale)", "dot_tangent"),
     "a sum over half a group": FORWARD["a sum over half a group"],
 }
+SITE = re.compile(r"\b(?:synchronize_block\(\)|wait_copies<[^;]*>\(\)|commit_copies\(\));")
 PROGRAMS = {"forward_main": FORWARD, "gradients_main": {**BACKWARD, **JVP}}
 MUTATIONS = [(program, mutation) for program, mutations in PROGRAMS.items() for mutation in mutations]
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="GPU kernels are emulated on x86-64 only")
+
+
+def sites() -> list[tuple[str, int, int]]:
+    """Where kernels order the threads of a block: the file, and the span of each statement."""
+    folder = ROOT / "csrc" / "gpu" / "kernels"
+    return [
+        (str(file.relative_to(folder)), *found.span())
+        for file in sorted(folder.rglob("*.h"))
+        for found in SITE.finditer(file.read_text())
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "site" in metafunc.fixturenames:
+        chosen = sites()[:: metafunc.config.getoption("--sites-every")]
+        metafunc.parametrize("site", chosen, ids=lambda site: f"{site[0]}:{site[1]}")
 
 
 def build(program: str, folder: Path, csrc: Path, *flags_of_test: str) -> Path:
@@ -82,16 +103,22 @@ def build(program: str, folder: Path, csrc: Path, *flags_of_test: str) -> Path:
     compiler = os.environ.get("CXX", "g++").split()
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{csrc}", *flags_of_test]
     emulation = csrc / "gpu" / "emulation"
-    sources = [ROOT / "tests" / "emulator" / f"{program}.cpp", emulation / "block.cpp", emulation / "tensor_core.cpp"]
+    machine = [emulation / f"{name}.cpp" for name in ("access_log", "block", "tensor_core")]
+    sources = [ROOT / "tests" / "emulator" / f"{program}.cpp", *machine]
     subprocess.run([*compiler, *flags, *sources, "-o", binary], check=True)
     return binary
 
 
-def changed_copy(folder: Path, file: str, line: str, changed: str) -> Path:
-    """A copy of csrc, as far as GPU kernels need it, with one line of a file changed."""
-    csrc = folder / "csrc"
+def copy_of_sources(folder: Path) -> Path:
+    """csrc, as far as GPU kernels need it."""
     for part in ("core", "gpu"):
-        shutil.copytree(ROOT / "csrc" / part, csrc / part)
+        shutil.copytree(ROOT / "csrc" / part, folder / "csrc" / part)
+    return folder / "csrc"
+
+
+def changed_copy(folder: Path, file: str, line: str, changed: str) -> Path:
+    """A copy of the sources with one line of a file changed."""
+    csrc = copy_of_sources(folder)
     text = (csrc / file).read_text()
     assert line in text
     (csrc / file).write_text(text.replace(line, changed, 1))
@@ -103,7 +130,7 @@ def passes(binary: Path, schedule: str) -> bool:
     return subprocess.run([binary], env=environment, timeout=60, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("program", ["warp_main", *PROGRAMS])
+@pytest.mark.parametrize("program", ["warp_main", "barriers_main", *PROGRAMS])
 def test_unchanged(program: str, tmp_path: Path) -> None:
     binary = build(program, tmp_path, ROOT / "csrc")
     assert [schedule for schedule in SCHEDULES if not passes(binary, schedule)] == []
@@ -115,6 +142,17 @@ def test_mutation_is_caught(program: str, mutation: str, tmp_path: Path) -> None
     csrc = changed_copy(tmp_path, f"gpu/kernels/{file}", line, changed)
     binary = build(program, tmp_path, csrc)
     assert any(not passes(binary, schedule) for schedule in SCHEDULES)
+
+
+def test_missing_order_is_caught(site: tuple[str, int, int], tmp_path: Path) -> None:
+    """Under every schedule, whatever the values."""
+    name, begin, end = site
+    csrc = copy_of_sources(tmp_path)
+    file = csrc / "gpu" / "kernels" / name
+    text = file.read_text()
+    file.write_text(text[:begin] + text[end:])
+    binary = build("barriers_main", tmp_path, csrc)
+    assert [schedule for schedule in SCHEDULES if passes(binary, schedule)] == []
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -43,6 +43,7 @@ constexpr int kSavedRegisters = 6;
 constexpr uint64_t kCanary = 0x5AFE57AC5AFE57ACu;  // at the far end of every stack
 constexpr int kUnwritten = 0xFF;                   // NaN in every floating type
 constexpr size_t kSharedAlignment = 128;
+constexpr int kCopyBytes = 16;
 
 const char* setting(const char* name, const char* otherwise) {
   const char* value = std::getenv(name);
@@ -83,6 +84,7 @@ void Block::prepare(int64_t index, int threads, size_t shared_bytes) {
   const auto address = reinterpret_cast<uintptr_t>(memory_.get());
   shared_ = memory_.get() + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;
   std::memset(shared_, kUnwritten, shared_bytes);
+  log_.begin_block(shared_bytes);
   const std::string name = setting("ATTENTION_EXT_SCHEDULE", "ascending");
   schedule_ = name == "random"       ? Schedule::kRandom
               : name == "descending" ? Schedule::kDescending
@@ -182,6 +184,7 @@ void Block::barrier() {
   fibers_[thread_].waits_at = "barrier";
   if (++at_barrier_ == threads_) {
     at_barrier_ = 0;
+    log_.barrier();
     for (int i = 0; i < threads_; ++i) set_ready(i, true);
   }
   leave();
@@ -206,17 +209,33 @@ void Block::collective(const char* name, void* argument, void (*together)(void* 
   leave();
 }
 
-void Block::check_shared(const char* name, const void* pointer, int bytes) {
+size_t Block::offset_of(const char* name, const void* pointer, int bytes) {
   const char* address = static_cast<const char*>(pointer);
   if (address < shared_ || address + bytes > shared_ + shared_bytes_) fail(std::string(name) + " out of shared memory");
   if (reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) != 0)
     fail(std::string(name) + " misaligned");
+  return static_cast<size_t>(address - shared_);
+}
+
+void Block::expect(const char* name, size_t offset, const char* wrong) {
+  if (wrong) fail(std::string(name) + " " + wrong + ", at byte " + std::to_string(offset));
+}
+
+void Block::read_shared(const char* name, const void* pointer, int bytes, int thread) {
+  const size_t offset = offset_of(name, pointer, bytes);
+  expect(name, offset, log_.read(offset, static_cast<size_t>(bytes), thread));
+}
+
+void Block::write_shared(const char* name, const void* pointer, int bytes) {
+  const size_t offset = offset_of(name, pointer, bytes);
+  expect(name, offset, log_.write(offset, static_cast<size_t>(bytes), thread_));
 }
 
 void Block::copy_async(void* to, const void* from, int bytes) {
-  check_shared("cp.async", to, 16);
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("cp.async from a misaligned address");
-  std::memset(to, kUnwritten, 16);
+  const size_t offset = offset_of("cp.async", to, kCopyBytes);
+  if (reinterpret_cast<uintptr_t>(from) % kCopyBytes != 0) fail("cp.async from a misaligned address");
+  expect("cp.async", offset, log_.begin_copy(offset, kCopyBytes, thread_));
+  std::memset(to, kUnwritten, kCopyBytes);
   Fiber& fiber = fibers_[thread_];
   fiber.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, fiber.group});
 }
@@ -228,8 +247,9 @@ void Block::wait_copies(int pending) {
   size_t landed = 0;
   for (; landed < fiber.copies.size() && fiber.copies[landed].group < fiber.group - pending; ++landed) {
     const Copy& copy = fiber.copies[landed];
-    std::memset(copy.to, 0, 16);
+    std::memset(copy.to, 0, kCopyBytes);
     std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    log_.end_copy(static_cast<size_t>(copy.to - shared_), kCopyBytes, thread_);
   }
   fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<std::ptrdiff_t>(landed));
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "gpu/emulation/access_log.h"
 #include "gpu/emulation/tensor_core.h"
 
 namespace attention_ext::emulation {
@@ -29,8 +30,9 @@ class Block {
   void commit_copies();
   void wait_copies(int pending);
 
-  // Ends the run with an error unless all `bytes` lie in shared memory, aligned to their number.
-  void check_shared(const char* name, const void* pointer, int bytes);
+  // Of `bytes` in shared memory, aligned to their number; AccessLog checks them. `thread` may be its kWholeWarp.
+  void read_shared(const char* name, const void* pointer, int bytes, int thread);
+  void write_shared(const char* name, const void* pointer, int bytes);
 
   Block();
 
@@ -63,12 +65,16 @@ class Block {
   void leave();  // lets another fiber run, until this one may go on
   void switch_to(void*& keep, void* stack_pointer);
   [[noreturn]] void fail(const std::string& error);
+  // Where in shared memory.
+  size_t offset_of(const char* name, const void* pointer, int bytes);
+  void expect(const char* name, size_t offset, const char* wrong);
   std::string waiting() const;
 
   int64_t index_ = 0;
   int thread_ = 0, threads_ = 0, at_barrier_ = 0, done_ = 0;
   Schedule schedule_ = Schedule::kAscending;
   TensorCore tensor_core_ = kSm80;
+  AccessLog log_;
   uint32_t random_ = 1;
   uint64_t ready_[kMostThreads / 64] = {};
   Fiber fibers_[kMostThreads];

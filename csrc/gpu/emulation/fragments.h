@@ -97,7 +97,7 @@ void load_matrices(uint32_t (&to)[4], const void* row) {
     uint32_t* to;
     const void* row;
   } argument{to, row};
-  current->check_shared("ldmatrix", row, 16);
+  current->read_shared("ldmatrix", row, 16, AccessLog::kWholeWarp);
   current->collective(kTransposed ? "ldmatrix.trans" : "ldmatrix", &argument, [](void* const* lanes) {
     for (int i = 0; i < 4; ++i) {
       uint16_t matrix[8][8];

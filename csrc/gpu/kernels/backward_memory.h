@@ -48,11 +48,11 @@ ATTENTION_DEVICE void sum_block(double x, double* to) {
   auto* sums = reinterpret_cast<double*>(shared_memory());
   x = sum_of_warp(x);
   synchronize_block();
-  if (thread_index() % kWarpSize == 0) sums[thread_index() / kWarpSize] = x;
+  if (thread_index() % kWarpSize == 0) store_shared(sums + thread_index() / kWarpSize, x);
   synchronize_block();
   if (thread_index() != 0) return;
   double total = 0;
-  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) total += sums[warp];
+  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) total += load_shared(sums + warp);
   *to = total;
 }
 

@@ -99,8 +99,8 @@ struct ComputeWide {
     A a;
     for (int i = 0; i < 2; ++i) {
       const T* pair = tile.at(row + i * 8 + lane_group(), column + 2 * lane_member());
-      a.number[2 * i] = Operand(pair[0]);
-      a.number[2 * i + 1] = Operand(pair[1]);
+      a.number[2 * i] = Operand(load_shared(pair));
+      a.number[2 * i + 1] = Operand(load_shared(pair + 1));
     }
     return a;
   }
@@ -108,14 +108,14 @@ struct ComputeWide {
   ATTENTION_DEVICE static void load_b(B (&b)[2], const Tile& tile, int row, int column) {
     for (int i = 0; i < 2; ++i) {
       const T* pair = tile.at(row + i * 8 + lane_group(), column + 2 * lane_member());
-      b[i] = {Operand(pair[0]), Operand(pair[1])};
+      b[i] = {Operand(load_shared(pair)), Operand(load_shared(pair + 1))};
     }
   }
   template <class Tile>
   ATTENTION_DEVICE static void load_b_transposed(B (&b)[2], const Tile& tile, int row, int column) {
     for (int i = 0; i < 2; ++i) {
       const int depth = row + 2 * lane_member(), n = column + i * 8 + lane_group();
-      b[i] = {Operand(*tile.at(depth, n)), Operand(*tile.at(depth + 1, n))};
+      b[i] = {Operand(load_shared(tile.at(depth, n))), Operand(load_shared(tile.at(depth + 1, n)))};
     }
   }
   ATTENTION_DEVICE static A narrow(const Fragment<T>* c) {

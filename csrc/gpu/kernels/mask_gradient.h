@@ -81,7 +81,7 @@ class MaskGradient {
     auto* tile = reinterpret_cast<T*>(shared_memory());
     for_each_number<kTiles>([&](int n, int i) {
       const int row = row_ + i / 2 * 8 + lane_group(), column = n * kFragmentColumns + 2 * lane_member() + i % 2;
-      tile[row * kStride + column] = sums_.tile[0][n].number[i];
+      store_shared(tile + row * kStride + column, sums_.tile[0][n].number[i]);
     });
     synchronize_block();
     const View& to = p_.grad_attn_mask;
@@ -93,7 +93,7 @@ class MaskGradient {
       if (q >= p_.max_seqlen_q || k >= p_.max_seqlen_k) continue;
       T sum = 0;
       for (int m = 0; m < rows; ++m) {
-        for (int n = 0; n < columns; ++n) sum += tile[(row + m) * kStride + column + n];
+        for (int n = 0; n < columns; ++n) sum += load_shared(tile + (row + m) * kStride + column + n);
       }
       data[q * to.stride_row + k * to.stride_col] = sum;
     }

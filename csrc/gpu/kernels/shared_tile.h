@@ -74,7 +74,7 @@ ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int first, 
         [](E* chunk, const E* source, int count) { copy_async(chunk, source, count * static_cast<int>(sizeof(E))); });
   } else {  // any strides, any alignment
     for_each_chunk([&](E* chunk, const E* source, int count) {
-      for (int i = 0; i < Tile::kChunk; ++i) chunk[i] = i < count ? source[i * from.stride_col] : E{};
+      for (int i = 0; i < Tile::kChunk; ++i) store_shared(chunk + i, i < count ? source[i * from.stride_col] : E{});
     });
   }
 }

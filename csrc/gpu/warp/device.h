@@ -32,6 +32,16 @@ ATTENTION_DEVICE char* shared_memory() {
   return memory;
 }
 
+// Of single numbers.
+template <class T>
+ATTENTION_DEVICE T load_shared(const T* from) {
+  return *from;
+}
+template <class T>
+ATTENTION_DEVICE void store_shared(T* to, T value) {
+  *to = value;
+}
+
 ATTENTION_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -1,7 +1,8 @@
 // The warp layer on a CPU: every thread of a block is a fiber, and fibers meet at warp collectives and barriers.
 //
 // It is meaner than a GPU: shared memory starts as NaN, and the target of an asynchronous copy is NaN until the
-// matching wait. So a barrier or a wait that is missing shows as a wrong result under one of the schedules.
+// matching wait. A barrier or a wait that is missing is an error, found by who read and wrote what since the last
+// barrier.
 #pragma once
 
 #include <cmath>
@@ -54,6 +55,16 @@ T shuffle_xor(T value, int mask) {
 // Shared memory
 
 inline char* shared_memory() { return emulation::current->shared_memory(); }
+template <class T>
+T load_shared(const T* from) {
+  emulation::current->read_shared("a load", from, sizeof(T), thread_index());
+  return *from;
+}
+template <class T>
+void store_shared(T* to, T value) {
+  emulation::current->write_shared("a store", to, sizeof(T));
+  *to = value;
+}
 inline void copy_async(void* to, const void* from, int bytes) { emulation::current->copy_async(to, from, bytes); }
 inline void commit_copies() { emulation::current->commit_copies(); }
 template <int kPending>

@@ -56,12 +56,12 @@ struct MaskGradient {
     const View& to = p.grad_attn_mask;
     const int rows = to.stride_row == 0 ? kWarps : 1, columns = to.stride_col == 0 ? kWarpSize : 1;
     T* own = reinterpret_cast<T*>(shared_memory()) + thread_index();
-    *own = sum;
+    store_shared(own, sum);
     synchronize_block();
     if (warp_index() % rows != 0 || lane_index() % columns != 0 || q >= p.max_seqlen_q || k >= p.max_seqlen_k) return;
     T total = 0;
     for (int m = 0; m < rows; ++m) {
-      for (int n = 0; n < columns; ++n) total += own[m * kWarpSize + n];
+      for (int n = 0; n < columns; ++n) total += load_shared(own + m * kWarpSize + n);
     }
     static_cast<T*>(to.data)[b * to.stride_b + h * to.stride_h + q * to.stride_row + k * to.stride_col] = total;
   }

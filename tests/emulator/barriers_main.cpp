@@ -1,0 +1,121 @@
+// Every kernel that shares memory between threads, over calls that reach each of its barriers, waits and commits; exits
+// with 1 where the emulator finds one missing. Values are checked elsewhere.
+#include <exception>
+
+#include "gpu/kernels/backward.h"
+#include "gpu/kernels/forward.h"
+#include "gpu/kernels/jvp.h"
+#include "gpu/kernels/simt/mask_gradient.h"
+#include "gpu/kernels/weights.h"
+#include "tensors.h"
+
+namespace attention_ext {
+namespace {
+
+constexpr int64_t kHeads = 2;
+constexpr int kBucket = 64;
+
+struct Tensors {
+  Tensor query{kHeads * kQueries, 1}, key{kKeys, 2}, value{kKeys, 3}, grad_out{kHeads * kQueries, 4};
+  Tensor out{kHeads * kQueries, 5}, grad_query{kHeads * kQueries, 6}, grad_key{kKeys, 7}, grad_value{kKeys, 8};
+  Tensor weights{kQueries * kKeys / kDim + 1, 9};
+  std::vector<float> numbers = std::vector<float>(kHeads * kQueries), grad_mask = std::vector<float>(1);
+  double slopes[kHeads] = {0.1, 0.2}, sinks[kHeads] = {0.3, 0.4}, grad_slopes[kHeads], grad_sinks[kHeads];
+};
+
+View of_heads(Tensor& x) {
+  View view = x.view();
+  view.stride_h = kQueries * kDim;
+  return view;
+}
+
+// Of `queries` and `keys`, causal from the last corner: with more queries than keys the first tiles see no key.
+template <class Problem>
+Problem problem_of(Tensors& x, int64_t queries, int64_t keys) {
+  Problem p;
+  p.batch = p.kv_heads = 1;
+  p.heads = kHeads;
+  p.seqlen_q = p.max_seqlen_q = queries;
+  p.seqlen_k = p.max_seqlen_k = keys;
+  p.head_dim = p.head_dim_v = kDim;
+  p.dtype = DType::kFloat16;
+  p.scale = kScale;
+  p.window_right = 0;
+  p.bottom_right = true;
+  p.query = of_heads(x.query);
+  p.key = x.key.view();
+  p.value = x.value.view();
+  p.alibi_slopes = x.slopes;
+  p.sinks = x.sinks;
+  p.logsumexp = x.numbers.data();
+  return p;
+}
+
+template <class Kernel>
+void run_kernel(const AttentionProblem& p, void* workspace) {
+  for (int64_t block = 0; block < Kernel::blocks(static_cast<const typename Kernel::Problem&>(p)); ++block) {
+    run_block<Kernel>(p, workspace, nullptr, block);
+  }
+}
+
+void set_gradients(DoubleBackwardProblem& p, Tensors& x) {
+  p.out = of_heads(x.out);
+  p.grad_out = of_heads(x.grad_out);
+  p.tangent.query = of_heads(x.query);
+  p.tangent.key = x.key.view();
+  p.tangent.value = x.value.view();
+  p.logsumexp_tangent = x.numbers.data();
+  p.grad_query = of_heads(x.grad_query);
+  p.grad_key = x.grad_key.view();
+  p.grad_value = x.grad_value.view();
+  p.grad_attn_mask = {x.grad_mask.data(), DType::kFloat32, 0, 0, 0, 0};
+  p.grad_alibi_slopes = x.grad_slopes;
+  p.grad_sinks = x.grad_sinks;
+}
+
+template <Order kOrder, class C>
+void run_gradients(const DoubleBackwardProblem& p, void* workspace) {
+  using Queries = QueryGradient<C, kBucket, ScoreMode::kAll, kOrder>;
+  run_kernel<Queries>(p, workspace);
+  run_kernel<KeyGradient<C, kBucket, ScoreMode::kAll, kOrder, KeyResult::kBoth>>(p, workspace);
+  run_kernel<MaskGradient<C, kBucket, kOrder>>(p, workspace);
+  run_kernel<HeadGradient<C, kOrder, Queries::kQueries>>(p, workspace);
+}
+
+void run(int64_t queries, int64_t keys) {
+  using C = Compute16<Half>;
+  Tensors x;
+  auto forward = problem_of<ForwardProblem>(x, queries, keys);
+  forward.out = of_heads(x.out);
+  run_kernel<Forward<C, kBucket, ScoreMode::kAll>>(forward, nullptr);
+
+  auto weights = problem_of<WeightsProblem>(x, queries, keys);
+  weights.row_end = queries;
+  weights.average_heads = true;
+  weights.weights = {x.weights.data.data(), DType::kFloat16, 0, 0, keys, 1};
+  run_kernel<Weights<C, kBucket, ScoreMode::kAll>>(weights, nullptr);
+
+  auto p = problem_of<DoubleBackwardProblem>(x, queries, keys);
+  set_gradients(p, x);
+  std::vector<double> memory(BackwardMemory<float>::bytes(p, queries * kHeads) / sizeof(double) + 1);
+  void* const workspace = memory.data();
+  run_kernel<Jvp<C, kBucket, ScoreMode::kAll>>(p, workspace);
+  run_gradients<Order::kFirst, C>(p, workspace);
+  run_gradients<Order::kSecond, C>(p, workspace);  // one stage, where those above have two
+  if (queries < 20) run_kernel<simt::MaskGradient<float, Order::kFirst>>(p, workspace);
+}
+
+}  // namespace
+}  // namespace attention_ext
+
+int main() {
+  try {
+    attention_ext::run(attention_ext::kQueries, attention_ext::kKeys);
+    attention_ext::run(attention_ext::kQueries, 10);
+    attention_ext::run(9, attention_ext::kKeys);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
