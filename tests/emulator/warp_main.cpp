@@ -158,6 +158,52 @@ void test_errors() {
         "a copy that nothing waits for");
 }
 
+// `first` and `second` of different warps, after thread 40 has written the word that they share.
+template <class First, class Second>
+auto in_two_threads(First first, Second second, bool barrier = false) {
+  return [=] {
+    int* const word = reinterpret_cast<int*>(shared_memory());
+    if (thread_index() == 40) store_shared(word, 1);
+    synchronize_block();
+    if (thread_index() == 0) first(word);
+    if (barrier) synchronize_block();
+    if (thread_index() == 40) second(word);
+    synchronize_block();
+  };
+}
+
+void test_accesses_without_order() {
+  const auto load = [](const int* word) { load_shared(word); };
+  const auto store = [](int* word) { store_shared(word, 1); };  // what is there already
+  const auto copy = [](int* word) { copy_async(word, nullptr, 0); };
+  const auto copy_and_wait = [=](int* word) {
+    copy(word);
+    commit_copies();
+    wait_copies<0>();
+  };
+  run_warps(2, 256, in_two_threads(load, load));
+  run_warps(2, 256, in_two_threads(load, store, true));
+  run_warps(2, 256, in_two_threads(store, load, true));
+  run_warps(2, 256, in_two_threads(copy_and_wait, load, true));
+  const char* const text = "without a barrier";
+  check(fails_with(text, in_two_threads(store, load)), "a read after a write");
+  check(fails_with(text, in_two_threads(load, store)), "a write after a read");
+  check(fails_with(text, in_two_threads(store, store)), "a write after a write");
+  check(fails_with(text, in_two_threads(copy_and_wait, load)), "a read after a copy of another thread");
+  check(fails_with("may not have reached", in_two_threads(copy, load, true)), "a read during a copy");
+  check(fails_with("may not have reached", in_two_threads(
+                                               [=](int* word) {
+                                                 copy(word);
+                                                 load(word);
+                                               },
+                                               [](int*) {})),
+        "a read of an own copy before its wait");
+  check(fails_with("nothing has written", [] { load_shared(reinterpret_cast<int*>(shared_memory())); }),
+        "a read before any write");
+  check(fails_with("a store out of shared memory", [] { store_shared(shared_memory() + 256, char{}); }),
+        "a write past the end");
+}
+
 }  // namespace
 }  // namespace attention_ext
 
@@ -167,4 +213,5 @@ int main() {
   attention_ext::test_sums_are_cut_off();
   attention_ext::test_copies_complete_at_their_wait();
   attention_ext::test_errors();
+  attention_ext::test_accesses_without_order();
 }

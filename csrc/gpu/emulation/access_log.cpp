@@ -5,6 +5,8 @@
 namespace attention_ext::emulation {
 
 void AccessLog::begin_block(size_t bytes) {
+  if (in_flight_ > 0) granules_.clear();  // a block has failed
+  in_flight_ = 0;
   if (granules_.size() < bytes / kGranule) granules_.resize(bytes / kGranule);
   first_epoch_ = ++epoch_;
 }
@@ -38,11 +40,13 @@ const char* AccessLog::write(size_t begin, size_t bytes, int thread) {
 
 const char* AccessLog::begin_copy(size_t begin, size_t bytes, int thread) {
   const char* wrong = write(begin, bytes, thread);
+  ++in_flight_;
   for (size_t i = begin / kGranule; i < (begin + bytes) / kGranule; ++i) granules_[i].written = kInFlight;
   return wrong;
 }
 
 void AccessLog::end_copy(size_t begin, size_t bytes, int thread) {
+  --in_flight_;
   for (size_t i = begin / kGranule; i < (begin + bytes) / kGranule; ++i) {
     granules_[i].written = epoch_;
     granules_[i].writer = static_cast<int16_t>(thread);

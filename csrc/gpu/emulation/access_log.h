@@ -35,6 +35,7 @@ class AccessLog {
   };
 
   std::vector<Granule> granules_;
+  int64_t in_flight_ = 0;                 // copies
   uint32_t epoch_ = 0, first_epoch_ = 0;  // barriers, over all blocks; first_epoch_ is the block's
 };
 
