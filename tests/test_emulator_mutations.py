@@ -101,7 +101,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def build(program: str, folder: Path, csrc: Path, *flags_of_test: str) -> Path:
     binary = folder / program
     compiler = os.environ.get("CXX", "g++").split()
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{csrc}", *flags_of_test]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        f"-I{csrc}",
+        f"-I{ROOT / 'tests' / 'cpp'}",
+        *flags_of_test,
+    ]
     emulation = csrc / "gpu" / "emulation"
     machine = [emulation / f"{name}.cpp" for name in ("access_log", "block", "tensor_core")]
     sources = [ROOT / "tests" / "emulator" / f"{program}.cpp", *machine]
@@ -161,8 +170,8 @@ def test_one_more_mask_is_applied(program: str, tmp_path: Path) -> None:
     masks = "using PositionMasks = MaskMods<Band{}>;\n"
     listed = '}\n#include "extra_mask.h"\nnamespace attention_ext {\n' + masks.format(", Hole")
     csrc = changed_copy(tmp_path, "core/score_mods.h", masks.format(""), listed)
-    flags = (f"-I{ROOT / 'tests' / 'cpp'}", "-DATTENTION_EXT_EXTRA_MASK")
-    binary = build(program, tmp_path, csrc, *flags)
+    flag = "-DATTENTION_EXT_EXTRA_MASK"
+    binary = build(program, tmp_path, csrc, flag)
     assert [schedule for schedule in SCHEDULES if not passes(binary, schedule)] == []
-    unmasked = build(program, tmp_path, ROOT / "csrc", *flags)
+    unmasked = build(program, tmp_path, ROOT / "csrc", flag)
     assert not passes(unmasked, SCHEDULES[0])

@@ -19,7 +19,7 @@ CPP_RULES = {
     "csrc/python": ["core/", "cpu/", "torch/", "attention_ext/", "build_facts.h"],
     "attention_ext/include": ["attention_ext/"],
     "tests/cpp": ["core/", "cpu/"],
-    "tests/emulator": ["core/", "gpu/"],
+    "tests/emulator": ["core/", "gpu/", "guarded.h"],
 }
 MAY_USE_TORCH = ("csrc/torch", "csrc/python", "attention_ext/include")
 TORCH_HEADER = re.compile(r"(torch|ATen|c10|caffe2|pybind11)/|Python\.h")

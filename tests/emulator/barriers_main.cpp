@@ -17,10 +17,16 @@ constexpr int kBucket = 64;
 
 struct Tensors {
   Tensor query{kHeads * kQueries, 1}, key{kKeys, 2}, value{kKeys, 3}, grad_out{kHeads * kQueries, 4};
-  Tensor out{kHeads * kQueries, 5}, grad_query{kHeads * kQueries, 6}, grad_key{kKeys, 7}, grad_value{kKeys, 8};
-  Tensor weights{kQueries * kKeys / kDim + 1, 9};
-  std::vector<float> numbers = std::vector<float>(kHeads * kQueries), grad_mask = std::vector<float>(1);
-  double slopes[kHeads] = {0.1, 0.2}, sinks[kHeads] = {0.3, 0.4}, grad_slopes[kHeads], grad_sinks[kHeads];
+  Tensor out{kHeads * kQueries}, grad_query{kHeads * kQueries}, grad_key{kKeys}, grad_value{kKeys};
+  Array<Half> weights{kQueries * kKeys};
+  Array<float> logsumexp{kHeads * kQueries}, logsumexp_tangent{kHeads * kQueries}, grad_mask{1};
+  Array<double> slopes{kHeads}, sinks{kHeads}, grad_slopes{kHeads}, grad_sinks{kHeads};
+
+  Tensors() {
+    std::ranges::fill(logsumexp.data, 1.0f);
+    std::ranges::fill(slopes.data, 0.1);
+    std::ranges::fill(sinks.data, 0.3);
+  }
 };
 
 View of_heads(Tensor& x) {
@@ -45,9 +51,9 @@ Problem problem_of(Tensors& x, int64_t queries, int64_t keys) {
   p.query = of_heads(x.query);
   p.key = x.key.view();
   p.value = x.value.view();
-  p.alibi_slopes = x.slopes;
-  p.sinks = x.sinks;
-  p.logsumexp = x.numbers.data();
+  p.alibi_slopes = x.slopes.data.data();
+  p.sinks = x.sinks.data.data();
+  p.logsumexp = x.logsumexp.data.data();
   return p;
 }
 
@@ -64,13 +70,13 @@ void set_gradients(DoubleBackwardProblem& p, Tensors& x) {
   p.tangent.query = of_heads(x.query);
   p.tangent.key = x.key.view();
   p.tangent.value = x.value.view();
-  p.logsumexp_tangent = x.numbers.data();
+  p.logsumexp_tangent = x.logsumexp_tangent.data.data();
   p.grad_query = of_heads(x.grad_query);
   p.grad_key = x.grad_key.view();
   p.grad_value = x.grad_value.view();
-  p.grad_attn_mask = {x.grad_mask.data(), DType::kFloat32, 0, 0, 0, 0};
-  p.grad_alibi_slopes = x.grad_slopes;
-  p.grad_sinks = x.grad_sinks;
+  p.grad_attn_mask = {x.grad_mask.data.data(), DType::kFloat32, 0, 0, 0, 0};
+  p.grad_alibi_slopes = x.grad_slopes.data.data();
+  p.grad_sinks = x.grad_sinks.data.data();
 }
 
 template <Order kOrder, class C>
@@ -97,8 +103,8 @@ void run(int64_t queries, int64_t keys) {
 
   auto p = problem_of<DoubleBackwardProblem>(x, queries, keys);
   set_gradients(p, x);
-  std::vector<double> memory(BackwardMemory<float>::bytes(p, queries * kHeads) / sizeof(double) + 1);
-  void* const workspace = memory.data();
+  const Array<char> memory(static_cast<int64_t>(BackwardMemory<float>::bytes(p, queries * kHeads)));
+  void* const workspace = memory.data.data();
   run_kernel<Jvp<C, kBucket, ScoreMode::kAll>>(p, workspace);
   run_gradients<Order::kFirst, C>(p, workspace);
   run_gradients<Order::kSecond, C>(p, workspace);  // one stage, where those above have two
@@ -117,5 +123,5 @@ int main() {
     std::printf("%s\n", error.what());
     return 1;
   }
-  return 0;
+  return attention_ext::status(true);
 }

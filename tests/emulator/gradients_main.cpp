@@ -15,14 +15,15 @@ using Compute = Compute16<Half>;
 struct Inputs {
   Tensor query{kHeads * kQueries, 1}, key{kKeys, 2}, value{kKeys, 3}, grad_out{kHeads * kQueries, 4};
   Tensor query_tangent{kHeads * kQueries, 5}, key_tangent{kKeys, 6}, value_tangent{kKeys, 7};
-  std::vector<float> grad_logsumexp = std::vector<float>(kHeads * kQueries, 0.5f);
+  Array<float> grad_logsumexp{kHeads * kQueries};
+
+  Inputs() { std::ranges::fill(grad_logsumexp.data, 0.5f); }
 };
 
 struct Outputs {
-  Tensor out{kHeads * kQueries, 0}, grad_query{kHeads * kQueries, 0}, grad_key{kKeys, 0}, grad_value{kKeys, 0};
-  Tensor out_tangent{kHeads * kQueries, 0};
-  std::vector<float> logsumexp = std::vector<float>(kHeads * kQueries);
-  std::vector<float> logsumexp_tangent = std::vector<float>(kHeads * kQueries);
+  Tensor out{kHeads * kQueries}, grad_query{kHeads * kQueries}, grad_key{kKeys}, grad_value{kKeys};
+  Tensor out_tangent{kHeads * kQueries};
+  Array<float> logsumexp{kHeads * kQueries}, logsumexp_tangent{kHeads * kQueries};
 };
 
 // out and logsumexp are written to `outputs`, as inputs of the kernels.
@@ -37,7 +38,7 @@ struct Expected {
 
   void add_row(const Inputs& x, Outputs& outputs, int64_t q) {
     Matrix prob(kKeys), grad_prob(kKeys), score_tangent(kKeys);
-    double sum = 0, delta = -static_cast<double>(x.grad_logsumexp[static_cast<size_t>(q)]), mean = 0;
+    double sum = 0, delta = -static_cast<double>(x.grad_logsumexp.data[static_cast<size_t>(q)]), mean = 0;
     for (int64_t k = 0; k < kKeys; ++k) sum += prob[k] = exp_score(x.query, q, q % kQueries, x.key, k);
     for (int64_t k = 0; k < kKeys; ++k) {
       prob[k] /= sum;
@@ -55,7 +56,7 @@ struct Expected {
       add(out_tangent, q, prob[k] * (score_tangent[k] - mean), x.value, k);
       add(out_tangent, q, prob[k], x.value_tangent, k);
     }
-    outputs.logsumexp[static_cast<size_t>(q)] = static_cast<float>(std::log(sum));
+    outputs.logsumexp.data[static_cast<size_t>(q)] = static_cast<float>(std::log(sum));
     logsumexp_tangent[static_cast<size_t>(q)] = mean;
     for (int64_t d = 0; d < kDim; ++d) {
       const auto i = static_cast<size_t>(q * kDim + d);
@@ -84,7 +85,7 @@ Problem problem_of(Inputs& x, Outputs& outputs) {
   p.key = x.key.view();
   p.value = x.value.view();
   p.out = of_heads(outputs.out);
-  p.logsumexp = outputs.logsumexp.data();
+  p.logsumexp = outputs.logsumexp.data.data();
   return p;
 }
 
@@ -96,15 +97,15 @@ void run_kernel(const AttentionProblem& p, void* workspace) {
 void run_backward(Inputs& x, Outputs& outputs) {
   auto p = problem_of<BackwardProblem>(x, outputs);
   p.grad_out = of_heads(x.grad_out);
-  p.grad_logsumexp = x.grad_logsumexp.data();
+  p.grad_logsumexp = x.grad_logsumexp.data.data();
   p.grad_query = of_heads(outputs.grad_query);
   p.grad_key = outputs.grad_key.view();
   p.grad_value = outputs.grad_value.view();
   using Queries = QueryGradient<Compute, kDim, ScoreMode::kMask, Order::kFirst>;
-  std::vector<double> workspace(BackwardMemory<float>::bytes(p, Queries::blocks(p)) / sizeof(double) + 1);
-  run_kernel<Delta<Compute>>(p, workspace.data());
-  run_kernel<Queries>(p, workspace.data());
-  run_kernel<KeyGradient<Compute, kDim, ScoreMode::kMask, Order::kFirst, KeyResult::kBoth>>(p, workspace.data());
+  const Array<char> workspace(static_cast<int64_t>(BackwardMemory<float>::bytes(p, Queries::blocks(p))));
+  run_kernel<Delta<Compute>>(p, workspace.data.data());
+  run_kernel<Queries>(p, workspace.data.data());
+  run_kernel<KeyGradient<Compute, kDim, ScoreMode::kMask, Order::kFirst, KeyResult::kBoth>>(p, workspace.data.data());
 }
 
 void run_jvp(Inputs& x, Outputs& outputs) {
@@ -113,7 +114,7 @@ void run_jvp(Inputs& x, Outputs& outputs) {
   p.tangent.key = x.key_tangent.view();
   p.tangent.value = x.value_tangent.view();
   p.out_tangent = of_heads(outputs.out_tangent);
-  p.logsumexp_tangent = outputs.logsumexp_tangent.data();
+  p.logsumexp_tangent = outputs.logsumexp_tangent.data.data();
   run_kernel<Jvp<Compute, kDim, ScoreMode::kMask>>(p, nullptr);
 }
 
@@ -123,15 +124,14 @@ bool run() {
   const Expected expected(x, outputs);
   run_backward(x, outputs);
   run_jvp(x, outputs);
-  const Matrix logsumexp_tangent(outputs.logsumexp_tangent.begin(), outputs.logsumexp_tangent.end());
   return is_close("grad_query", expected.grad_query, kTolerance, outputs.grad_query) &&
          is_close("grad_key", expected.grad_key, kTolerance, outputs.grad_key) &&
          is_close("grad_value", expected.grad_value, kTolerance, outputs.grad_value) &&
          is_close("out_tangent", expected.out_tangent, kTolerance, outputs.out_tangent) &&
-         is_close("logsumexp_tangent", expected.logsumexp_tangent, kTolerance, logsumexp_tangent);
+         is_close("logsumexp_tangent", expected.logsumexp_tangent, kTolerance, outputs.logsumexp_tangent);
 }
 
 }  // namespace
 }  // namespace attention_ext
 
-int main() { return attention_ext::run() ? 0 : 1; }
+int main() { return attention_ext::status(attention_ext::run()); }

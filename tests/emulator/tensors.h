@@ -1,13 +1,16 @@
-// Tensors of float16 for the programs of the mutation tests: (rows, kDim), one head.
+// Tensors of float16 for the programs of the mutation tests: (rows, kDim), one head. All memory that kernels see lies
+// between guards, and what they are to write begins as NaN.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <span>
 #include <vector>
 
 #include "core/problem.h"
 #include "gpu/warp/warp.h"
+#include "guarded.h"
 
 namespace attention_ext {
 
@@ -16,11 +19,21 @@ constexpr double kScale = 0.125;
 
 using Matrix = std::vector<double>;  // (rows, columns)
 
-struct Tensor {
-  std::vector<Half> data;
+template <class T>
+struct Array {
+  test::Guarded memory;
+  std::span<T> data;
+
+  explicit Array(int64_t size)
+      : memory(static_cast<size_t>(size) * sizeof(T)),
+        data(static_cast<T*>(memory.data()), static_cast<size_t>(size)) {}
+};
+
+struct Tensor : Array<Half> {
+  explicit Tensor(int64_t rows) : Array(rows * kDim) {}
 
   // Values between -1 and 1, other ones for each seed.
-  Tensor(int64_t rows, int64_t seed) : data(static_cast<size_t>(rows * kDim)) {
+  Tensor(int64_t rows, int64_t seed) : Tensor(rows) {
     for (size_t i = 0; i < data.size(); ++i) {
       const int64_t x = ((static_cast<int64_t>(i) * 31 + seed) * 7919 + 104729) % 2001 - 1000;
       data[i] = narrow(Half{}, static_cast<float>(x) / 1000.0f);
@@ -58,11 +71,15 @@ inline bool is_close(const char* name, const Matrix& expected, double tolerance,
   double largest = 0;
   for (const double x : expected) largest = std::max(largest, std::abs(x));
   for (size_t i = 0; i < expected.size(); ++i) {
-    if (std::abs(got[i] - expected[i]) <= tolerance * largest) continue;
+    if (std::abs(got[i] - expected[i]) <= tolerance * largest) continue;  // NaN is not
     std::printf("%s[%zu]: expected %g, got %g\n", name, i, expected[i], got[i]);
     return false;
   }
   return true;
+}
+
+inline bool is_close(const char* name, const Matrix& expected, double tolerance, const Array<float>& got) {
+  return is_close(name, expected, tolerance, Matrix(got.data.begin(), got.data.end()));
 }
 
 inline bool is_close(const char* name, const Matrix& expected, double tolerance, const Tensor& got) {
@@ -70,5 +87,8 @@ inline bool is_close(const char* name, const Matrix& expected, double tolerance,
   for (const Half x : got.data) values.push_back(static_cast<double>(widen(x)));
   return is_close(name, expected, tolerance, values);
 }
+
+// The exit status of a program, once its memory is freed and the guards are checked.
+inline int status(bool passes) { return passes && test::tally().failures == 0 ? 0 : 1; }
 
 }  // namespace attention_ext
