@@ -99,6 +99,7 @@ def test_sums_are_fused_only_where_asked(gates: ModuleType, tmp_path: Path) -> N
     subprocess.run(command, check=True)
     plain, fused = (tmp_path / "sums.ptx").read_text().split(".entry")[1:]
     assert "fma" not in plain
+    assert [plain.count(f"mul.rn.{x}") for x in ("f32", "f64")] == [1, 1]  # ptxas fuses others
     assert [fused.count(f"fma.rn.{x}") for x in ("f32", "f64")] == [1, 1]
 
 

@@ -66,7 +66,11 @@ def load_emulator(folder: Path) -> None:
 
 @pytest.fixture
 def emulate(emulated: dict[str, Any]) -> Iterator[Any]:
-    """Forces every pass onto its emulated kernel: of the tiled rows, or of those named, until the test ends."""
+    """Forces every pass onto its emulated kernel: of the tiled rows, or of those named, until the test ends.
+
+    Outputs and workspaces begin as NaN, so that what a kernel does not write fails.
+    """
+    torch.use_deterministic_algorithms(True)  # which fills torch.empty
 
     def force(rows: str = "emulated_sm80") -> None:
         for name, row in emulated.items():
@@ -74,6 +78,7 @@ def emulate(emulated: dict[str, Any]) -> Iterator[Any]:
                 _C.force_kernel(row["pass"], name)
 
     yield force
+    torch.use_deterministic_algorithms(False)
     for row in emulated.values():
         _C.force_kernel(row["pass"], "")
 
