@@ -70,8 +70,8 @@ struct Exponents {
 
 // The terms from `first` on to a row of C.
 void add_block(const Exponents& exponents, Operands<float>& x, int m, int first, int terms, int extra_bits) {
-  int largest[kColumns], sum[kColumns];
-  double unit[kColumns], per_unit[kColumns];
+  int largest[kColumns];
+  double unit[kColumns], per_unit[kColumns], sum[kColumns];  // a sum of whole units
   for (int n = 0; n < kColumns; ++n) largest[n] = exponent_of(x.c[m][n], kLeastExponent);
   for (int k = first; k < first + terms; ++k) {
     for (int n = 0; n < kColumns; ++n) largest[n] = maximum(largest[n], exponents.a[m][k] + exponents.b[k][n]);
