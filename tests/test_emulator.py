@@ -173,12 +173,19 @@ def test_empty_decode(sizes: dict[str, Any], emulate: Any, check_accuracy: Any) 
     check_accuracy(sample, evaluate(sample, operator, backward=False))
 
 
-LONG_LENGTHS = (64, 128), (64, 512), (64, 2048), (64, 4096), (2048, 64)
+LONG_LENGTHS = (64, 128), (64, 512), (64, 2048), (64, 4096), (1024, 64)
 LONG = [Spec("long {} {}".format(*x), lengths=x, head_dims=(16, 16), batch=1, heads=(1, 1)) for x in LONG_LENGTHS]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("spec", [*LONG, dataclasses.replace(LONG[0], head_dims=(256, 256))], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        *((x, torch.float32) for x in (*LONG, dataclasses.replace(LONG[0], name="wide", head_dims=(256, 256)))),
+        (LONG[2], torch.bfloat16),
+        (LONG[2], torch.float16),
+    ],
+    ids=lambda x: x.name if isinstance(x, Spec) else str(x),
+)
 def test_long_sums(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
     """Tensor cores cut off, towards 0, what they add to a sum: over many keys that would add up."""
     sample = spec.build(dtype)
