@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,40 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 def picture(path: Path, *panels: Callable[[Any], None]) -> None:
     """Writes a figure of panels side by side, each drawn by a function of its axes, and prints its path."""
+
+    def draw() -> Any:
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+        for panel, one in zip(panels, axes[0], strict=True):
+            panel(one)
+        return figure
+
+    save(path, draw)
+
+
+def save(path: Path, draw: Callable[[], Any]) -> None:
+    """Writes the matplotlib figure that `draw` returns, and prints its path."""
     try:
         import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
     except ImportError:
         print("no picture: matplotlib is not installed")
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
-    for draw, one in zip(panels, axes[0], strict=True):
-        draw(one)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = draw()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(f"wrote {path}")
+
+
+def bars(axes: Any, label: str, groups: Sequence[object], scores: Mapping[str, Sequence[float]]) -> None:
+    """For each group a bar of each name's score, in percent."""
+    width = 0.8 / len(scores)
+    for i, (name, values) in enumerate(scores.items()):
+        axes.bar([x + i * width for x in range(len(groups))], [100 * x for x in values], width, label=name)
+    axes.set_xticks([x + (len(scores) - 1) * width / 2 for x in range(len(groups))], [str(x) for x in groups])
+    axes.set(xlabel=label, ylabel="held out, %", ylim=(0, 105))
+    axes.legend()

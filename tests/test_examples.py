@@ -82,3 +82,18 @@ def test_torchscript_trains_in_cpp() -> None:
     text = run("torchscript/main.py")
     assert "C++: loss" in text
     assert "largest difference" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "score"),
+    [
+        ("translation.py", "--steps 150", 0.7),
+    ],
+)
+def test_tasks_are_learnt(tmp_path: Path, script: str, arguments: str, score: float) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    run(script, "--threads", 1, *arguments.split(), "--assert-score", score, "--out", tmp_path)
+    name = Path(script).stem
+    for picture in (f"{name}.png", f"{name}_attention.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
