@@ -88,6 +88,7 @@ def test_torchscript_trains_in_cpp() -> None:
     ("script", "arguments", "score"),
     [
         ("translation.py", "--steps 150", 0.7),
+        ("sentiment.py", "--steps 250", 0.75),
     ],
 )
 def test_tasks_are_learnt(tmp_path: Path, script: str, arguments: str, score: float) -> None:
