@@ -91,6 +91,7 @@ def test_torchscript_trains_in_cpp() -> None:
         ("sentiment.py", "--steps 250", 0.75),
         ("question_answering.py", "--steps 350", 0.45),
         ("audio.py", "--steps 150", 0.4),
+        ("retrieval.py", "--steps 220", 0.6),
     ],
 )
 def test_tasks_are_learnt(tmp_path: Path, script: str, arguments: str, score: float) -> None:
