@@ -92,6 +92,7 @@ def test_torchscript_trains_in_cpp() -> None:
         ("question_answering.py", "--steps 350", 0.45),
         ("audio.py", "--steps 150", 0.4),
         ("retrieval.py", "--steps 220", 0.6),
+        ("detection.py", "--steps 500", 0.47),
     ],
 )
 def test_tasks_are_learnt(tmp_path: Path, script: str, arguments: str, score: float) -> None:
