@@ -93,6 +93,7 @@ def test_torchscript_trains_in_cpp() -> None:
         ("audio.py", "--steps 150", 0.4),
         ("retrieval.py", "--steps 220", 0.6),
         ("detection.py", "--steps 500", 0.47),
+        ("summarisation.py", "--steps 150", 0.5),
     ],
 )
 def test_tasks_are_learnt(tmp_path: Path, script: str, arguments: str, score: float) -> None:
