@@ -97,9 +97,11 @@ def main() -> None:
     often = Counter(word for text in tokens[:count] for sentence in text for word in sentence)
     vocabulary = training.numbered([RARE, *(word for word, n in often.items() if n >= 5)])
     words, word_counts = torch.zeros(len(texts), MOST, WORDS, dtype=torch.long), torch.zeros(len(texts), MOST).long()
-    for i, text in enumerate(tokens):
-        ids, lengths = training.encode([[x if x in vocabulary else RARE for x in one] for one in text], vocabulary)
-        words[i, : len(text), : ids.size(1)], word_counts[i, : len(text)] = ids, lengths
+    for i, split_text in enumerate(tokens):
+        ids, lengths = training.encode(
+            [[x if x in vocabulary else RARE for x in one] for one in split_text], vocabulary
+        )
+        words[i, : len(ids), : ids.size(1)], word_counts[i, : len(ids)] = ids, lengths
     counts, target = torch.tensor([len(text) for text in texts]), torch.tensor(answers)
     model = Extractor(len(vocabulary) + 1)
 
