@@ -72,6 +72,18 @@ def test_derivatives_are_those_of_stock_torch(tmp_path: Path, script: str, argum
     assert "no picture" in text or picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_long_context_has_equal_losses_and_less_memory_per_rank(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    sizes = ["--steps", 2, "--length", 3072, "--layers", 1, "--budget", 1]
+    text = run("long_context.py", "--ranks", 1, 2, *sizes, "--out", picture)
+    rows = [line.split() for line in text.splitlines() if line.split()[1:2] == ["ranks"] and "much" in line]
+    one, two = ({"loss": float(row[2]), "peak": float(row[4])} for row in rows)
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert two["peak"] < 0.75 * one["peak"]
+    assert float(text.split("between the losses: ")[1]) < 1e-5
+    assert "no picture" in text or picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_torchscript_trains_in_python_without_the_package() -> None:
     assert "Python: loss" in run("torchscript/main.py", "--no-cpp")
 
