@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+
+from attention_ext.distributed import chunks
+from attention_ext.distributed.plan import Plan
+from attention_ext.distributed.ulysses import shares
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -75,7 +80,7 @@ def modules() -> Any:
     """The benchmarks' own modules, by name."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        return {name: importlib.import_module(name) for name in ("cases", "ways", "passes")}
+        return {name: importlib.import_module(name) for name in ("cases", "plan_distributed", "ways", "passes")}
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -128,3 +133,74 @@ def test_pairs_are_counted(cases: Any) -> None:
         visible = (ahead >= (-50 if left is None else -left)) & (ahead <= (50 if right is None else right))
         assert case.pairs() == 6 * int(visible.sum())
     assert cases.Case("case", "group", torch.float32, packed=(3, 4), is_causal=True).pairs() == 8 * (6 + 10)
+
+
+@pytest.fixture(scope="module")
+def planning(modules: Any) -> Any:
+    return modules["plan_distributed"]
+
+
+def plan(layer: Any, ranks: int, balanced: bool) -> Plan:
+    options = {"is_causal": layer.is_causal, "causal_alignment": "top_left", "window_left": None, "window_right": None}
+    shards = chunks(layer.length, ranks, balanced)
+    return Plan(shards, shards, options, layer.heads, torch.device("cpu"))
+
+
+def visible_pairs(plan: Plan, rank: int, other: int) -> int:
+    total = 0
+    for piece in plan.pieces(rank, other):
+        queries, keys = (x.stop - x.start for x in (piece.queries, piece.keys))
+        ahead = piece.options["query_offset"] - piece.options["key_offset"]
+        seen = torch.ones(queries, keys, dtype=torch.bool)
+        total += int((seen.tril(ahead) if plan.options["is_causal"] else seen).sum())
+    return total
+
+
+@pytest.mark.parametrize(("is_causal", "balanced"), [(True, True), (True, False), (False, True)])
+def test_planned_pairs_and_hops_are_those_of_the_pieces(planning: Any, is_causal: bool, balanced: bool) -> None:
+    ranks = 8
+    layer = planning.Layer(16 * ranks * 3, is_causal=is_causal)
+    made = plan(layer, ranks, balanced)
+    counts = [[visible_pairs(made, rank, other) for other in range(ranks)] for rank in range(ranks)]
+    assert [sum(row) for row in counts] == [planning.pairs(layer, ranks, rank, balanced) for rank in range(ranks)]
+    assert sum(map(sum, counts)) == layer.length * (layer.length + 1) // 2 if is_causal else layer.length**2
+    if balanced:
+        hops = {counts[rank][other] for rank in range(ranks) for other in range(ranks) if other != rank}
+        assert hops == {planning.hop_pairs(layer, ranks)}
+        messages = [made.needs(other, 3) for other in range(ranks) if other != 3]
+        assert planning.ring_bytes(layer, ranks) == sum(messages) * sum(planning.hop_bytes(layer, ranks))
+    else:
+        busiest = planning.pairs(layer, ranks, ranks - 1, False)
+        even = planning.pairs(layer, ranks, 0, True)
+        assert busiest / even == pytest.approx(planning.balance_gain(ranks), rel=0.01)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "ranks"), [(8, 8, 4), (8, 2, 4), (8, 1, 8), (4, 2, 8)])
+def test_planned_ulysses_bytes_are_those_of_the_shares(planning: Any, heads: int, kv_heads: int, ranks: int) -> None:
+    layer = planning.Layer(16 * ranks, heads, kv_heads, head_dim=4)
+    of_query = [x.stop - x.start for x in shares(heads, kv_heads, ranks)]
+    group = heads // kv_heads
+    of_key = [len({h // group for h in range(x.start, x.stop)}) for x in shares(heads, kv_heads, ranks)]
+    rows, sent = layer.length // ranks, 0
+    for source, target in itertools.permutations(range(ranks), 2):
+        tensors = (of_query[target] + 2 * of_key[target] + of_query[source]) * layer.head_dim * layer.element
+        sent += rows * (2 * tensors + of_query[source] * layer.accumulated)
+    assert planning.ulysses_bytes(layer, ranks) * ranks == sent
+
+
+def test_hops_hide_from_the_planned_length_on(planning: Any) -> None:
+    layer, ranks, flops, bandwidth = planning.Layer(0), 8, 4e14, 5e10
+    found = planning.hidden_length(layer, ranks, flops, bandwidth)
+    # Backward: 10 s^2 / 2 operations for each of 32 heads take as long as 2 s (2 + 4) bytes for each of 8.
+    assert found == pytest.approx(8 * (2 * 8 * 6) / (10 * 32 / 2) * flops / bandwidth, abs=16 * 8)
+    for length, hidden in ((found, True), (found - 16 * ranks, False)):
+        sized = dataclasses.replace(layer, length=length)
+        alone, _ = planning.step_seconds(sized, ranks, flops, math.inf)
+        forward, backward = planning.hop_bytes(sized, ranks)
+        last = (backward - forward) / bandwidth
+        assert (planning.step_seconds(sized, ranks, flops, bandwidth)[0] == pytest.approx(alone + last)) is hidden
+
+
+def test_plan_is_printed() -> None:
+    lines = run("plan_distributed.py", "--length", 16 * 1024, "--full").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {2**i}" for i in range(3, 11)]

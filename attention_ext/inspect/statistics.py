@@ -116,8 +116,7 @@ def top_k(query: Tensor, key: Tensor, k: int, *, rows: Rows = None, heads: Rows 
         :class:`TopK` of values, float32, or float64 for float64, differentiable, and indices, int64.
 
     Raises:
-        ValueError: for a negative k.
-        Also as :func:`weights`.
+        ValueError: for a negative k; also as :func:`weights`.
     """
     return statistics("top_k", query, key, ("top_k",), k, rows, heads, options)["top_k"]
 
