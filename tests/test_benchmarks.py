@@ -204,3 +204,13 @@ def test_hops_hide_from_the_planned_length_on(planning: Any) -> None:
 def test_plan_is_printed() -> None:
     lines = run("plan_distributed.py", "--length", 16 * 1024, "--full").splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {2**i}" for i in range(3, 11)]
+
+
+def test_ranks_are_timed_against_one_process() -> None:
+    text = run("distributed.py", "--length", 256, "--heads", 2, "--repeats", 1)
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    names = ["one process", "ring", "ring, work alone", "Ulysses", "Ulysses, work alone"]
+    assert [row[0] for row in rows] == names
+    assert all(float(row[1]) > 0 for row in rows)
+    assert text.count("of a step is not work") == 2
+    assert text.count("s by hop") == 1

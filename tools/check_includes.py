@@ -36,7 +36,13 @@ PYTHON_LAYERS = [
     ["attention_ext.inspect"],
 ]
 # Benchmarks and examples may import the public package only.
-PUBLIC = ("attention_ext.testing", "attention_ext.reference", "attention_ext.info", "attention_ext.integrations")
+PUBLIC = (
+    "attention_ext.testing",
+    "attention_ext.reference",
+    "attention_ext.info",
+    "attention_ext.integrations",
+    "attention_ext.distributed",
+)
 OUTSIDE = ("benchmarks", "examples")
 
 
