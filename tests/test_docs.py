@@ -57,12 +57,17 @@ def test_functions_named_beside_their_file_exist() -> None:
         assert re.search(rf"\b{name}\b", text), f"{file} has no {name}"
 
 
-def test_public_names_are_in_the_reference() -> None:
-    """By name, or with all of their module."""
-    text = "".join(path.read_text() for path in ROOT.glob("docs/api/*"))
-    names = {name: getattr(attention_ext, name) for name in attention_ext.__all__ if name != "ops"}
+@pytest.mark.parametrize("package", ["attention_ext", "attention_ext.distributed", "attention_ext.inspect"])
+def test_public_names_are_in_the_reference(package: str) -> None:
+    """By name on a page of their package, or with all of their module."""
+    pages = [path.read_text() for path in ROOT.glob("docs/api/*")]
+    text = "".join(page for page in pages if f"currentmodule:: {package}\n" in page)
+    module = importlib.import_module(package)
+    names = {name: getattr(module, name) for name in module.__all__ if name != "ops"}
     by_name = {name for name in names if re.search(rf"auto(function|class):: {name}\b", text)}
-    by_module = {name for name, value in names.items() if f"automodule:: {value.__module__}\n   :members:\n" in text}
+    by_module = {
+        name for name, value in names.items() if f"automodule:: {value.__module__}\n   :members:\n" in "".join(pages)
+    }
     assert set(names) == by_name | by_module
 
 
