@@ -21,7 +21,13 @@ templates_path = ["templates"]
 default_role = "code"
 smartquotes = False
 
-autodoc_mock_imports = ["matplotlib", "onnxscript", "opacus", "peft", "transformers"]  # the page of each integration is built without its library
+autodoc_mock_imports = [
+    "matplotlib",
+    "onnxscript",
+    "opacus",
+    "peft",
+    "transformers",
+]  # the page of each integration is built without its library
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
