@@ -80,7 +80,7 @@ def train(options: argparse.Namespace) -> Result:
     step(0, min(longest, 64 * ranks))  # starts threads and connects ranks
     held, result = resident_mib("VmRSS"), Result(loss=[], ms=[], peak=[0.0] * ranks)
     is_first = dist.get_rank() == 0
-    with report.progress(f"{ranks} ranks", options.steps) if is_first else contextlib.nullcontext() as advance:
+    with report.progress(f"ranks: {ranks}", options.steps) if is_first else contextlib.nullcontext() as advance:
         for i in range(options.steps):
             begin = time.perf_counter()
             result["loss"].append(step(i * longest % (len(text) - longest), longest))
@@ -108,8 +108,8 @@ def run(ranks: int, options: argparse.Namespace) -> Result:
 
 
 def draw(results: dict[str, Result], title: str, axes: Any) -> None:
-    for name, result in results.items():
-        axes.plot(result[title.split()[0]], ".-", label=name)
+    for (name, result), style in zip(results.items(), (".-", ".--", ".:") * len(results), strict=False):
+        axes.plot(result[title.split()[0]], style, label=name)
     axes.set(title=title, ylim=(0, None))
     axes.legend()
 
@@ -124,12 +124,12 @@ def main() -> None:
     options = parser.parse_args()
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
-        results, rank = {f"{dist.get_world_size()} ranks": train(options)}, dist.get_rank()
+        results, rank = {f"ranks: {dist.get_world_size()}": train(options)}, dist.get_rank()
         dist.destroy_process_group()
         if rank > 0:
             return
     else:
-        results = {f"{ranks} ranks": run(ranks, options) for ranks in options.ranks}
+        results = {f"ranks: {ranks}": run(ranks, options) for ranks in options.ranks}
     rows = []
     for name, x in results.items():
         peak = max(x["peak"])
