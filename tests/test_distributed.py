@@ -605,6 +605,7 @@ def check_blocks() -> None:
         ),
         "expected no call for attention weights, got": lambda: torchs(x[:, 0], x[:, 0], x[:, 0]),
         "expected no call for attention weights": lambda: attention_ext.attention_weights(x, x),
+        "expected no RotaryPositions within the block": lambda: attention_ext.RotaryPositions(4)(x),
         "expected packed sequences in attention_ext.distributed.attention": lambda: attention_ext.attention_varlen(
             x[0], x[0], x[0], torch.tensor([0, 4]), torch.tensor([0, 4])
         ),

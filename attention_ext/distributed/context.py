@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 import attention_ext
@@ -23,6 +24,7 @@ ops = torch.ops.attention_ext
 
 
 _NO_WEIGHTS = "context_parallel: expected no call for attention weights, got one: use need_weights=False"
+_POSITIONS = (attention_ext.LearnedPositions, attention_ext.RotaryPositions, attention_ext.SinusoidalPositions)
 _signature = inspect.signature(F.multi_head_attention_forward)
 
 # A copy that does not ask for modes, so that a mode sees the calls that it makes.
@@ -69,6 +71,15 @@ class _Parallel(TorchFunctionMode):
         return out, logsumexp, out.new_empty(0, dtype=torch.int64)
 
 
+def _refuse_positions(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook: positions would count from 0 on every shard."""
+    if isinstance(module, _POSITIONS):
+        raise RuntimeError(
+            f"context_parallel: expected no {type(module).__name__} within the block, where it sees a shard of the "
+            "sequence: encode the whole sequence before it is sharded, or by positions that are a buffer of the block"
+        )
+
+
 @contextmanager
 def context_parallel(
     ring_group: object = None,
@@ -95,7 +106,8 @@ def context_parallel(
         buffer_seq_dims: the dimension of the sequence of each.
 
     Raises:
-        RuntimeError: for attention weights and packed sequences within the block.
+        RuntimeError: for attention weights, packed sequences and the positional encodings of this package within the
+            block.
 
     Source: the block of ``torch.distributed.tensor.experimental.context_parallel``.
     """
@@ -111,7 +123,8 @@ def context_parallel(
         with torch.no_grad():
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.resize_(part.shape).copy_(part)
-        with _Parallel({"ring_group": ring_group, "ulysses_group": ulysses_group, "balanced": balanced}):
+        hook = register_module_forward_pre_hook(_refuse_positions)
+        with _Parallel({"ring_group": ring_group, "ulysses_group": ulysses_group, "balanced": balanced}), hook:
             yield
     finally:
         with torch.no_grad():
