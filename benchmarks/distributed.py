@@ -81,7 +81,7 @@ def work(rank: int, ranks: int, names: list[str], folder: str, options: argparse
 def measure(ranks: int, names: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (ranks, names, folder, options), nprocs=ranks)
-        found: dict[str, list[float]] = torch.load(f"{folder}/found")
+        found: dict[str, list[float]] = torch.load(f"{folder}/found", weights_only=True)
     return found
 
 

@@ -104,7 +104,7 @@ def work(rank: int, ranks: int, folder: str, options: argparse.Namespace) -> Non
 def run(ranks: int, options: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (ranks, folder, options), nprocs=ranks)
-        return torch.load(f"{folder}/result")
+        return torch.load(f"{folder}/result", weights_only=True)
 
 
 def draw(results: dict[str, Result], title: str, axes: Any) -> None:

@@ -176,7 +176,10 @@ SAVED: Changes = [
     ({"logsumexp": torch.randn(B, HQ, LQ).double()}, "expected `logsumexp` to be of dtype float32, got float64"),
     ({"logsumexp": torch.randn(B, HQ, LQ).to_sparse()}, "expected `logsumexp` to be a dense tensor"),
     ({"rng_state": torch.zeros(2)}, "expected `rng_state` to be of dtype int64, got float32"),
-    ({"dropout_p": 0.5}, "expected `rng_state` to be of shape \\[2\\], or \\[4\\] for a shard of the heads, got \\[0\\]"),
+    (
+        {"dropout_p": 0.5},
+        "expected `rng_state` to be of shape \\[2\\], or \\[4\\] for a shard of the heads, got \\[0\\]",
+    ),
     ({"dropout_p": 0.5, "rng_state": torch.zeros(3, dtype=torch.int64)}, "expected `rng_state` to be of shape \\[2\\]"),
 ]
 BACKWARD: Changes = [
