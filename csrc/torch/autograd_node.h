@@ -66,7 +66,7 @@ template <class Rule, class... Argument>
 class RuleNodeOf<Rule, variable_list(const Request&, Argument...)> : public Node {
  public:
   // After the outputs among them got this node as their history, so that they are kept as outputs.
-  void keep(Argument... argument) { kept_ = std::tuple<Kept<Argument>...>{to_keep(argument)...}; }
+  void keep(const Argument&... argument) { kept_ = std::tuple<Kept<Argument>...>{to_keep(argument)...}; }
 
   std::string name() const override { return Rule::kName; }
 

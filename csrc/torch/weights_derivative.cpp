@@ -85,7 +85,7 @@ Tensor WeightsCall::visible(const Tensor& keys) const {
 }
 
 Tensor WeightsCall::diagonal(const Tensor& q) const {
-  const Tensor aligned = q + (options.query_offset - options.key_offset);
+  Tensor aligned = q + (options.query_offset - options.key_offset);
   if (!is_bottom_right(options)) return aligned;
   return options.key_lengths ? aligned + (options.key_lengths->view({-1, 1, 1, 1}) - length_q())
                              : aligned + (length_k() - length_q());
