@@ -23,7 +23,7 @@ BLOCK = 10 << 20
 
 _LOGSUMEXP_OPTIONS = (
     "attn_mask", "is_causal", "scale", "enable_gqa", "causal_alignment", "window", "softcap", "alibi_slopes", "sinks",
-    "key_lengths",
+    "key_lengths", "query_offset", "key_offset",
 )  # fmt: skip
 _OPTIONS = (*_LOGSUMEXP_OPTIONS, "logsumexp", "dropout_p", "rng_state")
 
@@ -366,17 +366,14 @@ def _of_rows(
 ) -> tuple[int, Tensor, dict[str, Any]]:
     """The first row of a part of query that contains the ranges, that part, and the options for it.
 
-    Where positions count, they do from one end of the queries, so the part extends to it.
+    Bottom-right alignment counts positions from the last query, so there the part extends to it.
     """
     begin, end = min([x for x, _ in ranges] or [0]), max([x for _, x in ranges] or [0])
     options = dict(options)
-    window = options.get("window")
-    if options.get("is_causal") or options.get("alibi_slopes") is not None or window not in (None, (None, None)):
-        is_square = query.size(-2) == key.size(-2) and options.get("key_lengths") is None
-        if is_square or options.get("causal_alignment") == "bottom_right":
-            end, options["causal_alignment"] = query.size(-2), "bottom_right"
-        else:
-            begin = 0
+    if options.get("causal_alignment") == "bottom_right":
+        end = query.size(-2)
+    else:
+        options["query_offset"] = options.get("query_offset", 0) + begin
     mask = options.get("attn_mask")
     if mask is not None and mask.dim() > 1 and mask.size(-2) > 1:
         options["attn_mask"] = mask[..., begin:end, :]
