@@ -37,7 +37,9 @@ def in_plain_python(sample: Sample, b: int, h: int, q: int) -> tuple[list[float]
     seqlen_q, head_dim = sample.query.shape[2:]
     group = sample.query.shape[1] // sample.key.shape[1]
     length = int(options["key_lengths"][b]) if "key_lengths" in options else sample.key.shape[2]
-    diagonal = q + (length - seqlen_q if options.get("causal_alignment") == "bottom_right" else 0)
+    diagonal = q + options.get("query_offset", 0) - options.get("key_offset", 0)
+    if options.get("causal_alignment") == "bottom_right":
+        diagonal += length - seqlen_q
     left, right = options.get("window", (None, None))
     mask = options.get("attn_mask")
     mask = None if mask is None else mask.expand(*sample.query.shape[:3], sample.key.shape[2])[b, h, q].tolist()
