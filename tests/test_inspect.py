@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as bound_early
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -600,7 +601,7 @@ def test_record_refuses_what_it_cannot_see(device: str) -> None:
     seen = pytest.raises(RuntimeError, match=r"got F.multi_head_attention_forward, called by 'the model'")
     with seen, inspect.record(stock):
         stock(x, x, x)
-    bias = torch.nn.attention.bias.causal_lower_right(5, 5)
+    bias = causal_lower_right(5, 5)
     model = Calls(lambda x: F.scaled_dot_product_attention(x, x, x, bias))
     plain = pytest.raises(RuntimeError, match="`attn_mask` of 'the model' to be a plain Tensor, got CausalBias")
     with plain, inspect.record(model):
