@@ -6,6 +6,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,11 @@ __all__ = ["TopK", "entropy", "received", "relevance", "top_k", "unpack", "unpad
 # system as soon as they are free; of smaller ones its heap may keep as many as all weights together need.
 BLOCK = 10 << 20
 
-_LOGSUMEXP_OPTIONS = (
-    "attn_mask", "is_causal", "scale", "enable_gqa", "causal_alignment", "window", "softcap", "alibi_slopes", "sinks",
-    "key_lengths", "query_offset", "key_offset",
-)  # fmt: skip
+_LOGSUMEXP_OPTIONS = tuple(
+    name
+    for name in signature(attention).parameters
+    if name in signature(attention_weights).parameters and name not in ("query", "key", "dropout_p")
+)
 _OPTIONS = (*_LOGSUMEXP_OPTIONS, "logsumexp", "dropout_p", "rng_state")
 
 Rows = Sequence[int] | Tensor | None
