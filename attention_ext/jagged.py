@@ -29,8 +29,8 @@ def reason_to_refuse(x: Any) -> str:
         return f"to have the layout torch.jagged, got a nested tensor of layout {x.layout}: {STRIDED_TO_JAGGED}"
     if x.dim() != 4 or x._ragged_idx != 2:
         return (
-            f"to be (batch, heads, jagged length, head_dim), got shape {tuple(x.shape)}: transpose(1, 2) moves the "
-            "length, unsqueeze(1) adds a head"
+            f"to be (batch, heads, jagged length, head_dim), got shape {tuple(x.shape)}: transpose(1, 2) exchanges "
+            "length and heads, unsqueeze(1) adds a head"
         )
     if x.lengths() is not None:
         return "to have no gaps between its sequences, got some: call contiguous() on it before transpose(1, 2)"

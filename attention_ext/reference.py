@@ -71,7 +71,7 @@ def attention(
         cu_seqlens_q: ``(sequences + 1,)`` with ``query (1, heads, total_q, head_dim)``: where each sequence starts,
             and where the last one ends.
         cu_seqlens_k: likewise for key and value.
-        query_offset: position of the first query of a shard (of each sequence), moves the diagonal.
+        query_offset: position of the first query of a shard, which shifts the diagonal.
         key_offset: likewise of the first key.
         keep: bool ``(batch, heads, seqlen_q, seqlen_k)``, the weights dropout keeps (see :func:`dropout_keep`); drawn
             from torch's generator where None. With ``cu_seqlens`` batch counts sequences, lengths are the longest's.
@@ -186,8 +186,8 @@ def _dense(
         key_offset, query.device,
     )  # fmt: skip
     visible = visible.expand(*query.shape[:3], key.shape[2])
-    unseen = ~visible.any(2)[..., None]  # nothing a kernel may read, so whatever lies there must not matter
-    key, value = key.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
+    hidden = ~visible.any(2)[..., None]  # kernels may not read these keys, so their contents must not matter
+    key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
 
     score = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if softcap:

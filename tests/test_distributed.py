@@ -522,9 +522,19 @@ def check_disagreements() -> None:
     torch.testing.assert_close(unshard(ring_attention(x, x, x), 2), expected)
 
 
+def check_cut_on_a_mesh() -> None:
+    """Shards that no ring has are refused before the exchange of a Ulysses group."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+    x = torch.randn(1, 4, 5 + dist.get_rank(), 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", None)
+        with pytest.raises(ValueError, match="`query` to be sharded as"):
+            attention(x, x, x, ring_group=mesh["ring"], ulysses_group=mesh["ulysses"], balanced=True)
+
+
 def test_disagreements() -> None:
     spawn(2, check_disagreements)
-    spawn(4, check_disagreements)
+    spawn(4, check_disagreements, check_cut_on_a_mesh)
 
 
 def _lose(rank: int, folder: str, how: str) -> None:

@@ -1,4 +1,4 @@
-"""A call over shards, and the comparison of what the ranks say of it."""
+"""A call over shards, and its comparison between the ranks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from attention_ext.arguments import Window, check_types, window_sides
+from attention_ext.distributed.sequence import layout
 from attention_ext.ops.dropout import draw_rng_state
 
 
@@ -74,7 +75,7 @@ class Agreement(NamedTuple):
 
 
 class _Said(NamedTuple):
-    """What a rank tells the others: why it refuses the call, or what it was given, as text that has to be equal."""
+    """A rank's message to the others: why it refuses the call, or its arguments as text that has to be equal."""
 
     refusal: str | None
     given: dict[str, str]
@@ -83,7 +84,9 @@ class _Said(NamedTuple):
 
 
 def agree(call: Call, groups: Sequence[ProcessGroup]) -> list[Agreement]:
-    """Compares the call with those of the other ranks, group by group; a rank of a later group is a whole earlier one.
+    """Compares the call with those of the other ranks, in one group after the other.
+
+    A rank of the second group stands for its whole first group, whose lengths it sums.
 
     Raises:
         RuntimeError: on every rank, if they do not fit together.
@@ -105,7 +108,7 @@ def agree(call: Call, groups: Sequence[ProcessGroup]) -> list[Agreement]:
     for group in groups:
         rows: list[Any] = [None] * dist.get_world_size(group)
         said = said._replace(refusal=None if refusal is None else str(refusal))
-        with torch._C._DisableFuncTorch():  # what is said has no derivative
+        with torch._C._DisableFuncTorch():  # messages have no derivative
             dist.all_gather_object(rows, said, group=group)
         refusal = refusal or _disagreement(call, rows)
         queries, keys, mask_rows = ([row.lengths[i] for row in rows] for i in range(3))
@@ -185,8 +188,10 @@ def _described(call: Call) -> dict[str, str]:
 
 
 def check_whole(call: Call, agreement: Agreement) -> None:
-    """What only the lengths of the whole sequence show; all ranks find the same."""
+    """Checks that need the lengths of the whole sequence, with the same outcome on all ranks, before data travels."""
     length_q, length_k, options = sum(agreement.queries), sum(agreement.keys), call.options
+    for name, lengths in (("query", agreement.queries), ("key", agreement.keys)):
+        layout(name, lengths, call.balanced)
     if call.ring and options["causal_alignment"] == "bottom_right" and options["dropout_p"] and length_q != length_k:
         raise ValueError(
             f'{call.name}: expected `causal_alignment` to be "top_left" with `dropout_p` where queries and keys '

@@ -105,12 +105,11 @@ class Plan:
         """Sequences that lie within both chunks share a call, others have one each."""
         assert self.starts is not None
         sequences = [tuple(map(range, starts, starts[1:])) for starts in self.starts]
-        count = len(sequences[0])
 
         def is_whole(n: int) -> bool:
             return all(_within(whole[n], chunk) for whole, chunk in zip(sequences, (queries, keys), strict=True))
 
-        present = [n for n in range(count) if _common(sequences[0][n], queries)]
+        present = [n for n, whole in enumerate(sequences[0]) if _common(whole, queries)]
         for together, run in itertools.groupby(present, lambda n: first and is_whole(n)):
             numbers = list(run)
             if together:

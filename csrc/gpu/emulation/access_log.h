@@ -17,7 +17,7 @@ class AccessLog {
   void begin_block(size_t bytes);
   void barrier() { ++epoch_; }
 
-  // Of bytes from `begin` on. Each returns null, or what is wrong with the access.
+  // Of bytes from `begin` on. Each returns null, or the fault of the access.
   const char* read(size_t begin, size_t bytes, int thread);
   const char* write(size_t begin, size_t bytes, int thread);
   // An asynchronous copy writes at any time between the two.
