@@ -69,6 +69,61 @@ def test_budget_round_trip(gates: ModuleType, tmp_path: Path, monkeypatch: pytes
         assert gates.read_budget() == uses
 
 
+LOOP = """
+.text._Z4loop:
+        /*0000*/                   BSSY B0, `(.L_x_9) ;
+.L_x_0:
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64], P1 ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0050*/                   LDSM.16.M88.4 R4, [R3] ;
+        /*0060*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0070*/              @!P2 BRA `(.L_x_4) ;
+        /*0080*/                   FSEL R8, R8, -INF, P3 ;
+        /*0090*/                   LDG.E R9, [R2.64] ;
+.L_x_4:
+        /*00a0*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*00b0*/                   BRA P4, `(.L_x_2) ;
+        /*00c0*/               @P5 BRA `(.L_x_0) ;
+        /*00d0*/              @!P6 BREAK B0 ;
+        /*00e0*/                   BSYNC B0 ;
+.L_x_9:
+        /*00f0*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "trips", "products", "instructions"),
+    [
+        ((), 1, 2, 1 + 1 + 5 + 1),
+        ((), 3, 6, 1 + 1 + 3 * 5 + 1),
+        (("LDGSTS",), 3, 6, 1 + 1 + 2 + 3 * 5 + 1),
+        (("LDGSTS", "LDG\\b"), 3, 6, 1 + 1 + 2 + 3 * 7 + 1),
+    ],
+)
+def test_loop(gates: ModuleType, wanted: tuple[str, ...], trips: int, products: int, instructions: int) -> None:
+    cost = gates.sass.main_loop(LOOP, wanted, trips)
+    assert (cost.wanted[0], cost.instructions) == (products, instructions)
+    assert cost.per_product("LDSM") == 0.5
+    assert gates.sass.main_loop(LOOP, ("MUFU",)) is None
+    assert gates.sass.main_loop(LOOP.replace("BAR.SYNC", "NOP")) is None
+
+
+def test_loop_complaints(gates: ModuleType) -> None:
+    cost = gates.sass.main_loop(LOOP, ("LDG\\b",))
+
+    def complaint(instructions: float, loads: float, absent: tuple[str, ...] = ()) -> str:
+        return gates.loop_complaint(gates.Loop("unit kernel", 1, instructions, loads, absent=absent), cost)
+
+    assert complaint(5, 0.5) == complaint(5, 0.5, ("DADD",)) == ""
+    assert complaint(4.9, 0.5) == complaint(5, 0.4) == "exceeds its limits"
+    assert complaint(5, 0.5, ("LDG$",)) == "has LDG$"
+    assert gates.loop_complaint(gates.Loop("unit kernel", 1, 9, 9), None) == "has no such way"
+
+
 SUMS = """\
 #include "gpu/warp/warp.h"
 namespace attention_ext {

@@ -1,8 +1,9 @@
 """Compiles every CUDA unit and compares registers, stack, spills and shared memory of each kernel with
-tools/cuda_budget.json.
+tools/cuda_budget.json, and the instructions of main loops with tools/cuda_loops.json.
 
-Fails on a stack or spills in a 16-bit forward or backward kernel, on growth beyond the budget and on warnings. --update
-rewrites the budget. Is skipped without nvcc; needs no GPU.
+Fails on a stack or spills in a 16-bit forward or backward kernel, on growth beyond the budget, on a main loop beyond
+its limits and on warnings. --update rewrites the budget. Is skipped without nvcc, its second half without nvdisasm;
+needs no GPU.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from pathlib import Path
 
 import gate
 import nvcc
+import sass
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ROOT / "csrc" / "gpu" / "units"
 BUDGET = Path(__file__).with_name("cuda_budget.json")
+LOOPS = Path(__file__).with_name("cuda_loops.json")
 STRICT = ["-Xptxas=-v", "-Xptxas=--warning-as-error", "--Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
 SERIALISED = re.compile(r"\(C75\d\d\)")  # ptxas reports serialised asynchronous products as information only
 MUST_NOT_SPILL = re.compile(r"(forward|backward)_(float16|bfloat16)")
@@ -71,15 +74,58 @@ def parse(report: str) -> Uses:
     }
 
 
-def compile_unit(compiler: str, unit: Path) -> Uses | None:
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The limits of a kernel's main loop on sm_90a, for each matrix product; see sass.py for the counted way."""
+
+    kernel: str  # unit and name
+    trips: int  # of its inner loop: blocks of scores in a tile
+    instructions: float
+    loads: float  # ldmatrix
+    way: str = "plain"
+    counted: tuple[str, ...] = ()  # opcodes that this way has
+    absent: tuple[str, ...] = ()  # opcodes that it must not have
+
+    @property
+    def unit(self) -> str:
+        return self.kernel.split(" ", 1)[0]
+
+
+def read_loops() -> list[Loop]:
+    return [
+        Loop(**{name: tuple(x) if isinstance(x, list) else x for name, x in loop.items()})
+        for loop in json.loads(LOOPS.read_text())
+    ]
+
+
+def measure(disassembler: str | None, cubin: Path, loops: list[Loop]) -> dict[Loop, sass.Cost | None]:
+    """None where the kernel or the way is missing."""
+    if disassembler is None or not loops:
+        return {}
+    code = sass.disassemble(disassembler, cubin)
+    by_name = dict(zip(readable(list(code)), code.values(), strict=True))
+    return {x: sass.main_loop(by_name.get(x.kernel.split(" ", 1)[1], ""), x.counted, x.trips) for x in loops}
+
+
+@dataclasses.dataclass
+class Unit:
+    uses: Uses
+    loops: dict[Loop, sass.Cost | None]
+
+
+def compile_unit(compiler: str, disassembler: str | None, unit: Path, loops: list[Loop]) -> Unit | None:
     """None, after printing the compiler's output, if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, *nvcc.FLAGS, *STRICT, *nvcc.FOR_CHIPS, "-fatbin", "-o", f"{folder}/unit.fatbin", str(unit)]
+        output = ["-fatbin", "-o", f"{folder}/unit.fatbin", "--keep", "--keep-dir", folder]
+        command = [compiler, *nvcc.FLAGS, *STRICT, *nvcc.FOR_CHIPS, *output, str(unit)]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0 or SERIALISED.search(done.stderr):
-        print(f"{unit.name}:\n{done.stdout}{done.stderr}", flush=True)
-        return None
-    return {f"{unit.stem} {kernel}": use for kernel, use in parse(done.stderr).items()}
+        if done.returncode != 0 or SERIALISED.search(done.stderr):
+            print(f"{unit.name}:\n{done.stdout}{done.stderr}", flush=True)
+            return None
+        cubin = next(Path(folder).glob("*.sm_90a.cubin"))
+        own = [x for x in loops if x.unit == unit.stem]
+        uses = {f"{unit.stem} {kernel}": use for kernel, use in parse(done.stderr).items()}
+        return Unit(uses, measure(disassembler, cubin, own))
 
 
 def complaints(uses: Uses, budget: Uses) -> dict[str, str]:
@@ -104,6 +150,27 @@ def show(uses: Uses, wrong: dict[str, str]) -> None:
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 
 
+def loop_complaint(loop: Loop, cost: sass.Cost | None) -> str:
+    if cost is None:
+        return "has no such way"
+    found = [x for x in loop.absent if any(re.match(x, opcode) for opcode in cost.of)]
+    if found:
+        return f"has {', '.join(found)}"
+    over = cost.per_product() > loop.instructions or cost.per_product("LDSM") > loop.loads
+    return "exceeds its limits" if over else ""
+
+
+def show_loops(loops: dict[Loop, sass.Cost | None]) -> int:
+    """The number of complaints."""
+    table = Table("kernel", "way", "products", "instructions", "of", "ldmatrix", "of", "", box=None)
+    wrong = {x: loop_complaint(x, cost) for x, cost in loops.items()}
+    for x, cost in loops.items():
+        counts = [str(cost.wanted[0]), f"{cost.per_product():.2f}", f"{cost.per_product('LDSM'):.2f}"] if cost else ["-"] * 3
+        table.add_row(x.kernel, x.way, *counts[:2], str(x.instructions), counts[2], str(x.loads), wrong[x])
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+    return sum(bool(x) for x in wrong.values())
+
+
 def read_budget() -> Uses:
     return {kernel: Use(**use) for kernel, use in json.loads(BUDGET.read_text()).items()}
 
@@ -120,17 +187,24 @@ def main() -> None:
     compiler = nvcc.find()
     if compiler is None:
         return gate.cannot_run("nvcc was not found")
-    units = sorted(UNITS.glob("*.cu"))
+    disassembler = sass.disassembler()
+    loops = read_loops()
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda unit: compile_unit(compiler, unit), units))
-    uses = {kernel: use for result in results if result is not None for kernel, use in result.items()}
-    broken = sum(result is None for result in results)
+        results = list(
+            pool.map(lambda unit: compile_unit(compiler, disassembler, unit, loops), sorted(UNITS.glob("*.cu")))
+        )
+    built = [x for x in results if x is not None]
+    uses = {kernel: use for unit in built for kernel, use in unit.uses.items()}
+    broken = len(results) - len(built)
     if options.update and not broken:
         write_budget(uses)
     wrong = complaints(uses, read_budget())
     show(uses, wrong)
-    if broken or wrong:
-        sys.exit(f"CUDA gates: {broken} units do not compile, {len(wrong)} kernels have complaints")
+    slow = show_loops({x: cost for unit in built for x, cost in unit.loops.items()})
+    if broken or wrong or slow:
+        sys.exit(f"CUDA gates: {broken} units do not compile, {len(wrong) + slow} kernels have complaints")
+    if disassembler is None:
+        gate.cannot_run("nvdisasm was not found, so the instructions of main loops were not counted")
 
 
 if __name__ == "__main__":
