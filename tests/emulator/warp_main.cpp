@@ -116,9 +116,9 @@ void test_copies_complete_at_their_wait() {
   run_warps(1, 2 * 16 * kWarpSize, [] {
     auto* first = reinterpret_cast<float*>(shared_memory()) + 8 * thread_index();
     check(first[0] != first[0], "shared memory starts as NaN");
-    copy_async(first, source, 16);
+    copy_async(shared_address(first), source, 16);
     commit_copies();
-    copy_async(first + 4, source + 4, 8);
+    copy_async(shared_address(first + 4), source + 4, 8);
     commit_copies();
     check(first[0] != first[0], "a copy is not complete before its wait");
     wait_copies<1>();
@@ -146,13 +146,13 @@ void test_errors() {
   check(fails_with("out of shared memory",
                    [] {
                      uint32_t to[4];
-                     load_matrices(to, shared_memory() + 256);
+                     load_matrices(to, 256);
                    }),
         "reading past shared memory");
-  check(fails_with("misaligned", [] { copy_async(shared_memory() + 8, nullptr, 0); }), "a misaligned copy");
+  check(fails_with("misaligned", [] { copy_async(8, nullptr, 0); }), "a misaligned copy");
   check(fails_with("on their way",
                    [] {
-                     copy_async(shared_memory(), nullptr, 0);
+                     copy_async(0, nullptr, 0);
                      wait_copies<0>();  // waits for committed groups, and there is none
                    }),
         "a copy that nothing waits for");
@@ -175,7 +175,7 @@ auto in_two_threads(First first, Second second, bool barrier = false) {
 void test_accesses_without_order() {
   const auto load = [](const int* word) { load_shared(word); };
   const auto store = [](int* word) { store_shared(word, 1); };  // what is there already
-  const auto copy = [](int* word) { copy_async(word, nullptr, 0); };
+  const auto copy = [](int* word) { copy_async(shared_address(word), nullptr, 0); };
   const auto copy_and_wait = [=](int* word) {
     copy(word);
     commit_copies();

@@ -48,7 +48,7 @@ void add_gradients(KernelPlan& plan, const ProblemOf<kOrder>& p) {
 
 template <class C>
 KernelPlan plan_delta_by_shape(const AttentionProblem& problem) {
-  return with_shape(problem, [&](auto dim, auto mode) {
+  return with_shape<FirstOrderDims<C>>(problem, [&](auto dim, auto mode) {
     KernelPlan plan;
     add_delta<C, dim, mode>(plan, static_cast<const BackwardProblem&>(problem));
     return plan;
@@ -58,7 +58,7 @@ KernelPlan plan_delta_by_shape(const AttentionProblem& problem) {
 template <class C>
 KernelPlan plan_backward_by_shape(const AttentionProblem& problem) {
   const auto& p = static_cast<const BackwardProblem&>(problem);
-  return with_shape(p, [&](auto dim, auto mode) {
+  return with_shape<FirstOrderDims<C>>(p, [&](auto dim, auto mode) {
     KernelPlan plan;
     add_delta<C, dim, mode>(plan, p);
     add_gradients<C, dim, mode, Order::kFirst>(plan, p);

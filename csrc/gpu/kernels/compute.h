@@ -35,7 +35,7 @@ template <class E>
 struct Compute16 {
   using Element = E;
   using Scalar = float;
-  static constexpr int kDepth = 16;
+  static constexpr int kDepth = 16, kUnrolledSteps = 16;
   struct A {
     uint32_t pair[4];
   };
@@ -47,7 +47,7 @@ struct Compute16 {
   ATTENTION_DEVICE static A load_a(const Tile& tile, int row, int column) {
     A a;
     const int lane = lane_index();
-    load_matrices(a.pair, tile.at(row + lane % 16, column + lane / 16 * 8));
+    load_matrices(a.pair, tile.chunk_at(row, lane % 16, column, lane / 16));
     return a;
   }
   // B[depth][n] = tile[row + n][column + depth]
@@ -55,7 +55,7 @@ struct Compute16 {
   ATTENTION_DEVICE static void load_b(B (&b)[2], const Tile& tile, int row, int column) {
     uint32_t pair[4];
     const int lane = lane_index();
-    load_matrices(pair, tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+    load_matrices(pair, tile.chunk_at(row, lane / 16 * 8 + lane % 8, column, lane / 8 % 2));
     b[0] = {pair[0], pair[1]};
     b[1] = {pair[2], pair[3]};
   }
@@ -64,7 +64,7 @@ struct Compute16 {
   ATTENTION_DEVICE static void load_b_transposed(B (&b)[2], const Tile& tile, int row, int column) {
     uint32_t pair[4];
     const int lane = lane_index();
-    load_matrices_transposed(pair, tile.at(row + lane % 16, column + lane / 16 * 8));
+    load_matrices_transposed(pair, tile.chunk_at(row, lane % 16, column, lane / 16));
     b[0] = {pair[0], pair[1]};
     b[1] = {pair[2], pair[3]};
   }
@@ -86,7 +86,7 @@ template <class T, class Operand>
 struct ComputeWide {
   using Element = T;
   using Scalar = T;
-  static constexpr int kDepth = 8;
+  static constexpr int kDepth = 8, kUnrolledSteps = 4;  // more would load more than registers hold
   struct A {
     Operand number[4];  // as in Fragment
   };

@@ -12,7 +12,7 @@ namespace {
 template <class C>
 KernelPlan plan_double_backward_by_shape(const AttentionProblem& problem) {
   const auto& p = static_cast<const DoubleBackwardProblem&>(problem);
-  return with_shape<kMaxTangentDim<C>>(p, [&](auto dim, auto mode) {
+  return with_shape<SecondOrderDims<C>>(p, [&](auto dim, auto mode) {
     auto plan = plan_delta<KernelPlan, typename C::Element>(p);
     add_launches(plan, plan_jvp<KernelPlan, typename C::Element>(p));
     add_gradients<C, dim, mode, Order::kSecond>(plan, p);

@@ -86,7 +86,7 @@ class Forward {
                        Span(q_));
     prologue();
     const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
-    const auto add_tiles = [&](int k, const KeyTiles& tiles) {
+    const auto add_tiles = [&](int k, const KeyTiles& tiles, int) {
       for (int row = 0; row < rows; row += Shape::kColumns) add_block(query.tile[0], k + row, tiles, row);
     };
     stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
@@ -120,20 +120,24 @@ class Forward {
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
     Scores score;
     score.clear();
-    multiply_rows<C>(score, query, row_, tiles.tile[0], row);
+    multiply_rows<C>(score, TileRows<C, QueryTile>{query, row_}, tiles.tile[0], row);
     bool any = false;
     ATTENTION_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
-      for_each_number<kKeyTiles>([&](int n, int i) {
-        T& s = score.tile[m][n].number[i];
-        s = block.score(s, block.query(m, n, i), block.key(m, n, i)).score;
-      });
+      if (block.changes_scores()) {
+        for_each_number<kKeyTiles>([&](int n, int i) {
+          T& s = score.tile[m][n].number[i];
+          s = block.score(s, block.query(m, n, i), block.key(m, n, i)).score;
+        });
+      }
       T rescale[2];
       any |= softmax_rows(score.tile[m], exponential_, rows_[m], rescale);
-      for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[m][n].number[i] *= rescale[i / 2]; });
+      if (any_in_warp(rescale[0] != T(1) || rescale[1] != T(1))) {
+        for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[m][n].number[i] *= rescale[i / 2]; });
+      }
     }
     // Keys that are hidden from all these rows may hold anything.
-    if (!any_in_warp(any)) return;
+    if (block.changes_scores() && !any_in_warp(any)) return;
     if constexpr (kMode == ScoreMode::kAll) drop(block, score);
     multiply_weights<C>(sums_, score, tiles.tile[1], row);
   }
@@ -197,7 +201,7 @@ class Forward {
 
 template <class C>
 KernelPlan plan_forward_by_shape(const AttentionProblem& p) {
-  return with_shape(p, [&](auto dim, auto mode) {
+  return with_shape<FirstOrderDims<C>>(p, [&](auto dim, auto mode) {
     using Kernel = Forward<C, dim, mode>;
     KernelPlan plan;
     add_launch<Kernel>(plan, Kernel::blocks(p));

@@ -11,9 +11,13 @@
 namespace attention_ext {
 namespace {
 
-// Of one query: logsumexp and delta, and their tangents.
+// Of one query.
+template <class T, Order kOrder>
+struct alignas(2 * sizeof(T)) RowNumbers {
+  T logsumexp, delta;
+};
 template <class T>
-struct RowNumbers {
+struct alignas(4 * sizeof(T)) RowNumbers<T, Order::kSecond> {
   T logsumexp, delta, logsumexp_tangent, delta_tangent;
 };
 
@@ -31,12 +35,48 @@ struct RowSource {
     }
   }
 
-  ATTENTION_DEVICE RowNumbers<T> row(int q) const {
+  ATTENTION_DEVICE RowNumbers<T, kOrder> row(int q) const {
     const T normaliser = logsumexp.row(q);
-    if (normaliser == infinity<T>()) return {normaliser, T(0), T(0), T(0)};
-    if constexpr (kOrder == Order::kFirst) return {normaliser, delta[q], T(0), T(0)};
-    return {normaliser, delta[q], logsumexp_tangent[q], delta_tangent[q]};
+    const bool hidden = normaliser == infinity<T>();
+    const T own = hidden ? T(0) : delta[q];
+    if constexpr (kOrder == Order::kFirst) {
+      return {normaliser, own};
+    } else {
+      return {normaliser, own, hidden ? T(0) : logsumexp_tangent[q], hidden ? T(0) : delta_tangent[q]};
+    }
   }
+};
+
+// The numbers of streamed queries, beside their tiles.
+template <class T, Order kOrder, int kRows, int kStages>
+class StreamedNumbers {
+  using Numbers = RowNumbers<T, kOrder>;
+  struct alignas(2 * sizeof(Numbers)) Pair {
+    Numbers row[2];
+  };
+
+ public:
+  static constexpr size_t kBytes = size_t{kStages} * kRows * sizeof(Numbers);
+
+  ATTENTION_DEVICE StreamedNumbers(const RowSource<T, kOrder>& source, char* memory)
+      : source_(source), memory_(reinterpret_cast<Numbers*>(memory)) {}
+
+  ATTENTION_DEVICE void load(int first) {
+    if (thread_index() < kRows) own_ = source_.row(first + thread_index());
+  }
+  ATTENTION_DEVICE void store(int stage) {
+    if (thread_index() < kRows) store_shared(memory_ + stage * kRows + thread_index(), own_);
+  }
+  // Of a lane's columns of fragment n, from `row` of a tile on.
+  ATTENTION_DEVICE Numbers at(int stage, int row, int n, int i) const {
+    const Numbers* first = memory_ + stage * kRows + row + n * kFragmentColumns + 2 * lane_member();
+    return load_shared(reinterpret_cast<const Pair*>(first)).row[i % 2];
+  }
+
+ private:
+  const RowSource<T, kOrder> source_;
+  Numbers* const memory_;
+  Numbers own_;
 };
 
 // The tiles that own the rows and those that are streamed, in the order of sources.h: queries against keys, or keys
@@ -58,47 +98,45 @@ class GradientBlock {
   Scores grad_tangent;  // likewise, of grad_out . value, then of the gradient
 
   template <class Own, class Streamed>
-  ATTENTION_DEVICE void multiply(const ProblemOf<kOrder>& p, const Own& own, int row, const Streamed& streamed,
-                                 int row_b) {
+  ATTENTION_DEVICE void multiply(const ProblemOf<kOrder>& p, const Own& own, const Streamed& streamed, int row) {
     weight.clear();
     grad.clear();
-    multiply_rows<C>(weight, own.tile[0], row, streamed.tile[0], row_b);
-    multiply_rows<C>(grad, own.tile[1], row, streamed.tile[1], row_b);
+    multiply_rows<C>(weight, own[0], streamed.tile[0], row);
+    multiply_rows<C>(grad, own[1], streamed.tile[1], row);
     if constexpr (kSecond) {
       dot_tangent.clear();
       grad_tangent.clear();
       constexpr int kQueryTangent = 2, kKeyTangent = 2, kValueTangent = 3;
       if (kTransposed ? p.tangent.key : p.tangent.query) {
-        multiply_rows<C>(dot_tangent, own.tile[kTransposed ? kKeyTangent : kQueryTangent], row, streamed.tile[0],
-                         row_b);
+        multiply_rows<C>(dot_tangent, own[kTransposed ? kKeyTangent : kQueryTangent], streamed.tile[0], row);
       }
       if (kTransposed ? p.tangent.query : p.tangent.key) {
-        multiply_rows<C>(dot_tangent, own.tile[0], row, streamed.tile[kTransposed ? kQueryTangent : kKeyTangent],
-                         row_b);
+        multiply_rows<C>(dot_tangent, own[0], streamed.tile[kTransposed ? kQueryTangent : kKeyTangent], row);
       }
       if (p.tangent.value) {
         if constexpr (kTransposed) {
-          multiply_rows<C>(grad_tangent, own.tile[kValueTangent], row, streamed.tile[1], row_b);
+          multiply_rows<C>(grad_tangent, own[kValueTangent], streamed.tile[1], row);
         } else {
-          multiply_rows<C>(grad_tangent, own.tile[1], row, streamed.tile[kValueTangent], row_b);
+          multiply_rows<C>(grad_tangent, own[1], streamed.tile[kValueTangent], row);
         }
       }
     }
   }
 
   // rows(n, i) gives RowNumbers, and each(n, i, x) receives every gradient of a score. Where a weight is 0 so is its
-  // gradient, whatever hidden values hold. True where any gradient of this lane is not 0.
+  // gradient, whatever hidden values hold. False where all gradients of this lane are 0 in a block that hides some keys.
   template <class RowOf, class Each>
   ATTENTION_DEVICE bool differentiate(const ProblemOf<kOrder>& p, const Block& block, const Dropout& dropout,
                                       RowOf&& rows, Each&& each) {
-    bool any = false;
+    if (kMode != ScoreMode::kAll && block.partial) hide(block);
     const auto kept_scale = static_cast<T>(dropout.kept_scale);
     for_each_kept<1, kTiles>(block, dropout, [&](int, int n, int i, bool kept) {
       T &w = weight.tile[0][n].number[i], &g = grad.tile[0][n].number[i];
-      const RowNumbers<T> row = rows(n, i);
-      const auto score = block.score(w, block.query(0, n, i), block.key(0, n, i));
+      const RowNumbers<T, kOrder> row = rows(n, i);
+      ModifiedScore<NumberOps<T>> score{w, T(1), T(0)};
+      if constexpr (kMode == ScoreMode::kAll) score = block.score(w, block.query(0, n, i), block.key(0, n, i));
       const T prob = weight_of<kMode>(score.score, block.exp_scale(), row.logsumexp);
-      const bool hidden = prob == T(0);
+      const bool hidden = (kMode == ScoreMode::kAll || kSecond) && prob == T(0);
       const T centred = (kept ? g * kept_scale : T(0)) - row.delta;
       g = hidden ? T(0) : prob * centred;
       if constexpr (kSecond) {
@@ -110,13 +148,29 @@ class GradientBlock {
         each(n, i, second);
         w = hidden || !kept ? T(0) : prob_tangent;
         gt = multiply_add(second, score.softcap_grad, g * score.softcap_grad2 * tangent.dot);
-        any |= gt != T(0);
       } else {
         each(n, i, g);
         w = kept ? prob : T(0);
       }
       g *= score.softcap_grad;
-      any |= g != T(0);
+    });
+    return !block.changes_scores() || any_gradient();
+  }
+
+  // Masks by position alone: the scores of hidden keys, and what they would have to do with gradients.
+  ATTENTION_DEVICE void hide(const Block& block) {
+    for_each_number<kTiles>([&](int n, int i) {
+      T &w = weight.tile[0][n].number[i], &g = grad.tile[0][n].number[i];
+      w = block.score(w, block.query(0, n, i), block.key(0, n, i)).score;
+      g = w == -infinity<T>() ? T(0) : g;
+    });
+  }
+
+  ATTENTION_DEVICE bool any_gradient() const {
+    bool any = false;
+    for_each_number<kTiles>([&](int n, int i) {
+      any |= grad.tile[0][n].number[i] != T(0);
+      if (kSecond) any |= grad_tangent.tile[0][n].number[i] != T(0);
     });
     return any;
   }

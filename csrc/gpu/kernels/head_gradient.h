@@ -68,7 +68,7 @@ struct HeadGradient {
     if constexpr (kOrder == Order::kSecond)
       sink_tangent = p.tangent.sinks ? p.tangent.sinks[b * p.heads + head.head] : 0.0;
     for (int q = thread_index(); q < rows.logsumexp.end; q += kThreads) {
-      const RowNumbers<T> row = rows.row(q);
+      const RowNumbers<T, kOrder> row = rows.row(q);
       const double prob = exp2_of((sink - static_cast<double>(row.logsumexp)) * kLog2E);
       if constexpr (kOrder == Order::kSecond) {
         sum += prob * ((static_cast<double>(row.logsumexp_tangent) - sink_tangent) * static_cast<double>(row.delta) -

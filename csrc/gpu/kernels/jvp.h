@@ -15,7 +15,8 @@ class Jvp {
   using E = typename C::Element;
   using Shape = GradientShape<C, kDim, Order::kSecond>;
   static constexpr int kQueries = Shape::kWarps * kFragmentRows, kTiles = Shape::kColumns / kFragmentColumns;
-  using QueryTiles = TileSet<SharedTile<E, kQueries, kDim>, 2>;
+  using QueryTile = SharedTile<E, kQueries, kDim>;
+  using QueryTiles = TileSet<QueryTile, 2>;
   using KeyTile = SharedTile<E, Shape::kRows, kDim>;
   using KeyTiles = TileSet<KeyTile, 4>;
   using Scores = Fragments<T, 1, kTiles>;
@@ -52,7 +53,7 @@ class Jvp {
         {head_rows<E>(head_, p_.query, p_.head_dim), head_rows<E>(head_, p_.tangent.query, p_.head_dim)}};
     copy_set<kThreads>(queries, sources, static_cast<int>(q_.begin), Span(q_));
     const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
-    const auto add_tiles = [&](int k, const KeyTiles& keys) {
+    const auto add_tiles = [&](int k, const KeyTiles& keys, int) {
       for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
     };
     stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
@@ -66,9 +67,10 @@ class Jvp {
     Scores weight, dot_tangent;
     weight.clear();
     dot_tangent.clear();
-    multiply_rows<C>(weight, queries.tile[0], row_, keys.tile[0], row);
-    if (p_.tangent.query) multiply_rows<C>(dot_tangent, queries.tile[1], row_, keys.tile[0], row);
-    if (p_.tangent.key) multiply_rows<C>(dot_tangent, queries.tile[0], row_, keys.tile[2], row);
+    const OwnRows<C, QueryTile, 2, false> own(queries, row_);
+    multiply_rows<C>(weight, own[0], keys.tile[0], row);
+    if (p_.tangent.query) multiply_rows<C>(dot_tangent, own[1], keys.tile[0], row);
+    if (p_.tangent.key) multiply_rows<C>(dot_tangent, own[0], keys.tile[2], row);
     // Keys that are hidden from all these rows may hold anything.
     if (!any_in_warp(differentiate(block, weight, dot_tangent))) return;
     multiply_weights<C>(sums_, dot_tangent, keys.tile[1], row);
@@ -149,11 +151,12 @@ class Jvp {
 
 // Second order takes seven tiles at once: with 2 KB a row they fill more than there is.
 template <class C>
-constexpr int kMaxTangentDim = sizeof(typename C::Element) == 8 ? 128 : 256;
+using SecondOrderDims =
+    std::conditional_t<sizeof(typename C::Element) == 8, HeadDims<32, 64, 128>, HeadDims<32, 64, 128, 256>>;
 
 template <class C>
 KernelPlan plan_jvp_by_shape(const AttentionProblem& p) {
-  return with_shape<kMaxTangentDim<C>>(p, [&](auto dim, auto mode) {
+  return with_shape<SecondOrderDims<C>>(p, [&](auto dim, auto mode) {
     using Kernel = Jvp<C, dim, mode>;
     KernelPlan plan;
     add_launch<Kernel>(plan, Kernel::blocks(p));

@@ -16,16 +16,21 @@ class KeyGradient {
   using E = typename C::Element;
   using Shape = GradientShape<C, kDim, kOrder>;
   static constexpr bool kOfKey = kResult != KeyResult::kValue, kOfValue = kResult != KeyResult::kKey;
-  static constexpr int kKeys = Shape::kWarps * kFragmentRows, kTiles = Shape::kColumns / kFragmentColumns;
-  using KeyTiles = TileSet<SharedTile<E, kKeys, kDim>, kKeySources<kOrder>>;
+  static constexpr int kKeys = Shape::kWarps * kFragmentRows, kColumns = Shape::kKeyColumns, kTiles = kColumns / kFragmentColumns;
+  using KeyTile = SharedTile<E, kKeys, kDim>;
+  using KeyTiles = TileSet<KeyTile, kKeySources<kOrder>>;
   using QueryTile = SharedTile<E, Shape::kRows, kDim>;
   using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
+  using OwnKeys = OwnRows<C, KeyTile, kKeySources<kOrder>, Shape::kHoldsOwn>;
+  using QueryNumbers = StreamedNumbers<T, kOrder, Shape::kRows, Shape::kStages>;
   using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
 
  public:
   using Problem = ProblemOf<kOrder>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
-  static constexpr size_t kSharedBytes = KeyTiles::kBytes + Shape::kStages * QueryTiles::kBytes;
+  static constexpr size_t kQueryBytes = Shape::kStages * QueryTiles::kBytes;
+  static constexpr size_t kSharedBytes = KeyTiles::kBytes + kQueryBytes + QueryNumbers::kBytes;
+  static_assert(Shape::kRows <= kThreads);
   static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
   static int64_t blocks(const AttentionProblem& p) { return KeyTileIndex::count(p, kKeys); }
@@ -49,33 +54,36 @@ class KeyGradient {
     key_sums_.clear();
     value_sums_.clear();
     const KeyTiles keys(shared_memory());
+    char* const memory = shared_memory() + KeyTiles::kBytes;
     const Head first(p_, batch, kv_head * p_.group_size());
     const Range seen = visible_keys(p_, first.sequence, {0, first.sequence.length_q});
     const Span valid({maximum(k_.begin, seen.begin), minimum(k_.end, seen.end)});
     copy_set<kThreads>(keys, key_sources<E>(p_, first), static_cast<int>(k_.begin), valid);
+    OwnKeys own(keys, row_);
+    own.load();
     for (int64_t h = 0; h < p_.group_size(); ++h) {
       const Head head(p_, batch, first.head + h);
-      const RowSource<T, kOrder> rows(p_, head, memory_);
+      QueryNumbers numbers({p_, head, memory_}, memory + kQueryBytes);
       const int tile_rows = k_.begin + row_ < k_.end ? Shape::kRows : 0;  // a warp without keys only helps to copy
-      const auto add_tiles = [&](int q, const QueryTiles& queries) {
-        for (int row = 0; row < tile_rows; row += Shape::kColumns) {
-          add_block(head, rows, keys, q + row, queries, row);
+      const auto add_tiles = [&](int q, const QueryTiles& queries, int stage) {
+        const bool partial = is_partial(head, {q, q + Shape::kRows}, k_);
+        for (int row = 0; row < tile_rows; row += kColumns) {
+          const ScoreBlock<T, kMode, true> block{p_, head, {q + row, static_cast<int>(k_.begin) + row_}, partial};
+          add_block(block, own, queries, row, [&](int n, int i) { return numbers.at(stage, row, n, i); });
         }
       };
-      stream_rows<kThreads, Shape::kStages, QueryTile>(shared_memory() + KeyTiles::kBytes, query_sources<E>(p_, head),
-                                                       visible_queries(p_, head.sequence, k_), add_tiles);
+      stream_rows<kThreads, Shape::kStages, QueryTile>(memory, query_sources<E>(p_, head),
+                                                       visible_queries(p_, head.sequence, k_), add_tiles, numbers);
     }
     epilogue(first);
   }
 
-  ATTENTION_DEVICE void add_block(const Head& head, const RowSource<T, kOrder>& rows, const KeyTiles& keys, int q,
-                                  const QueryTiles& queries, int row) {
-    const bool partial = is_partial(head, {q, q + Shape::kColumns}, k_);
-    const ScoreBlock<T, kMode, true> block{p_, head, {q, static_cast<int>(k_.begin) + row_}, partial};
+  template <class RowOf>
+  ATTENTION_DEVICE void add_block(const ScoreBlock<T, kMode, true>& block, const OwnKeys& keys,
+                                  const QueryTiles& queries, int row, RowOf&& rows) {
     GradientBlock<C, kMode, kOrder, true, kTiles> products;
-    products.multiply(p_, keys, row_, queries, row);
-    products.differentiate(
-        p_, block, dropout_, [&](int n, int i) { return rows.row(block.query(0, n, i)); }, [](int, int, T) {});
+    products.multiply(p_, keys, queries, row);
+    products.differentiate(p_, block, dropout_, rows, [](int, int, T) {});
     if constexpr (kOfValue) multiply_weights<C>(value_sums_, products.weight, queries.tile[1], row);
     if constexpr (kOfKey) products.add_gradient(p_, key_sums_, queries, row);
   }

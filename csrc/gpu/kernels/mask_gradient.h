@@ -16,7 +16,8 @@ class MaskGradient {
   static constexpr ScoreMode kMode = ScoreMode::kAll;
   static constexpr int kQueries = Shape::kWarps * kFragmentRows, kKeys = Shape::kColumns;
   static constexpr int kTiles = kKeys / kFragmentColumns;
-  using QueryTiles = TileSet<SharedTile<E, kQueries, kDim>, kQuerySources<kOrder>>;
+  using QueryTile = SharedTile<E, kQueries, kDim>;
+  using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
   using KeyTiles = TileSet<SharedTile<E, kKeys, kDim>, kKeySources<kOrder>>;
 
  public:
@@ -68,7 +69,7 @@ class MaskGradient {
     const ScoreBlock<T, kMode> block{p_, head, {first_q + row_, first_k}, is_partial(head, q, k)};
     const RowSource<T, kOrder> rows(p_, head, memory_);
     GradientBlock<C, kMode, kOrder, false, kTiles> products;
-    products.multiply(p_, queries, row_, keys, 0);
+    products.multiply(p_, OwnRows<C, QueryTile, kQuerySources<kOrder>, false>(queries, row_), keys, 0);
     products.differentiate(
         p_, block, dropout_, [&](int n, int i) { return rows.row(block.query(0, n, i)); },
         [&](int n, int i, T gradient) { sums_.tile[0][n].number[i] += gradient; });

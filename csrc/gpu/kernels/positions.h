@@ -95,6 +95,8 @@ struct ScoreBlock {
                                   column * view.stride_col);
   }
 
+  ATTENTION_DEVICE bool changes_scores() const { return kMode == ScoreMode::kAll || partial; }
+
   // dot becomes the score, -inf where the key is hidden. With ScoreMode::kMask the scale is folded into the
   // exponential.
   ATTENTION_DEVICE ModifiedScore<NumberOps<T>> score(T dot, int q, int k) const {
@@ -104,7 +106,7 @@ struct ScoreBlock {
       const auto position = at(q, k);
       modified = head.mods.score_mod<Ops>(dot, position);
       modified.score = outside(k) ? -infinity<T>() : head.mods.masked<Ops>(modified.score, position);
-    } else if (partial) {
+    } else {
       modified.score = outside(k) ? -infinity<T>() : head.mods.masks.masked<Ops>(dot, at(q, k));
     }
     return modified;

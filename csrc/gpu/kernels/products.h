@@ -34,16 +34,44 @@ ATTENTION_DEVICE void for_each_number(F&& f) {
   }
 }
 
-// c[m][n] += sum over columns of a[row + m][.] b[row_b + n][.]. Unrolled as a whole it would load more than registers
-// hold.
-template <class C, int kRowTiles, int kTiles, class TileA, class TileB>
-ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const TileA& a, int row,
-                                    const TileB& b, int row_b) {
-  ATTENTION_UNROLL_BY_4
-  for (int depth = 0; depth < TileA::kColumns; depth += C::kDepth) {
+// Rows of operand A from a tile, as often as they are used.
+template <class C, class Tile>
+struct TileRows {
+  static constexpr int kColumns = Tile::kColumns;
+  const Tile& tile;
+  int row;
+
+  ATTENTION_DEVICE typename C::A at(int m, int column) const {
+    return C::load_a(tile, row + m * kFragmentRows, column);
+  }
+};
+
+// The same, read once into registers.
+template <class C, int kRowTiles, int kWidth>
+struct HeldRows {
+  static constexpr int kColumns = kWidth, kSteps = kWidth / C::kDepth;
+  typename C::A rows[kRowTiles][kSteps];
+
+  template <class Tile>
+  ATTENTION_DEVICE void load(const Tile& tile, int row) {
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      ATTENTION_UNROLL
+      for (int i = 0; i < kSteps; ++i) rows[m][i] = C::load_a(tile, row + m * kFragmentRows, i * C::kDepth);
+    }
+  }
+  ATTENTION_DEVICE const typename C::A& at(int m, int column) const { return rows[m][column / C::kDepth]; }
+};
+
+// c[m][n] += sum over columns of a[m][.] b[row_b + n][.]
+template <class C, int kRowTiles, int kTiles, class RowsA, class TileB>
+ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const RowsA& a, const TileB& b,
+                                    int row_b) {
+  ATTENTION_UNROLL_BY(C::kUnrolledSteps)
+  for (int depth = 0; depth < RowsA::kColumns; depth += C::kDepth) {
     typename C::A rows[kRowTiles];
     ATTENTION_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) rows[m] = C::load_a(a, row + m * kFragmentRows, depth);
+    for (int m = 0; m < kRowTiles; ++m) rows[m] = a.at(m, depth);
     ATTENTION_UNROLL
     for (int n = 0; n < kTiles; n += 2) {
       typename C::B columns[2];

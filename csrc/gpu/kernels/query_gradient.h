@@ -22,7 +22,9 @@ class QueryGradient {
 
  private:
   static constexpr int kTiles = Shape::kColumns / kFragmentColumns;
-  using QueryTiles = TileSet<SharedTile<E, kQueries, kDim>, kQuerySources<kOrder>>;
+  using QueryTile = SharedTile<E, kQueries, kDim>;
+  using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
+  using OwnQueries = OwnRows<C, QueryTile, kQuerySources<kOrder>, Shape::kHoldsOwn>;
   using KeyTile = SharedTile<E, Shape::kRows, kDim>;
   using KeyTiles = TileSet<KeyTile, kKeySources<kOrder>>;
   using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
@@ -60,8 +62,13 @@ class QueryGradient {
       const QueryTiles queries(shared_memory());
       copy_set<kThreads>(queries, query_sources<E>(p_, head_), static_cast<int>(q_.begin), Span(q_));
       const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
-      const auto add_tiles = [&](int k, const KeyTiles& keys) {
-        for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
+      OwnQueries own(queries, row_);
+      own.load();
+      const auto add_tiles = [&](int k, const KeyTiles& keys, int) {
+        const bool partial = is_partial(head_, q_, {k, k + Shape::kRows});
+        for (int row = 0; row < rows; row += Shape::kColumns) {
+          add_block({p_, head_, {static_cast<int>(q_.begin) + row_, k + row}, partial}, own, keys, row);
+        }
       };
       stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
                                                      visible_keys(p_, head_.sequence, q_), add_tiles);
@@ -69,11 +76,10 @@ class QueryGradient {
     epilogue();
   }
 
-  ATTENTION_DEVICE void add_block(const QueryTiles& queries, int k, const KeyTiles& keys, int row) {
-    const ScoreBlock<T, kMode> block{
-        p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
+  ATTENTION_DEVICE void add_block(const ScoreBlock<T, kMode>& block, const OwnQueries& queries, const KeyTiles& keys,
+                                  int row) {
     GradientBlock<C, kMode, kOrder, false, kTiles> products;
-    products.multiply(p_, queries, row_, keys, row);
+    products.multiply(p_, queries, keys, row);
     T slopes = 0, deltas[2] = {};
     const bool any = products.differentiate(
         p_, block, dropout_, [&](int, int i) { return rows_[i / 2]; },
@@ -117,7 +123,7 @@ class QueryGradient {
   const Range q_;
   const int row_;  // of the tile, the warp's first
   const Dropout dropout_;
-  RowNumbers<T> rows_[2];
+  RowNumbers<T, kOrder> rows_[2];
   Sums sums_;
   T delta_sums_[2] = {};
   double slope_sum_ = 0;

@@ -23,12 +23,11 @@ template <class C, int kDim, ScoreMode kMode>
 struct ForwardShape : Width<C, kDim> {
   using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes;
   static constexpr int kWarps = kRowBytes <= 512 ? 4 : 2;
-  static constexpr int kMostWideDim = kMode == ScoreMode::kMask ? 128 : 64;  // by registers
-  static constexpr int kRowTiles = kNarrow && kDim <= kMostWideDim ? 2 : 1;  // of 16 queries, a warp
+  static constexpr int kRowTiles = kNarrow && kDim <= 128 && kMode == ScoreMode::kMask ? 2 : 1;  // of 16 queries, a warp
   static constexpr int kRows = kNarrow ? (kDim <= 128 ? 64 : 32) : kDim <= 64 ? 32 : 16;
   // The same for all modes: other blocks of keys would be summed in another order, so that dropout, which alone calls
   // for ScoreMode::kAll too, would change bits of logsumexp.
-  static constexpr int kColumns = kWide || kRows < 32 ? 16 : 32;
+  static constexpr int kColumns = kWide || kRows < 32 ? 16 : kNarrow ? kRows : 32;
   static constexpr int kStages = kRowBytes <= 1024 ? 2 : 1;
 };
 
@@ -42,25 +41,38 @@ struct GradientShape : Width<C, kDim> {
   using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes, Width<C, kDim>::kRowRegisters;
   static constexpr bool kFirst = kOrder == Order::kFirst;
   static constexpr int kWarps = kRowBytes <= (kFirst ? 1024 : 256) ? 4 : !kFirst && kRowBytes <= 512 ? 2 : 1;
-  static constexpr int kRows = kRowBytes >= 512 ? 16 : kNarrow && (kFirst || kRowBytes < 256) ? 64 : 32;
-  static constexpr int kColumns = kWide || kRows < 32 || kDim >= 128 || !kFirst ? 16 : 32;
+  static constexpr int kRows = kRowBytes >= 512 ? 16 : kNarrow && kRowBytes <= (kFirst ? 256 : 128) ? 64 : 32;
+  static constexpr int kColumns = kWide || kRows < 32 || !kFirst || (!kNarrow && kDim >= 128) ? 16 : 32;
+  static constexpr int kKeyColumns = kDim > 64 ? 16 : kColumns;  // where both gradients are held
+  static constexpr bool kHoldsOwn = kNarrow && kFirst && kDim <= 128;  // rows of the block's own, in registers
   static constexpr int kStages = kFirst && kRowBytes <= 512 ? 2 : 1;
   static constexpr bool kBothGradients = kRowRegisters <= 64;  // of keys and values at once
   static constexpr size_t kSharedBytesAllowed = kRowBytes <= 512 ? kFewSharedBytes : kMostSharedBytes;
 };
 
+// Buckets that head_dim and head_dim_v are padded to; the last one also takes what is wider.
+template <int... kDims>
+struct HeadDims {};
+
+template <class C>
+using FirstOrderDims = std::conditional_t<sizeof(typename C::Element) == 2, HeadDims<32, 64, 96, 128, 192, 256>,
+                                          HeadDims<32, 64, 128, 256>>;
+
+template <int kDim, int... kWider, class F>
+KernelPlan with_dim(HeadDims<kDim, kWider...>, int64_t widest, F&& f) {
+  if constexpr (sizeof...(kWider) > 0) {
+    if (widest > kDim) return with_dim(HeadDims<kWider...>{}, widest, f);
+  }
+  return f(std::integral_constant<int, kDim>{});
+}
+
 // Calls f with the bucket of head_dim and head_dim_v and with the rules as constants.
-template <int kMostDim = 256, class F>
+template <class Dims = HeadDims<32, 64, 128, 256>, class F>
 KernelPlan with_shape(const AttentionProblem& p, F&& f) {
-  const int64_t widest = maximum(p.head_dim, p.head_dim_v);
-  const auto with_mode = [&](auto dim) {
+  return with_dim(Dims{}, maximum(p.head_dim, p.head_dim_v), [&](auto dim) {
     if (score_mode_of(p) == ScoreMode::kMask) return f(dim, std::integral_constant<ScoreMode, ScoreMode::kMask>{});
     return f(dim, std::integral_constant<ScoreMode, ScoreMode::kAll>{});
-  };
-  if (widest <= 32) return with_mode(std::integral_constant<int, 32>{});
-  if (widest <= 64) return with_mode(std::integral_constant<int, 64>{});
-  if (widest <= 128 || kMostDim == 128) return with_mode(std::integral_constant<int, 128>{});
-  return with_mode(std::integral_constant<int, kMostDim>{});
+  });
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Rows of a tensor in shared memory, in chunks of 16 bytes that are permuted within each row so that eight rows of one
-// column, or eight columns of one row, lie in different banks.
+// Rows of a tensor in shared memory, in chunks of 16 bytes. Within each row the chunks of every period of up to eight are
+// permuted, by an exclusive or with the row, so that eight rows of one column, or eight columns of one row, lie in
+// different banks.
 #pragma once
 
 #include "core/varlen.h"
@@ -14,15 +15,28 @@ struct SharedTile {
   static constexpr int kRows = kRowCount, kColumns = kWidth;
   static constexpr int kChunk = 16 / sizeof(E);  // elements
   static constexpr int kChunks = kWidth / kChunk;
-  static constexpr int kPeriod = kChunks < 8 ? kChunks : 8;
-  static constexpr size_t kBytes = size_t{kRows} * kWidth * sizeof(E);
+  static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : kChunks & -kChunks;
+  static constexpr int kRowBytes = kWidth * sizeof(E);
+  static constexpr size_t kBytes = size_t{kRows} * kRowBytes;
 
   E* data;
 
   ATTENTION_DEVICE E* at(int row, int column) const {
-    const int chunk = column / kChunk ^ (row * kPeriod / 8 % kPeriod);
+    const int chunk = column / kChunk ^ permutation(row);
     return data + (row * kChunks + chunk) * kChunk + column % kChunk;
   }
+
+  // The chunk at row + lane_row and column + lane_chunk chunks; row is a multiple of 8, column of two chunks, lane_row is
+  // below 16 and lane_chunk below 2. What a lane adds is the same all over the tile, so that most of this is constant.
+  ATTENTION_DEVICE SharedAddress chunk_at(int row, int lane_row, int column, int lane_chunk) const {
+    const int own = lane_row * kRowBytes + (lane_chunk ^ permutation(lane_row)) * 16;
+    const auto chunk = static_cast<SharedAddress>(column / kChunk);
+    return ((shared_address(data) + static_cast<SharedAddress>(own)) ^ (chunk % kPeriod * 16)) +
+           chunk / kPeriod * (kPeriod * 16) + static_cast<SharedAddress>(row * kRowBytes);
+  }
+
+ private:
+  ATTENTION_DEVICE static int permutation(int row) { return row * kPeriod / 8 % kPeriod; }
 };
 
 // Rows of one head of a tensor, from row 0 of a sequence on.
@@ -54,28 +68,57 @@ struct Span {
   ATTENTION_DEVICE bool has(int i) const { return begin <= i && i < end; }
 };
 
+// The bytes of a chunk that lie within the columns.
+template <class E>
+ATTENTION_DEVICE int bytes_within(int columns, int column) {
+  constexpr int kChunk = 16 / sizeof(E);
+  return maximum(0, minimum(columns - column, kChunk)) * static_cast<int>(sizeof(E));
+}
+
+// copy_rows where all rows are valid: a thread has a period's chunk of every kDown-th row, and steps from one to the next.
+template <int kDown, class Tile, class E>
+ATTENTION_DEVICE void copy_whole_rows(const Tile& to, const Rows<E>& from, int first) {
+  constexpr int kAcross = Tile::kPeriod, kPeriods = Tile::kChunks / kAcross, kStep = kAcross * Tile::kChunk;
+  const int thread = reread_thread_index(), row = thread / kAcross, column = thread % kAcross * Tile::kChunk;
+  const E* source = from.row(first + row) + column;
+  const SharedAddress target = shared_address(to.at(row, column));
+  int bytes[kPeriods];
+  ATTENTION_UNROLL
+  for (int i = 0; i < kPeriods; ++i) bytes[i] = bytes_within<E>(from.columns, column + i * kStep);
+  ATTENTION_UNROLL
+  for (int r = 0; r < Tile::kRows; r += kDown) {
+    ATTENTION_UNROLL
+    for (int i = 0; i < kPeriods; ++i) {
+      copy_async(target + static_cast<SharedAddress>(r * Tile::kRowBytes + i * kAcross * 16), source + i * kStep, bytes[i]);
+    }
+    source += kDown * from.stride_row;
+  }
+}
+
 // Starts to fill a tile with rows first, first + 1, ...; rows outside `valid` and columns past the end are 0. The
 // threads of the block share the work; the rows are there after wait_copies and a barrier.
 template <int kThreads, class Tile, class E>
 ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int first, Span valid) {
-  // copy(chunk, source, count): of a chunk the first `count` elements are those at `source`. Not unrolled, as every
-  // main loop contains this.
-  const auto for_each_chunk = [&](auto&& copy) {
-    ATTENTION_UNROLL_BY_1
-    for (int i = thread_index(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
-      const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;
-      const int room = minimum(from.columns - column, Tile::kChunk);
-      const int count = valid.has(first + row) && room > 0 ? room : 0;
-      copy(to.at(row, column), count > 0 ? from.row(first + row) + column * from.stride_col : from.data, count);
+  constexpr int kDown = kThreads / Tile::kPeriod;
+  const bool whole_chunks = from.has_whole_chunks();
+  if constexpr (kDown % 8 == 0 && Tile::kRows % kDown == 0) {
+    if (whole_chunks && valid.begin <= first && first + Tile::kRows <= valid.end) {
+      return copy_whole_rows<kDown>(to, from, first);
     }
-  };
-  if (from.has_whole_chunks()) {
-    for_each_chunk(
-        [](E* chunk, const E* source, int count) { copy_async(chunk, source, count * static_cast<int>(sizeof(E))); });
-  } else {  // any strides, any alignment
-    for_each_chunk([&](E* chunk, const E* source, int count) {
-      for (int i = 0; i < Tile::kChunk; ++i) store_shared(chunk + i, i < count ? source[i * from.stride_col] : E{});
-    });
+  }
+  // Not unrolled, as every main loop contains this.
+  ATTENTION_UNROLL_BY(1)
+  for (int i = reread_thread_index(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
+    const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;
+    const int bytes = valid.has(first + row) ? bytes_within<E>(from.columns, column) : 0;
+    const E* source = bytes > 0 ? from.row(first + row) + column * from.stride_col : from.data;
+    E* chunk = to.at(row, column);
+    if (whole_chunks) {
+      copy_async(shared_address(chunk), source, bytes);
+    } else {  // any strides, any alignment
+      const int count = bytes / static_cast<int>(sizeof(E));
+      for (int n = 0; n < Tile::kChunk; ++n) store_shared(chunk + n, n < count ? source[n * from.stride_col] : E{});
+    }
   }
 }
 

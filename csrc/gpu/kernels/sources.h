@@ -56,17 +56,58 @@ struct TileSet {
   static constexpr size_t kBytes = kCount * Tile::kBytes;
 };
 
+// The rows of each tile from `row` on, as operands that a warp reads again and again.
+template <class C, class Tile, int kCount, bool kHeld>
+class OwnRows {
+ public:
+  ATTENTION_DEVICE OwnRows(const TileSet<Tile, kCount>& tiles, int row) : tiles_(tiles), row_(row) {}
+  ATTENTION_DEVICE void load() {}
+  ATTENTION_DEVICE TileRows<C, Tile> operator[](int i) const { return {tiles_.tile[i], row_}; }
+
+ private:
+  const TileSet<Tile, kCount> tiles_;
+  const int row_;
+};
+
+// Held in registers.
+template <class C, class Tile, int kCount>
+class OwnRows<C, Tile, kCount, true> {
+ public:
+  ATTENTION_DEVICE OwnRows(const TileSet<Tile, kCount>& tiles, int row) : tiles_(tiles), row_(row) {}
+  ATTENTION_DEVICE void load() {
+    commit_copies();
+    wait_copies<0>();
+    synchronize_block();
+    ATTENTION_UNROLL
+    for (int i = 0; i < kCount; ++i) held_[i].load(tiles_.tile[i], row_);
+  }
+  ATTENTION_DEVICE const HeldRows<C, 1, Tile::kColumns>& operator[](int i) const { return held_[i]; }
+
+ private:
+  const TileSet<Tile, kCount> tiles_;
+  const int row_;
+  HeldRows<C, 1, Tile::kColumns> held_[kCount];
+};
+
 template <int kThreads, class Tile, int kCount, class E>
 ATTENTION_DEVICE void copy_set(const TileSet<Tile, kCount>& to, const Sources<E, kCount>& from, int first, Span valid) {
   ATTENTION_UNROLL
   for (int i = 0; i < kCount; ++i) copy_rows<kThreads>(to.tile[i], from.rows[i], first, valid);
 }
 
+// Numbers of rows that stream_rows keeps beside their tiles: none.
+struct NoNumbers {
+  ATTENTION_DEVICE void load(int) {}
+  ATTENTION_DEVICE void store(int) {}
+};
+
 // Streams rows through shared memory, tile by tile, copying the next tiles while f works on the current ones. Calls
-// f(first row, tiles) for all tiles that hold some of `valid`; they begin at multiples of their height, and rows
-// outside `valid` are 0.
-template <int kThreads, int kStages, class Tile, int kCount, class E, class F>
-ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& sources, Range valid, F&& f) {
+// f(first row, tiles, stage) for all tiles that hold some of `valid`; they begin at multiples of their height, and rows
+// outside `valid` are 0. Numbers of the rows, one set for each stage, are loaded when their tiles are, and stored once
+// no thread needs what that replaces.
+template <int kThreads, int kStages, class Tile, int kCount, class E, class F, class Numbers = NoNumbers>
+ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& sources, Range valid, F&& f,
+                                  Numbers&& numbers = {}) {
   using Set = TileSet<Tile, kCount>;
   const Span span(valid);
   commit_copies();  // of the tile that the block owns: the first wait is for it too, or the last where the loop is
@@ -74,15 +115,22 @@ ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& source
   const auto copy = [&](int row, int stage) {
     if (row < span.end) copy_set<kThreads>(Set(memory + stage * Set::kBytes), sources, row, span);
     commit_copies();
+    numbers.load(row);
   };
   const int first = span.begin / Tile::kRows * Tile::kRows;
-  for (int s = 0; s < kStages - 1; ++s) copy(first + s * Tile::kRows, s);
+  for (int s = 0; s < kStages - 1; ++s) {
+    copy(first + s * Tile::kRows, s);
+    numbers.store(s);
+  }
   int stage = 0;
   for (int row = first; row < span.end; row += Tile::kRows) {
-    copy(row + (kStages - 1) * Tile::kRows, (stage + kStages - 1) % kStages);
+    const int free = (stage + kStages - 1) % kStages;
+    copy(row + (kStages - 1) * Tile::kRows, free);
+    if (kStages == 1) numbers.store(free);
     wait_copies<kStages - 1>();
     synchronize_block();
-    f(row, Set(memory + stage * Set::kBytes));
+    f(row, Set(memory + stage * Set::kBytes), stage);
+    if (kStages > 1) numbers.store(free);
     synchronize_block();
     stage = (stage + 1) % kStages;
   }

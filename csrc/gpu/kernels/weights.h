@@ -14,7 +14,8 @@ class Weights {
   using Shape = GradientShape<C, kDim, Order::kFirst>;
   static constexpr int kQueries = Shape::kWarps * kFragmentRows, kKeys = Shape::kRows;
   static constexpr int kTiles = kKeys / kFragmentColumns;
-  using QueryTiles = TileSet<SharedTile<E, kQueries, kDim>, 1>;
+  using QueryTile = SharedTile<E, kQueries, kDim>;
+  using QueryTiles = TileSet<QueryTile, 1>;
   using KeyTiles = TileSet<SharedTile<E, kKeys, kDim>, 1>;
   using Scores = Fragments<T, 1, kTiles>;
 
@@ -69,7 +70,7 @@ class Weights {
     synchronize_block();
     Scores score;
     score.clear();
-    multiply_rows<C>(score, queries.tile[0], row_, keys.tile[0], 0);
+    multiply_rows<C>(score, TileRows<C, QueryTile>{queries.tile[0], row_}, keys.tile[0], 0);
     const ScoreBlock<T, kMode> block{p_, head, corner, is_partial(head, q_, {k_.begin, k_.begin + kKeys})};
     const LogsumexpRows<T> rows(p_, head, p_.logsumexp);
     for_each_kept<1, kTiles>(block, dropout_, [&](int, int n, int i, bool kept) {

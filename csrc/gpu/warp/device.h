@@ -7,8 +7,8 @@
 
 #define ATTENTION_DEVICE __device__ __forceinline__
 #define ATTENTION_UNROLL _Pragma("unroll")
-#define ATTENTION_UNROLL_BY_1 _Pragma("unroll 1")
-#define ATTENTION_UNROLL_BY_4 _Pragma("unroll 4")
+#define ATTENTION_PRAGMA(text) _Pragma(#text)
+#define ATTENTION_UNROLL_BY(count) ATTENTION_PRAGMA(unroll(count))
 
 namespace attention_ext {
 namespace {
@@ -16,6 +16,12 @@ namespace {
 // Threads
 
 ATTENTION_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same, read anew, so that what is made of it holds no registers throughout a loop.
+ATTENTION_DEVICE int reread_thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 ATTENTION_DEVICE int64_t block_index() { return blockIdx.x; }
 ATTENTION_DEVICE void synchronize_block() { __syncthreads(); }
 ATTENTION_DEVICE bool any_in_warp(bool flag) { return __any_sync(~0u, flag) != 0; }
@@ -42,13 +48,15 @@ ATTENTION_DEVICE void store_shared(T* to, T value) {
   *to = value;
 }
 
-ATTENTION_DEVICE uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+using SharedAddress = uint32_t;  // in bytes
+
+ATTENTION_DEVICE SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
 
 // `bytes` of 16 from global memory, zeros for the rest; there once wait_copies says so.
-ATTENTION_DEVICE void copy_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
+ATTENTION_DEVICE void copy_async(SharedAddress to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
 }
 ATTENTION_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
 
@@ -59,15 +67,15 @@ ATTENTION_DEVICE void wait_copies() {
 }
 
 // Four 8 x 8 matrices of 16-bit numbers; lane 8 i + j names row j of matrix i.
-ATTENTION_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
+ATTENTION_DEVICE void load_matrices(uint32_t (&to)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row)));
+               : "r"(row));
 }
-ATTENTION_DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+ATTENTION_DEVICE void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row)));
+               : "r"(row));
 }
 
 // Matrix products, fragments as PTX lays them out

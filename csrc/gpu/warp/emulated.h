@@ -15,14 +15,14 @@
 
 #define ATTENTION_DEVICE inline
 #define ATTENTION_UNROLL
-#define ATTENTION_UNROLL_BY_1
-#define ATTENTION_UNROLL_BY_4
+#define ATTENTION_UNROLL_BY(count)
 
 namespace attention_ext {
 
 // Threads
 
 inline int thread_index() { return emulation::current->thread(); }
+inline int reread_thread_index() { return thread_index(); }
 inline int64_t block_index() { return emulation::current->index(); }
 inline void synchronize_block() { emulation::current->barrier(); }
 
@@ -65,15 +65,27 @@ void store_shared(T* to, T value) {
   emulation::current->write_shared("a store", to, sizeof(T));
   *to = value;
 }
-inline void copy_async(void* to, const void* from, int bytes) { emulation::current->copy_async(to, from, bytes); }
+
+using SharedAddress = uint32_t;  // in bytes
+
+inline SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(static_cast<const char*>(pointer) - shared_memory());
+}
+inline void copy_async(SharedAddress to, const void* from, int bytes) {
+  emulation::current->copy_async(shared_memory() + to, from, bytes);
+}
 inline void commit_copies() { emulation::current->commit_copies(); }
 template <int kPending>
 void wait_copies() {
   emulation::current->wait_copies(kPending);
 }
 
-inline void load_matrices(uint32_t (&to)[4], const void* row) { emulation::load_matrices<false>(to, row); }
-inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { emulation::load_matrices<true>(to, row); }
+inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
+  emulation::load_matrices<false>(to, shared_memory() + row);
+}
+inline void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
+  emulation::load_matrices<true>(to, shared_memory() + row);
+}
 
 // Matrix products
 

@@ -18,7 +18,8 @@ struct Delta : QueryKernel<BackwardProblem> {
       const PairGradients<T, Order::kFirst> gradients(p, head, memory);
       T sum = 0;
       if (needs_exact_delta(p)) {
-        const RowNumbers<T> row{gradients.rows.logsumexp.row(q), T(0), T(0), T(0)};
+        RowNumbers<T, Order::kFirst> row{};
+        row.logsumexp = gradients.rows.logsumexp.row(q);
         const Span keys(visible_keys(p, head.sequence, {q, q + 1}));
         for (int k = keys.begin; k < keys.end; ++k) sum += gradients(q, k, row).score;
       } else {
@@ -51,7 +52,7 @@ struct QueryGradient : QueryKernel<ProblemOf<kOrder>> {
   ATTENTION_DEVICE static double mainloop(const Problem& p, const PairGradients<T, kOrder>& gradients, int q,
                                           RowSum<T>& sums) {
     const Head& head = gradients.pairs.head;
-    const RowNumbers<T> row = gradients.rows.row(q);
+    const RowNumbers<T, kOrder> row = gradients.rows.row(q);
     const HeadRows key_tangent = gradients.key_tangent();
     double slope = 0;
     const Span keys(visible_keys(p, head.sequence, {q, q + 1}));

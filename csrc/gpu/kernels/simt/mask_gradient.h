@@ -40,7 +40,7 @@ struct MaskGradient {
                                      Range key_tiles) {
     const Head& head = gradients.pairs.head;
     if (q >= head.length_q) return T(0);
-    const RowNumbers<T> row = gradients.rows.row(q);
+    const RowNumbers<T, kOrder> row = gradients.rows.row(q);
     const Range seen = visible_keys(p, head.sequence, {q, q + 1});
     const Span keys({maximum(key_tiles.begin * kWarpSize, seen.begin), minimum(key_tiles.end * kWarpSize, seen.end)});
     T sum = 0;

@@ -100,7 +100,7 @@ class PairGradients {
   }
 
   // Where a weight is 0 so is its gradient, whatever hidden rows hold.
-  ATTENTION_DEVICE PairGradient<T> operator()(int q, int k, const RowNumbers<T>& row) const {
+  ATTENTION_DEVICE PairGradient<T> operator()(int q, int k, const RowNumbers<T, kOrder>& row) const {
     const auto score = pairs.score(q, k);
     const T prob = weight_of<ScoreMode::kAll>(score.score, T(1), row.logsumexp);
     if (prob == T(0)) return {};

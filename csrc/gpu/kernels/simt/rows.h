@@ -76,7 +76,7 @@ ATTENTION_DEVICE T dot(const HeadRows& a, int64_t row_a, const HeadRows& b, int6
   return with_element<T>(a.view.dtype, [&]<class E>(E) {
     const Rows<E> x = a.row<E>(row_a), y = b.row<E>(row_b);
     T sum = 0;
-    ATTENTION_UNROLL_BY_4
+    ATTENTION_UNROLL_BY(4)
     for (int d = lane_index(); d < a.columns; d += kWarpSize) {
       sum = multiply_add(widen(x.data[d * x.stride_col]), widen(y.data[d * y.stride_col]), sum);
     }
