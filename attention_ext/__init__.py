@@ -8,6 +8,7 @@ from attention_ext import ops  # loads the operator library, so it comes first  
 
 from attention_ext import inspect as inspect  # not in __all__: it would hide the standard library's
 from attention_ext._C import build_info
+from attention_ext.flex import SparseMask
 from attention_ext.functional import attention, attention_varlen, attention_weights
 from attention_ext.integrations.replace import Replacement, replace_, restore_
 from attention_ext.integrations.sdpa import Routed, UnroutedWarning, sdpa
@@ -36,6 +37,7 @@ __all__ = [
     "Routed",
     "SelfAttention",
     "SinusoidalPositions",
+    "SparseMask",
     "UnroutedWarning",
     "alibi_slopes",
     "attention",

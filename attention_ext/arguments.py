@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Window = tuple[int | None, int | None] | None
+BlockMask = tuple[Tensor, Tensor] | None
 
 STRIDED_TO_JAGGED = (
     "torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged) makes a nested tensor x jagged"
@@ -81,6 +82,27 @@ def window_sides(window: Window) -> tuple[int | None, int | None]:
     if not torch.jit.is_scripting():
         check_pair("window", window)
     return (None, None) if window is None else window
+
+
+def block_mask_tensors(block_mask: BlockMask) -> tuple[Tensor | None, Tensor | None]:
+    """The blocks and the bits, as the operators take them. Runs in TorchScript too."""
+    if not torch.jit.is_scripting():
+        check_block_mask(block_mask)
+    return (None, None) if block_mask is None else block_mask
+
+
+def check_block_mask(block_mask: object) -> None:
+    if block_mask is None:
+        return
+    if isinstance(block_mask, tuple) and len(block_mask) == 2 and all(isinstance(x, Tensor) for x in block_mask):
+        return
+    kind = type(block_mask).__name__
+    instead = ""
+    if kind == "BlockMask":
+        instead = ": attention_ext.SparseMask.from_block_mask converts it"
+    elif isinstance(block_mask, Tensor):
+        instead = ": attention_ext.SparseMask.from_dense makes one of a bool tensor, which `attn_mask` takes as it is"
+    raise TypeError(f"attention: expected `block_mask` to be None or an attention_ext.SparseMask, got {kind}{instead}")
 
 
 def packed(name: str, x: Tensor) -> Tensor:

@@ -12,7 +12,17 @@ from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from attention_ext import jagged, script_forms
-from attention_ext.arguments import Window, check_pair, check_tensors, check_types, packed, takes_over, window_sides
+from attention_ext.arguments import (
+    BlockMask,
+    Window,
+    block_mask_tensors,
+    check_pair,
+    check_tensors,
+    check_types,
+    packed,
+    takes_over,
+    window_sides,
+)
 
 __all__ = ["attention", "attention_varlen", "attention_weights"]
 
@@ -38,14 +48,15 @@ def attention(
     key_lengths: Tensor | None = None,
     query_offset: int = 0,
     key_offset: int = 0,
+    block_mask: BlockMask = None,
     return_logsumexp: bool = False,
 ) -> Any:
     r"""Scaled dot-product attention, ``softmax(scale * query @ key^T + ...) @ value``, in memory linear in the lengths.
 
     The positional arguments are those of :func:`torch.nn.functional.scaled_dot_product_attention`, in its order and
     with its meaning; the keyword-only ones go beyond it. A score is made in this order: ``scale``, ``softcap``, then
-    the float mask and ALiBi are added, then whatever hides keys applies. ``is_causal``, ``window``, ``attn_mask`` and
-    ``key_lengths`` may be combined: a key is seen where all of them allow it.
+    the float mask and ALiBi are added, then whatever hides keys applies. ``is_causal``, ``window``, ``attn_mask``,
+    ``block_mask`` and ``key_lengths`` may be combined: a key is seen where all of them allow it.
 
     Shapes: B stands for any number of leading dimensions (also none), which broadcast against each other;
     H heads, L queries, S keys, D head_dim, Dv head_dim_v.
@@ -72,6 +83,10 @@ def attention(
         query_offset: the position of the first query in the whole sequence, for a shard of it: the diagonal, ALiBi and
             the bits of dropout follow.
         key_offset: likewise of the first key; with dropout on a GPU a multiple of 8.
+        block_mask: an :class:`attention_ext.SparseMask`, a mask by blocks of queries and keys, as FlexAttention's
+            BlockMask. Its batch and heads broadcast as those of attn_mask. Scores of empty blocks are not made, full
+            blocks cost no more than without a mask, and keys that no query of a sequence sees by their block are not
+            read. CPU only.
         return_logsumexp: also return the logarithm of the normaliser.
 
     Returns:
@@ -80,8 +95,8 @@ def attention(
         (float64 for float64), differentiable. A query that sees no key has output 0 and logsumexp ``-inf``.
 
     Nested tensors of layout torch.jagged are attended to by their offsets, as by :func:`attention_varlen`, and the
-    results are jagged as query. The lengths of key and value are equal, which is verified on the CPU only. attn_mask
-    and key_lengths must be None, and there are no gaps between sequences. Second derivatives and forward mode raise in
+    results are jagged as query. The lengths of key and value are equal, which is verified on the CPU only. attn_mask,
+    block_mask and key_lengths must be None, and there are no gaps between sequences. Second derivatives and forward mode raise in
     torch, where it views values as a nested tensor; :func:`attention_varlen` of the values and offsets has them.
 
     Raises:
@@ -91,17 +106,18 @@ def attention(
 
     Source: "Attention Is All You Need" (arXiv:1706.03762); online softmax as in "FlashAttention" (arXiv:2205.14135).
     """
+    blocks, bits = block_mask_tensors(block_mask)
     # Dynamo answers that a nested tensor has no torch function.
     if type(query) is NestedTensor or has_torch_function_variadic(
-        query, key, value, attn_mask, alibi_slopes, sinks, key_lengths
+        query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, blocks, bits
     ):
-        tensors = (query, key, value, attn_mask, alibi_slopes, sinks, key_lengths)
+        tensors = (query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, blocks, bits)
         if takes_over(*tensors):
             return handle_torch_function(
                 attention, tensors, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
                 sinks=sinks, key_lengths=key_lengths, query_offset=query_offset, key_offset=key_offset,
-                return_logsumexp=return_logsumexp,
+                block_mask=block_mask, return_logsumexp=return_logsumexp,
             )  # fmt: skip
         if any(isinstance(x, NestedTensor) for x in (query, key, value)):
             check_types(
@@ -109,9 +125,10 @@ def attention(
             )
             left, right = window_sides(window)
             out, logsumexp = jagged.attend(
-                query, key, value, {"attn_mask": attn_mask, "key_lengths": key_lengths}, dropout_p=dropout_p,
-                is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, causal_alignment=causal_alignment,
-                window_left=left, window_right=right, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+                query, key, value, {"attn_mask": attn_mask, "key_lengths": key_lengths, "block_mask": blocks},
+                dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+                causal_alignment=causal_alignment, window_left=left, window_right=right, softcap=softcap,
+                alibi_slopes=alibi_slopes, sinks=sinks,
             )  # fmt: skip
             return (out, logsumexp) if return_logsumexp else out
     if (
@@ -127,14 +144,14 @@ def attention(
     is_default = attn_mask is None and dropout_p == 0.0 and is_causal is False and scale is None and enable_gqa is False
     is_torch_call = causal_alignment == "top_left" and window is None and softcap == 0.0
     is_torch_call = is_torch_call and alibi_slopes is None and sinks is None and key_lengths is None
-    is_torch_call = is_torch_call and query_offset == 0 and key_offset == 0
+    is_torch_call = is_torch_call and query_offset == 0 and key_offset == 0 and block_mask is None
     try:
         # Each argument that is passed costs the dispatcher time, so defaults at the end are left out.
         if not is_torch_call:
             left, right = window_sides(window)
             out, logsumexp, _ = attention_op(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right,
-                softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset,
+                softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset, blocks, bits,
             )  # fmt: skip
         elif not is_default:
             out, logsumexp, _ = attention_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -167,6 +184,7 @@ def attention_varlen(
     sinks: Tensor | None = None,
     query_offset: int = 0,
     key_offset: int = 0,
+    block_mask: BlockMask = None,
     return_logsumexp: bool = False,
 ) -> Any:
     r"""Attention within each of n sequences of different lengths that are packed end to end, without padding.
@@ -184,6 +202,7 @@ def attention_varlen(
         cu_seqlens_k: ``(n + 1,)``, likewise, to at most total_k.
         attn_mask: broadcastable to ``(n, Hq, longest query sequence, longest key sequence)``.
         alibi_slopes: ``(Hq,)`` or ``(n, Hq)``; sinks likewise.
+        block_mask: for the longest sequences or longer ones, with one or n batch entries.
 
     Returns:
         The output ``(total_q, Hq, Dv)``, contiguous; with ``return_logsumexp`` a pair of it and the logsumexp
@@ -194,13 +213,14 @@ def attention_varlen(
 
     Source: the packed layout of FlashAttention's ``flash_attn_varlen_func``.
     """
-    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask, alibi_slopes, sinks)
+    blocks, bits = block_mask_tensors(block_mask)
+    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask, alibi_slopes, sinks, blocks, bits)
     if has_torch_function_variadic(*tensors) and takes_over(*tensors):
         return handle_torch_function(
             attention_varlen, tensors, query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask=attn_mask,
             dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            query_offset=query_offset, key_offset=key_offset, return_logsumexp=return_logsumexp,
+            query_offset=query_offset, key_offset=key_offset, block_mask=block_mask, return_logsumexp=return_logsumexp,
         )  # fmt: skip
     check_types(
         "attention_varlen", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
@@ -211,7 +231,7 @@ def attention_varlen(
     out, logsumexp, _ = attention_op(
         packed("query", query), packed("key", key), packed("value", value), attn_mask, dropout_p, is_causal, scale,
         enable_gqa, causal_alignment, left, right, softcap, alibi_slopes, sinks, None, cu_seqlens_q, cu_seqlens_k,
-        query_offset, key_offset,
+        query_offset, key_offset, blocks, bits,
     )  # fmt: skip
     out = packed("out", out)
     return (out, logsumexp) if return_logsumexp else out
@@ -241,6 +261,7 @@ def attention_weights(
     rng_state: Tensor | None = None,
     query_offset: int = 0,
     key_offset: int = 0,
+    block_mask: BlockMask = None,
 ) -> Tensor:
     r"""The weights that :func:`attention` gives each value, ``exp(score - logsumexp)``, made in one pass.
 
@@ -265,18 +286,19 @@ def attention_weights(
     Raises:
         RuntimeError: as :func:`attention`; also where ``dropout_p > 0`` and ``rng_state`` is None.
     """
+    blocks, bits = block_mask_tensors(block_mask)
     if not torch.jit.is_scripting():
         required = {"query": query, "key": key}
         optional = {
             "logsumexp": logsumexp, "attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks,
             "key_lengths": key_lengths, "rng_state": rng_state,
         }  # fmt: skip
-        tensors = (*required.values(), *optional.values())
+        tensors = (*required.values(), *optional.values(), blocks, bits)
         if has_torch_function_variadic(*tensors) and takes_over(*tensors):
             return handle_torch_function(
                 attention_weights, tensors, query, key, logsumexp, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, average_heads, rows, rng_state,
-                query_offset, key_offset,
+                query_offset, key_offset, block_mask,
             )  # fmt: skip
         check_types(
             "attention_weights", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal,
@@ -292,6 +314,6 @@ def attention_weights(
         row_begin, row_end = rows
     return attention_weights_op(
         query, key, logsumexp, rng_state, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left,
-        right, softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset, average_heads,
-        row_begin, row_end,
+        right, softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset, blocks, bits,
+        average_heads, row_begin, row_end,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attention_ext._C import kernels
-from attention_ext.arguments import window_sides
+from attention_ext.arguments import block_mask_tensors, window_sides
 from attention_ext.functional import attention
 
 __all__ = ["explain", "kernels"]
@@ -37,4 +37,5 @@ def explain(
     given: dict[str, Any] = {**call.arguments, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     del given["return_logsumexp"]  # makes no difference
     given["window_left"], given["window_right"] = window_sides(given.pop("window"))
+    given["block_mask"], given["block_mask_bits"] = block_mask_tensors(given["block_mask"])
     return torch.ops.attention_ext.attention_explain(**given, which=which)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attention_ext.flex.block_mask import SparseMask
+
 NEG_INF = -math.inf
 
 
@@ -49,6 +51,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     query_offset: int = 0,
     key_offset: int = 0,
+    block_mask: tuple[Tensor, Tensor] | None = None,
     keep: Tensor | None = None,
 ) -> Result:
     """Attention with the arguments of :func:`attention_ext.attention`, every score written out.
@@ -73,6 +76,7 @@ def attention(
         cu_seqlens_k: likewise for key and value.
         query_offset: position of the first query of a shard, which shifts the diagonal.
         key_offset: likewise of the first key.
+        block_mask: the blocks and the bits of an :class:`attention_ext.SparseMask`.
         keep: bool ``(batch, heads, seqlen_q, seqlen_k)``, the weights dropout keeps (see :func:`dropout_keep`); drawn
             from torch's generator where None. With ``cu_seqlens`` batch counts sequences, lengths are the longest's.
 
@@ -97,9 +101,15 @@ def attention(
     if enable_gqa:
         key, value = (x.repeat_interleave(heads // max(1, x.shape[1]), 1) for x in (key, value))
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        return _varlen(query, key, value, attn_mask, alibi_slopes, sinks, keep, cu_seqlens_q, cu_seqlens_k, dense)
+        return _varlen(
+            query, key, value, attn_mask, alibi_slopes, sinks, keep, block_mask, cu_seqlens_q, cu_seqlens_k, dense
+        )
     if attn_mask is not None and len(lead) > 2:
         attn_mask = attn_mask.expand(*lead, seqlen_q, key.shape[2]).reshape(batch, heads, seqlen_q, key.shape[2])
+    if block_mask is not None and len(lead) > 2:
+        blocks = block_mask[0].expand(*lead, *block_mask[0].shape[-2:])
+        block_mask = (blocks.reshape(batch, heads, *blocks.shape[-2:]), block_mask[1])
+    dense["block_mask"] = block_mask
     result = _dense(query, key, value, attn_mask, alibi_slopes, key_lengths, keep, sinks=sinks, **dense)
     return Result(*(x.reshape(*lead, *x.shape[2:]) for x in result))
 
@@ -135,6 +145,7 @@ def visible_keys(
     key_lengths: Tensor | None = None,
     query_offset: int = 0,
     key_offset: int = 0,
+    block_mask: tuple[Tensor, Tensor] | None = None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which key each query sees, and how far it is from the diagonal.
@@ -157,6 +168,8 @@ def visible_keys(
         visible = visible & (k <= diagonal + right)
     if attn_mask is not None:
         visible = visible & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != NEG_INF)
+    if block_mask is not None:
+        visible = visible & SparseMask(*block_mask).to_dense(seqlen_q, seqlen_k)
     return visible, diagonal - k
 
 
@@ -176,6 +189,7 @@ def _dense(
     softcap: float,
     query_offset: int,
     key_offset: int,
+    block_mask: tuple[Tensor, Tensor] | None,
     sinks: Tensor | None,
 ) -> Result:
     dtype = query.dtype
@@ -183,7 +197,7 @@ def _dense(
     query, key, value = (x.to(inner) for x in (query, key, value))
     visible, distance = visible_keys(
         query.shape[2], key.shape[2], attn_mask, is_causal, causal_alignment, window, key_lengths, query_offset,
-        key_offset, query.device,
+        key_offset, block_mask, query.device,
     )  # fmt: skip
     visible = visible.expand(*query.shape[:3], key.shape[2])
     hidden = ~visible.any(2)[..., None]  # kernels may not read these keys, so their contents must not matter
@@ -225,6 +239,7 @@ def _varlen(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     keep: Tensor | None,
+    block_mask: tuple[Tensor, Tensor] | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     options: dict[str, Any],
@@ -234,6 +249,7 @@ def _varlen(
     if attn_mask is not None:
         attn_mask = attn_mask.expand(count, heads, longest_q, longest_k)
     alibi_slopes, sinks = (None if x is None else x.expand(count, heads) for x in (alibi_slopes, sinks))
+    blocks = None if block_mask is None else block_mask[0].expand(count, heads, *block_mask[0].shape[-2:])
     outs, logsumexps = [value[:, :, :0]], [query.new_empty(1, heads, 0)]
     weights = query.new_empty(0, heads, longest_q, longest_k)
     for i, (rows_q, rows_k) in enumerate(sequences(cu_seqlens_q, cu_seqlens_k)):
@@ -247,6 +263,7 @@ def _varlen(
             None,
             None if keep is None else keep[inside],
             sinks=None if sinks is None else sinks[i : i + 1],
+            block_mask=None if blocks is None or block_mask is None else (blocks[i : i + 1], block_mask[1]),
             **options,
         )
         margin = (0, longest_k - one.weights.shape[3], 0, longest_q - one.weights.shape[2])

@@ -15,11 +15,12 @@ import torch
 from torch._jit_internal import boolean_dispatched
 from torch.jit.annotations import try_ann_to_type
 
-from attention_ext.arguments import packed, window_sides
+from attention_ext.arguments import block_mask_tensors, packed, window_sides
 
 FORM = """
 def {name}({parameters}):
     left, right = window_sides(window)
+    blocks, bits = block_mask_tensors(block_mask)
     out, logsumexp, _ = attention_op({arguments})
     return {result}
 """
@@ -28,6 +29,7 @@ SCHEMA = torch.ops.attention_ext.attention.default._schema
 NAMES = {
     "attention_op": torch.ops.attention_ext.attention,
     "window_sides": window_sides,
+    "block_mask_tensors": block_mask_tensors,
     "packed": packed,
     "Tensor": torch.Tensor,
     "Optional": Optional,
@@ -52,7 +54,7 @@ def register(function: Callable[..., Any], packs: Collection[str] = ()) -> None:
 def form(function: Callable[..., Any], packs: Collection[str], name: str, result: str) -> Callable[..., Any]:
     parameters = inspect.signature(function).parameters
     passed = {name: f'packed("{name}", {name})' if name in packs else name for name in parameters}
-    passed.update(window_left="left", window_right="right")
+    passed.update(window_left="left", window_right="right", block_mask="blocks", block_mask_bits="bits")
     source = FORM.format(
         name=name,
         parameters=", ".join(map(declaration, parameters.values())),

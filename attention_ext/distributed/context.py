@@ -67,6 +67,8 @@ class _Parallel(TorchFunctionMode):
         window = given.pop("window_left"), given.pop("window_right")
         if given.pop("query_offset") or given.pop("key_offset"):
             raise RuntimeError("context_parallel: expected no `query_offset` or `key_offset`, got one")
+        if given.pop("block_mask") is not None or given.pop("block_mask_bits") is not None:
+            raise RuntimeError("context_parallel: expected no `block_mask`, got one: `attn_mask` takes a dense one")
         out, logsumexp = attention(**{**given, **self.groups}, window=window, return_logsumexp=True)
         return out, logsumexp, out.new_empty(0, dtype=torch.int64)
 

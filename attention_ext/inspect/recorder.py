@@ -176,6 +176,9 @@ class _Recorder(TorchFunctionMode):
         options = {option: x for option, x in given.items() if option not in _NO_OPTIONS}
         if "window_left" in options or "window_right" in options:
             options["window"] = options.pop("window_left", None), options.pop("window_right", None)
+        if options.get("block_mask") is not None:
+            options["block_mask"] = options["block_mask"], options.pop("block_mask_bits")
+        options.pop("block_mask_bits", None)
         # Autocast rounded the inputs of the call.
         options["logsumexp"] = None if torch.is_autocast_enabled(query.device.type) else logsumexp
         with nullcontext() if self.differentiable else torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention_ext.arguments import check_tensors
+from attention_ext.arguments import BlockMask, check_tensors
 from attention_ext.functional import attention, attention_weights
 
 __all__ = ["TopK", "entropy", "received", "relevance", "top_k", "unpack", "unpad", "weights"]
@@ -360,6 +360,8 @@ def _of_heads(
         x = options.get(name)
         if x is not None and x.dim() >= -dim and (name != "attn_mask" or x.size(dim) > 1):
             options[name] = x.index_select(dim, chosen)
+    if options.get("block_mask") is not None and (blocks := options["block_mask"][0]).dim() > 2 and blocks.size(-3) > 1:
+        options["block_mask"] = (blocks.index_select(-3, chosen), options["block_mask"][1])
     return query.index_select(-3, chosen), key.index_select(-3, chosen // group), options
 
 
@@ -368,10 +370,13 @@ def _of_rows(
 ) -> tuple[int, Tensor, dict[str, Any]]:
     """The first row of a part of query that contains the ranges, that part, and the options for it.
 
-    Bottom-right alignment counts positions from the last query, so there the part extends to it.
+    Bottom-right alignment counts positions from the last query, so there the part extends to it. With a block mask it
+    begins at a block.
     """
     begin, end = min([x for x, _ in ranges] or [0]), max([x for _, x in ranges] or [0])
     options = dict(options)
+    if options.get("block_mask") is not None:
+        begin -= begin % options["block_mask"][1].size(1)
     if options.get("causal_alignment") == "bottom_right":
         end = query.size(-2)
     else:
@@ -379,7 +384,17 @@ def _of_rows(
     mask = options.get("attn_mask")
     if mask is not None and mask.dim() > 1 and mask.size(-2) > 1:
         options["attn_mask"] = mask[..., begin:end, :]
+    options["block_mask"] = _part_of(options.get("block_mask"), begin, end, key.size(-2))
     return begin, query[..., begin:end, :], options
+
+
+def _part_of(block_mask: BlockMask, begin: int, end: int, seqlen_k: int) -> BlockMask:
+    """The blocks of the queries from begin, where a block begins, to end, and of the first keys."""
+    if block_mask is None:
+        return None
+    blocks, bits = block_mask
+    block_q, block_k = bits.size(1), 8 * bits.size(2)
+    return blocks[..., begin // block_q : -(-end // block_q), : -(-seqlen_k // block_k)], bits
 
 
 def _consecutive(indices: Sequence[int]) -> list[tuple[int, int]]:
@@ -429,6 +444,7 @@ def _each_padded(
         one = _of_entry(options, i)
         if one.get("attn_mask") is not None:
             one["attn_mask"] = one["attn_mask"][..., :seqlen_k]
+        one["block_mask"] = _part_of(one.get("block_mask"), 0, query.size(-2), seqlen_k)
         # The query stays whole: the lower right corner of a causal mask lies at its end.
         yield {"query": query[i], "key": key[i, :, :seqlen_k], "rows": range(seqlen_q), **one}
 
@@ -441,8 +457,9 @@ def _each_packed(
     for i, (rows_q, rows_k) in enumerate(ranges):
         one = _of_entry(options, i)
         mask = one.get("attn_mask")
+        seqlen_q, seqlen_k = rows_q.stop - rows_q.start, rows_k.stop - rows_k.start
+        one["block_mask"] = _part_of(one.get("block_mask"), 0, seqlen_q, seqlen_k)
         if mask is not None:
-            seqlen_q, seqlen_k = rows_q.stop - rows_q.start, rows_k.stop - rows_k.start
             one["attn_mask"] = mask[..., :seqlen_q, :seqlen_k] if mask.dim() > 1 else mask[:seqlen_k]
         if one.get("logsumexp") is not None:
             one["logsumexp"] = one["logsumexp"][:, rows_q]
@@ -456,4 +473,6 @@ def _of_entry(options: dict[str, Any], i: int) -> dict[str, Any]:
         x = options.get(name)
         if x is not None and x.dim() == dims:
             options[name] = x[i if x.size(0) > 1 else 0]
+    if options.get("block_mask") is not None and (blocks := options["block_mask"][0]).dim() == 4:
+        options["block_mask"] = (blocks[i if blocks.size(0) > 1 else 0], options["block_mask"][1])
     return options

@@ -26,7 +26,8 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     sees no key gives zeros, as here. Weights and logsumexp are further outputs.
 
     Raises:
-        NotImplementedError: within the exporter's error, for dropout and for packed sequences (``attention_varlen``).
+        NotImplementedError: within the exporter's error, for dropout, packed sequences (``attention_varlen``) and a
+            block_mask.
 
     Source: https://onnx.ai/onnx/operators/onnx__Attention.html
     """
@@ -103,6 +104,8 @@ class _Call:
             raise NotImplementedError(
                 "ONNX: expected no packed sequences, got cu_seqlens_q: pad them and pass their lengths as key_lengths"
             )
+        if given["block_mask"] is not None:
+            raise NotImplementedError("ONNX: expected no `block_mask`, got one: `attn_mask` takes a dense one")
         self.query, self.key, self.value = given["query"], given["key"], given["value"]
         self.attributes = {"scale": given["scale"], "softcap": given["softcap"]}
         if given["scale"] is not None and given["scale"] <= 0:  # the operator takes its root

@@ -15,6 +15,8 @@ from attention_ext.ops.schema import DIFFERENTIABLE, PER_HEAD
 
 ops = torch.ops.attention_ext
 
+MASKS = ("attn_mask", "block_mask")
+
 _registered = False
 
 
@@ -119,12 +121,12 @@ def _shardable(given: dict[str, Any]) -> list[int]:
 def _placement(name: str, spec: Any, sharded: int | None) -> Any:
     from torch.distributed.tensor import Replicate, Shard
 
-    if sharded is None or name in ("rng_state", "cu_seqlens_q", "cu_seqlens_k"):
+    if sharded is None or name in ("rng_state", "cu_seqlens_q", "cu_seqlens_k", "block_mask_bits"):
         return Replicate()
-    full_ranks = {"attn_mask": 4, **dict.fromkeys(PER_HEAD, 2)}
-    full_rank = full_ranks.get(name.removesuffix("_tangent"), len(spec.shape))
+    like = name.removesuffix("_tangent")
+    full_rank = {**dict.fromkeys(MASKS, 4), **dict.fromkeys(PER_HEAD, 2)}.get(like, len(spec.shape))
     dim = sharded - (full_rank - len(spec.shape))
-    broadcasts = dim < 0 or dim >= len(spec.shape) or (name.startswith("attn_mask") and spec.shape[dim] == 1)
+    broadcasts = dim < 0 or dim >= len(spec.shape) or (like in MASKS and spec.shape[dim] == 1)
     return Replicate() if broadcasts else Shard(dim)
 
 

@@ -102,6 +102,20 @@ class Call:
             mapped = mapped.unsqueeze(1)
         return mapped.expand(-1, self.sequences, -1, -1, -1).flatten(0, 1)
 
+    def fold_block_mask(self) -> Tensor:
+        """Bits of the samples lie one after another, so that the blocks of each sample count from where its own begin.
+
+        The blocks fold as attn_mask.
+        """
+        if self.dims["block_mask_bits"] is None:
+            return self.fold_mask("block_mask", per_sample=False)
+        blocks = self.fold_mask("block_mask", per_sample=True).unflatten(0, (self.samples, self.sequences))
+        first = torch.arange(self.samples, device=blocks.device) * self.mapped("block_mask_bits").shape[1]
+        return torch.where(blocks < 0, blocks, blocks + first.view(-1, 1, 1, 1, 1)).int().flatten(0, 1)
+
+    def fold_bits(self, name: str) -> Tensor:
+        return self.values[name] if self.dims[name] is None else self.mapped(name).flatten(0, 1)
+
     def unfold_mask(self, grad: Tensor) -> Tensor:
         shape = self.mapped("attn_mask").shape
         grad = grad.unflatten(0, (self.samples, self.sequences))
@@ -135,6 +149,10 @@ class Call:
             return self.fold_rows(name, "cu_seqlens_k" if like in KEY_ROWS else "cu_seqlens_q")
         if like == "attn_mask":
             return self.fold_mask(name, like in per_sample)
+        if name == "block_mask":
+            return self.fold_block_mask()
+        if name == "block_mask_bits":
+            return self.fold_bits(name)
         if like in PER_HEAD:
             return self.fold_heads(name, like in per_sample)
         if name == "key_lengths":

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_ext.flex.block_mask import SparseMask
+
 DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
 
 _LENGTHS = {
@@ -33,6 +35,9 @@ _WINDOWS = {
     "small": {"left": (2, None), "right": (None, 1), "both": (1, 2), "diagonal": (0, 0)},
     "large": {"left": (70, None), "right": (None, 20), "both": (45, 30), "diagonal": (0, 0)},
 }
+
+
+_BLOCK_SIZES = {"small": (2, 8), "large": (48, 40)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,8 @@ class Spec:
         mask: kind and dimensions: ``"bool b11k"``, ``"float hqk"`` (3-D); ``"inf"`` as a third word masks some keys and
             one whole row by -inf, ``"hidden"`` the first batch entry, ``"transposed"`` and ``"strided"`` set its
             layout, ``"float32"`` its dtype.
+        block_mask: kind and block size: ``"causal"``, ``"document"``, ``"window"``, ``"prefix"``, ``"random bh 64x16"``;
+            only a random one has dimensions and its blocks are empty, full and partial, its first row is hidden.
         causal: the alignment, or None.
         window: ``"left"``, ``"right"``, ``"both"``, ``"diagonal"`` or ``(left, right)``.
         alignment: the alignment of a window or of ALiBi when not causal.
@@ -133,6 +140,7 @@ class Spec:
     grad_logsumexp: bool = True
     padding: int = 0
     offsets: tuple[int, int] = (0, 0)
+    block_mask: str | None = None
 
     def build(
         self, dtype: torch.dtype = torch.float64, size: str = "small", device: str | torch.device = "cpu"
@@ -175,6 +183,9 @@ class Spec:
                     mask = _mask_first_row(mask.masked_fill(mask < -0.5, -math.inf), -math.inf)
                 mask = mask.to(torch.float32 if "float32" in words else dtype)
             options["attn_mask"] = with_layout(mask, next((w for w in words if w in ("transposed", "strided")), ""))
+        if self.block_mask is not None:
+            block_mask = _block_mask(self.block_mask.split(), mask_sizes, _BLOCK_SIZES[size], random)
+            options["block_mask"] = SparseMask(*(x.to(device) for x in block_mask))
         if self.causal:
             options.update(is_causal=True, causal_alignment=self.causal)
         elif self.alignment != "top_left":
@@ -221,10 +232,11 @@ class Spec:
 
 
 def operator_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of the raw operators: ``window`` as ``window_left`` and ``window_right``."""
+    """The keywords of the raw operators: ``window`` and ``block_mask`` as two arguments each."""
     options = dict(options)
     left, right = options.pop("window", None) or (None, None)
-    return {**options, "window_left": left, "window_right": right}
+    blocks, bits = options.pop("block_mask", None) or (None, None)
+    return {**options, "window_left": left, "window_right": right, "block_mask": blocks, "block_mask_bits": bits}
 
 
 def with_layout(x: Tensor, layout: str) -> Tensor:
@@ -291,6 +303,34 @@ def _is_floating(x: Any) -> bool:
 
 def _cu_seqlens(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def _block_mask(
+    words: list[str], sizes: dict[str, int], default_size: tuple[int, int], random: torch.Generator
+) -> SparseMask:
+    kind, *more = words
+    block_size = default_size
+    if more and more[-1][0].isdigit():
+        block_q, block_k = more.pop().split("x")
+        block_size = int(block_q), int(block_k)
+    batch, heads = (sizes[dim] if dim in "".join(more) else 1 for dim in "bh")
+    q, k = torch.arange(sizes["q"])[:, None], torch.arange(sizes["k"])
+    if kind == "causal":
+        return SparseMask.from_dense(q >= k, block_size)
+    if kind == "window":
+        return SparseMask.from_dense((q - k).abs() <= max(1, sizes["k"] // 5), block_size)
+    if kind == "prefix":
+        return SparseMask.from_dense((q >= k) | (k < sizes["k"] // 3), block_size)
+    if kind == "document":
+        return SparseMask.from_dense(q // (sizes["q"] // 3 + 1) == k // (sizes["k"] // 3 + 1), block_size)
+    blocks_shape = (batch, heads, -(-sizes["q"] // block_size[0]), -(-sizes["k"] // block_size[1]))
+    blocks = torch.randint(0, 3, blocks_shape, generator=random)  # partial, empty, full
+    dense = torch.rand(batch, heads, sizes["q"], sizes["k"], generator=random) < 0.6
+    state = blocks.repeat_interleave(block_size[0], 2).repeat_interleave(block_size[1], 3)
+    state = state[:, :, : sizes["q"], : sizes["k"]]
+    dense = (state == 2) | ((state == 0) & dense)
+    dense[:1, :1, :1] = False
+    return SparseMask.from_dense(dense, block_size)
 
 
 def _mask_first_row(mask: Tensor, hidden: float) -> Tensor:

@@ -79,6 +79,39 @@ SINGLE = [
          "heads", 0.4, (9, 6), False, 0.2),
 ]  # fmt: skip
 
+BLOCK_MASKS = [
+    Spec("blocks_causal", block_mask="causal"),
+    Spec("blocks_causal_more_keys", block_mask="causal 128x128", lengths="more_keys", heads=(4, 2)),
+    Spec("blocks_document", block_mask="document 16x8"),
+    Spec("blocks_window", block_mask="window", lengths="more_queries"),
+    Spec("blocks_prefix", block_mask="prefix 32x64", lengths="more_keys"),
+    Spec("blocks_random", block_mask="random bh", lengths="more_keys"),
+    Spec("blocks_random_per_head", block_mask="random h 64x64", heads=(4, 2), lengths="more_keys"),
+    Spec("blocks_random_per_batch", block_mask="random b 128x32", heads=(3, 1), lengths="more_keys"),
+    Spec("blocks_of_one_query", block_mask="random bh 1x8", lengths="more_keys"),
+    Spec("blocks_of_odd_queries", block_mask="random h 7x24", lengths="more_queries"),
+    Spec("blocks_decode", block_mask="random bh 1x16", lengths="decode", heads=(4, 2)),
+    Spec("blocks_decode_shared", block_mask="random 2x128", lengths="decode", heads=(3, 1), sinks="heads"),
+    Spec("blocks_decode_everything", block_mask="random h 2x40", lengths="decode", mask="bool bhqk", softcap=1.5,
+         alibi="heads", window=(300, 2), alignment="bottom_right"),
+    Spec("blocks_and_causal", block_mask="random bh", causal="top_left", lengths="more_keys"),
+    Spec("blocks_and_window", block_mask="random h 32x32", window="both", alignment="bottom_right",
+         lengths="more_queries"),
+    Spec("blocks_and_bool_mask", block_mask="random bh 64x48", mask="bool bhqk", lengths="more_keys"),
+    Spec("blocks_and_padding_mask", block_mask="causal 64x64", mask="bool b11k"),
+    Spec("blocks_and_bias", block_mask="random h", mask="float bhqk inf", lengths="more_keys"),
+    Spec("blocks_and_softcap", block_mask="document", softcap=1.5),
+    Spec("blocks_and_alibi", block_mask="random b", alibi="batch", lengths="more_keys"),
+    Spec("blocks_and_sinks", block_mask="random bh", sinks="heads", heads=(4, 2)),
+    Spec("blocks_and_key_lengths", block_mask="random bh", key_lengths=True, lengths="more_keys"),
+    Spec("blocks_and_scale", block_mask="random bh 16x16", scale=-0.7),
+    Spec("blocks_and_dropout", block_mask="random bh", dropout_p=0.3, lengths="more_queries"),
+    Spec("blocks_and_offsets", block_mask="random bh 32x48", offsets=(3, 1), causal="top_left", heads=(4, 2)),
+    Spec("blocks_varlen", block_mask="random bh", varlen=True, lengths="more_keys"),
+    Spec("blocks_varlen_everything", block_mask="random bh 32x24", varlen=True, padding=5, mask="float bhqk",
+         causal="bottom_right", alibi="batch", sinks="heads", lengths="more_keys", heads=(4, 2)),
+]  # fmt: skip
+
 _SELF_CHECK = ("plain", "grouped", "bool_mask", "bias", "causal_more_keys", "window", "softcap", "alibi", "sinks")
 SELF_CHECK = [spec for spec in SINGLE if spec.name in _SELF_CHECK]
 
@@ -191,4 +224,4 @@ def _pair(x: tuple[str, int], y: tuple[str, int]) -> tuple[tuple[str, int], tupl
 
 PAIRS = pairs()
 
-FEATURES = [*SINGLE, *PAIRS]
+FEATURES = [*SINGLE, *PAIRS, *BLOCK_MASKS]

@@ -260,6 +260,9 @@ def _sequences(sample: Sample) -> list[Sample]:
         for name in ("alibi_slopes", "sinks"):
             if name in one:
                 one[name] = one[name].expand(sequences, -1)[i : i + 1]
+        if "block_mask" in one:
+            blocks, bits = one["block_mask"]
+            one["block_mask"] = (blocks.expand(sequences, *blocks.shape[1:])[i : i + 1], bits)
         if "keep" in one:
             one["keep"] = one["keep"][i : i + 1, :, :len_q, :len_k]
         grad_logsumexp = None if sample.grad_logsumexp is None else sample.grad_logsumexp[:, :, tokens_q]

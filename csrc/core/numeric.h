@@ -33,4 +33,10 @@ ATTENTION_INLINE constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return minimum(maximum(x, low), high);
 }
 
+struct Range {
+  int64_t begin = 0, end = 0;
+  ATTENTION_INLINE int64_t size() const { return end - begin; }
+  ATTENTION_INLINE bool empty() const { return end <= begin; }
+};
+
 }  // namespace attention_ext

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "core/numeric.h"
+#include "core/sparse_mask.h"
 
 namespace attention_ext {
 
@@ -53,6 +53,7 @@ struct AttentionProblem {
 
   View query, key, value;  // (b, h, q, d), (b, kv_h, k, d), (b, kv_h, k, d_v)
   View attn_mask;          // (b, h, q, k), bool (true: attend) or added to the score; q and k count within a sequence
+  SparseMask sparse_mask;
 
   const double* alibi_slopes = nullptr;        // (batch or 1, heads)
   int64_t alibi_stride_b = 0;                  // heads, or 0 where all sequences share their slopes
@@ -78,6 +79,7 @@ struct AttentionProblem {
   bool shards_heads = false;           // rng_state has four elements
 
   ATTENTION_INLINE int64_t group_size() const { return heads / kv_heads; }
+  ATTENTION_INLINE bool has_tensor_mask() const { return attn_mask || sparse_mask; }
 };
 
 // logsumexp, delta and everything else that has one number per query: (b, h, q), contiguous, in the accumulate type

@@ -14,8 +14,6 @@
 
 namespace attention_ext {
 
-enum class BlockMask : uint8_t { kEmpty, kPartial, kFull };
-
 // The mods that a kernel is compiled for: none but the scale, masks by position, a nonlinear score_mod, or all.
 enum class ScoreMode : uint8_t { kNone, kMask, kSoftcap, kAll };
 

@@ -6,12 +6,6 @@
 
 namespace attention_ext {
 
-struct Range {
-  int64_t begin = 0, end = 0;
-  ATTENTION_INLINE int64_t size() const { return end - begin; }
-  ATTENTION_INLINE bool empty() const { return end <= begin; }
-};
-
 // q and k below count within the sequence; add begin_q and begin_k for rows of the tensors.
 struct Sequence {
   int64_t batch;         // index for masks, slopes, dropout

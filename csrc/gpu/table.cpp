@@ -29,6 +29,7 @@ size_t most_shared_bytes(int compute_capability) {
 template <Planner kPlan, Reason kReason>
 const char* unavailable(const AttentionProblem& problem, int compute_capability) {
   if (compute_capability < 80) return "needs a GPU of compute capability 8.0 or later";
+  if (const char* reason = has_block_mask(problem)) return reason;
   if (const char* reason = beyond_count(problem)) return reason;
   if (const char* reason = kReason(problem)) return reason;
   const GpuPlan plan = kPlan(problem);

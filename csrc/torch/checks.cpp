@@ -1,5 +1,6 @@
 #include "torch/checks.h"
 
+#include "core/sparse_mask.h"
 #include "torch/numbers.h"
 
 namespace attention_ext {
@@ -65,17 +66,47 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, std::in
   }
 }
 
-// Lengths within a sequence are known from values only: the last two sizes are then checked with them.
-void check_mask(const char* op, const char* name, const Sizes& sizes, const Tensor& mask) {
+// The first `checked` of the four dimensions that a mask broadcasts to.
+void check_broadcasts(const char* op, const char* name, const Tensor& mask, const SymInt (&full)[4], int64_t checked) {
   TORCH_CHECK(mask.dim() >= 2 && mask.dim() <= 4, op, ": expected `", name, "` to be 2-D to 4-D, got ", mask.dim(),
               "-D");
-  const SymInt full[4] = {sizes.sequences, sizes.heads, sizes.seqlen_q, sizes.seqlen_k};
   const int64_t missing = 4 - mask.dim();
-  for (int64_t i = missing; i < (sizes.packed ? 2 : 4); ++i) {
+  for (int64_t i = missing; i < checked; ++i) {
     const SymInt size = mask.sym_size(i - missing);
     TORCH_SYM_CHECK(size.sym_eq(1).sym_or(size.sym_eq(full[i])), op, ": expected `", name, "` to broadcast to ",
                     c10::SymIntArrayRef(full, 4), ", got shape ", mask.sym_sizes());
   }
+}
+
+// Lengths within a sequence are known from values only: the last two sizes are then checked with them.
+void check_mask(const char* op, const char* name, const Sizes& sizes, const Tensor& mask) {
+  check_broadcasts(op, name, mask, {sizes.sequences, sizes.heads, sizes.seqlen_q, sizes.seqlen_k},
+                   sizes.packed ? 2 : 4);
+}
+
+void check_block_mask(const char* op, const Sizes& sizes, const AttentionOptions& options, c10::Device device) {
+  TORCH_CHECK(options.block_mask.has_value() == options.block_mask_bits.has_value(), op,
+              ": expected `block_mask` and `block_mask_bits` together, got only ",
+              options.block_mask ? "`block_mask`" : "`block_mask_bits`");
+  if (!options.block_mask) return;
+  const Tensor &blocks = *options.block_mask, &bits = *options.block_mask_bits;
+  check_tensor(op, "block_mask", blocks, device);
+  check_tensor(op, "block_mask_bits", bits, device);
+  check_dtype(op, "block_mask", blocks, at::kInt);
+  check_dtype(op, "block_mask_bits", bits, at::kByte);
+  check_rank(op, "block_mask_bits", bits, "(partial blocks, block_q, block_k / 8)", 3);
+  TORCH_SYM_CHECK(bits.sym_size(1).sym_ge(1).sym_and(bits.sym_size(2).sym_ge(1)), op,
+                  ": expected `block_mask_bits` to have blocks of at least 1 query and 8 keys, got shape ",
+                  bits.sym_sizes());
+  const SymInt block_q = bits.sym_size(1), block_k = bits.sym_size(2) * kKeysPerByte;
+  const auto own = [&](int64_t dim) { return blocks.dim() < 2 ? SymInt(1) : blocks.sym_size(dim); };
+  check_broadcasts(op, "block_mask", blocks, {sizes.sequences, sizes.heads, own(-2), own(-1)}, 2);
+  if (sizes.packed) return;
+  const SymInt rows = (sizes.seqlen_q + block_q - 1) / block_q, columns = (sizes.seqlen_k + block_k - 1) / block_k;
+  TORCH_SYM_CHECK(blocks.sym_size(-2).sym_eq(rows).sym_and(blocks.sym_size(-1).sym_eq(columns)), op,
+                  ": expected `block_mask` to have (", rows, ", ", columns, ") blocks of ", block_q, " queries and ",
+                  block_k, " keys for the lengths ", sizes.seqlen_q, " and ", sizes.seqlen_k, ", got shape ",
+                  blocks.sym_sizes());
 }
 
 void check_per_head(const char* op, const char* name, const Sizes& sizes, const Tensor& tensor) {
@@ -187,6 +218,7 @@ Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, co
                 dtype_name(mask.scalar_type()));
     check_mask(op, "attn_mask", sizes, mask);
   }
+  check_block_mask(op, sizes, options, device);
   if (options.alibi_slopes) {
     check_tensor(op, "alibi_slopes", *options.alibi_slopes, device);
     check_per_head(op, "alibi_slopes", sizes, *options.alibi_slopes);

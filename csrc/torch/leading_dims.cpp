@@ -67,12 +67,12 @@ Tensor fold_heads(const Tensor& tensor, const SymDimVector& batch, const SymInt&
   return tensor.expand_symint(joined(batch, inner)).flatten(0, -4);
 }
 
-// Broadcasts to (*batch, H, L, S), then to (B, H, L, S). Only a mask that differs along some but not all of several
-// leading dimensions is copied.
-Tensor fold_mask(const char* op, const Tensor& mask, const SymDimVector& batch) {
+// Broadcasts to (*batch, H, L, S), then to (B, H, L, S), or with blocks of L and S. Only a mask that differs along some
+// but not all of several leading dimensions is copied.
+Tensor fold_mask(const char* op, const char* name, const Tensor& mask, const SymDimVector& batch) {
   if (batch.size() < 2 || mask.dim() < 4) return at_rank(mask, 2);
   const SymIntArrayRef leading = leading_sizes(mask, kInner), inner = last_sizes(mask, kInner);
-  check_leading(op, "attn_mask", leading, batch);
+  check_leading(op, name, leading, batch);
   const bool is_shared = std::all_of(leading.begin(), leading.end(), [](const SymInt& size) { return size == 1; });
   if (is_shared) return mask.reshape_symint(joined({1}, inner));
   return mask.expand_symint(joined(batch, inner)).flatten(0, -4);
@@ -123,7 +123,8 @@ FoldedCall::FoldedCall(const char* op, const Tensor& q, const Tensor& k, const T
   key = fold_heads(key, batch_, heads);
   value = fold_heads(value, batch_, heads);
 
-  if (given.attn_mask) options.attn_mask = fold_mask(op, *given.attn_mask, batch_);
+  if (given.attn_mask) options.attn_mask = fold_mask(op, "attn_mask", *given.attn_mask, batch_);
+  if (given.block_mask) options.block_mask = fold_mask(op, "block_mask", *given.block_mask, batch_);
   if (given.cu_seqlens_q || given.cu_seqlens_k) return;  // the rest is per sequence, not per batch entry
   if (given.alibi_slopes) options.alibi_slopes = fold_per_head(op, "alibi_slopes", *given.alibi_slopes, batch_);
   if (given.sinks) options.sinks = fold_per_head(op, "sinks", *given.sinks, batch_);

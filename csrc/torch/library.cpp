@@ -26,7 +26,8 @@ const std::string kOptions =
     "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, bool enable_gqa=False, "
     "str causal_alignment=\"top_left\", SymInt? window_left=None, SymInt? window_right=None, float softcap=0.0, "
     "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "
-    "Tensor? cu_seqlens_k=None, SymInt query_offset=0, SymInt key_offset=0";
+    "Tensor? cu_seqlens_k=None, SymInt query_offset=0, SymInt key_offset=0, Tensor? block_mask=None, "
+    "Tensor? block_mask_bits=None";
 
 const std::string kTangents =
     "Tensor? query_tangent, Tensor? key_tangent, Tensor? value_tangent, Tensor? attn_mask_tangent, "

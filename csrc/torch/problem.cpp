@@ -83,6 +83,47 @@ Tensor readable_mask(const Tensor& mask, const AttentionProblem& problem) {
   return once.to(wide ? at::kDouble : at::kFloat);
 }
 
+// Entries that a broadcast repeats are read once.
+void verify_blocks(const char* op, const SparseMask& mask, int64_t partial, const Tensor& blocks) {
+  const auto distinct = [&](int64_t stride, int64_t dim) { return stride == 0 ? 1 : blocks.size(dim); };
+  for (int64_t b = 0; b < distinct(mask.stride_b, 0); ++b) {
+    for (int64_t h = 0; h < distinct(mask.stride_h, 1); ++h) {
+      for (int64_t q = 0; q < blocks.size(2); ++q) {
+        const int32_t* row = mask.row(b, h, q);
+        for (int64_t k = 0; k < blocks.size(3); ++k) {
+          TORCH_CHECK(row[k] >= kFullBlock && row[k] < partial, op,
+                      ": expected `block_mask` to hold -2 (full), -1 (empty) or which of the ", partial,
+                      " blocks of `block_mask_bits`, got ", row[k], " at (", b, ", ", h, ", ", q, ", ", k, ")");
+        }
+      }
+    }
+  }
+}
+
+void fill_sparse_mask(AttentionProblem& problem, Converted& converted, const char* op,
+                      const AttentionOptions& options) {
+  const Tensor& bits = converted.emplace_back(options.block_mask_bits->contiguous());
+  Tensor blocks = *options.block_mask;
+  while (blocks.dim() < 4) blocks = blocks.unsqueeze(0);
+  if (blocks.size(3) != 1 && blocks.stride(3) != 1) blocks = blocks.contiguous();
+  converted.push_back(blocks);
+  SparseMask& mask = problem.sparse_mask;
+  const auto stride = [&](int64_t dim) { return blocks.size(dim) == 1 ? 0 : blocks.stride(dim); };
+  mask = {blocks.const_data_ptr<int32_t>(),
+          stride(0),
+          stride(1),
+          blocks.stride(2),
+          bits.const_data_ptr<uint8_t>(),
+          bits.size(1),
+          bits.size(2) * kKeysPerByte};
+  const int64_t rows = ceil_div(problem.max_seqlen_q, mask.block_q);
+  const int64_t columns = ceil_div(problem.max_seqlen_k, mask.block_k);
+  TORCH_CHECK(blocks.size(2) >= rows && blocks.size(3) >= columns, op,
+              ": expected `block_mask` to reach the longest sequence by (", rows, ", ", columns, ") blocks of ",
+              mask.block_q, " queries and ", mask.block_k, " keys, got shape ", options.block_mask->sizes());
+  if (blocks.is_cpu()) verify_blocks(op, mask, bits.size(0), blocks);
+}
+
 void fill_structure(AttentionProblem& problem, Converted& converted, const char* op, const AttentionOptions& options) {
   if (options.key_lengths) {
     problem.key_lengths = keep_as(at::kLong, *options.key_lengths, converted).const_data_ptr<int64_t>();
@@ -154,6 +195,7 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   }
   if (options.sinks) problem.sinks = per_head(*options.sinks, converted, problem.sinks_stride_b);
   fill_structure(problem, converted, op, options);
+  if (options.block_mask) fill_sparse_mask(problem, converted, op, options);
 
   if (options.dropout_p > 0 && rng_state) {
     problem.rng_state = static_cast<const int64_t*>(contiguous_data(*rng_state, converted));

@@ -68,7 +68,11 @@ WeightsCall::WeightsCall(const Tensor& query_, const Tensor& key_, const Tensor&
 }
 
 Tensor WeightsCall::visible(const Tensor& keys) const {
-  if (!options.key_lengths && !options.is_causal && !options.window_left && !options.window_right) return keys;
+  if (TORCH_GUARD_OR_FALSE(keys.sym_numel().sym_eq(0))) return keys;
+  const Tensor shown_by_blocks = options.block_mask ? keys.masked_fill(hidden_by_blocks(), 0) : keys;
+  if (!options.key_lengths && !options.is_causal && !options.window_left && !options.window_right) {
+    return shown_by_blocks;
+  }
   const Tensor k = positions(0, length_k()).unsqueeze(1);
   std::vector<Tensor> hidden;
   if (options.key_lengths) hidden.push_back(k >= options.key_lengths->view({-1, 1, 1, 1}));
@@ -79,9 +83,21 @@ Tensor WeightsCall::visible(const Tensor& keys) const {
     hidden.push_back(k > end(length_q() - 1) + options.window_right->min(kUnlimited));
   }
   if (options.window_left) hidden.push_back(k < end(0) - options.window_left->min(kUnlimited));
-  Tensor shown = keys;
+  Tensor shown = shown_by_blocks;
   for (const Tensor& some : hidden) shown = shown.masked_fill(some, 0);
   return shown;
+}
+
+Tensor WeightsCall::hidden_by_blocks() const {
+  Tensor shown = (*options.block_mask != kEmptyBlock).any(-2);
+  while (shown.dim() < 3) shown = shown.unsqueeze(0);
+  if (!is_one(shown.sym_size(1))) {
+    const SymInt kv_heads = key.sym_size(1), group = query.sym_size(1) / kv_heads;
+    shown = shown.reshape_symint({shown.sym_size(0), kv_heads, group, shown.sym_size(2)}).any(2);
+  }
+  const SymInt block_k = (options.block_mask_bits->sym_size(2) * kKeysPerByte).min(length_k());
+  const Tensor of_keys = shown.unsqueeze(-1).expand_symint({-1, -1, -1, block_k}).flatten(2);
+  return of_keys.narrow_symint(2, 0, length_k()).unsqueeze(-1).logical_not();
 }
 
 Tensor WeightsCall::diagonal(const Tensor& q) const {

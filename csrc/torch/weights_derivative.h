@@ -50,9 +50,10 @@ class WeightsCall {
 
   at::Tensor diagonal(const at::Tensor& q) const;  // the key that q is aligned with
 
-  // Zeros for keys or values beyond a length, and for those that no query's band reaches: they may hold anything, and 0
-  // times NaN is NaN.
+  // Zeros for keys or values beyond a length, and for those that no query's band or block of the block mask reaches:
+  // they may hold anything, and 0 times NaN is NaN.
   at::Tensor visible(const at::Tensor& keys) const;
+  at::Tensor hidden_by_blocks() const;  // (B or 1, Hkv or 1, Lk, 1), bool
 
   // GQA as plain matrices: (B, H, rows, n) as (B, Hkv, group * rows, n), and back
   at::Tensor grouped(const at::Tensor& rows) const;

@@ -26,10 +26,14 @@ struct AttentionOptions {
   std::optional<at::Tensor> cu_seqlens_q, cu_seqlens_k;  // (sequences + 1,), with batch 1 and sequences packed
   c10::SymInt query_offset = 0;  // of a shard of longer sequences: the position of its first query
   c10::SymInt key_offset = 0;    // likewise of its first key
+  // Broadcasts to (batch, heads, query blocks, key blocks), int32: -1 where a block is empty, -2 where it is full, else
+  // which of block_mask_bits (partial blocks, block_q, block_k / 8), uint8, it has: the lowest bit is the first key's.
+  std::optional<at::Tensor> block_mask, block_mask_bits;
 
   auto fields() const {
     return std::tie(attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window_left, window_right,
-                    softcap, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, query_offset, key_offset);
+                    softcap, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, query_offset, key_offset,
+                    block_mask, block_mask_bits);
   }
 
   // Those that have gradients and tangents, in the order in which the operators list them.

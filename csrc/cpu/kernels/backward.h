@@ -91,6 +91,10 @@ class BackwardBlocks {
     clear_lanes(scratch_.grad_value, (shape_.keys + 1) * shape_.value_columns);
     const Range seen = visible_keys(p_, sequence_, {0, sequence_.length_q});
     Range k{maximum(rows.begin, seen.begin), minimum(rows.end, seen.end)};
+    if (p_.sparse_mask && !k.empty()) {
+      const int64_t head = kv_head_ * p_.group_size();
+      k = p_.sparse_mask.hull(sequence_.batch, {head, head + p_.group_size()}, {0, sequence_.length_q}, k);
+    }
     if (!k.empty()) {
       pair_padding_ = k.begin % C::kPair;
       k.begin -= pair_padding_;

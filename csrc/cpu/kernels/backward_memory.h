@@ -202,7 +202,7 @@ struct BackwardScratch {
     weight = arena.take<T>(block);
     grad_score = arena.take<T>(block);
     softcap_grad = arena.take<T>(score_mods_of(p).is_nonlinear() ? block : 0);
-    bias = arena.take<T>(p.attn_mask ? block : 0);
+    bias = arena.take<T>(p.has_tensor_mask() ? block : 0);
     grad_query = arena.take<T>(shape.adds_queries ? 0 : kQueries<T> * shape.columns);
     grad_key = arena.take<T>((shape.keys + 1) * shape.columns);
     grad_value = arena.take<T>((shape.keys + 1) * shape.value_columns);

@@ -100,11 +100,30 @@ class DecodeJob {
 
   void mainloop() {
     open();
-    const Range all = visible_keys(p_, sequence_, {0, sequence_.length_q});
-    const int64_t begin = all.begin + split_ * kKeysPerSplit;
-    const Range mine{begin, minimum(begin + kKeysPerSplit, all.end)};
-    end_ = all.end;
-    for (int64_t k = mine.begin; k < mine.end; k += kKeys) block({k, minimum(k + kKeys, mine.end)});
+    visible_ = visible_keys(p_, sequence_, {0, sequence_.length_q});
+    const int64_t begin = visible_.begin + split_ * kKeysPerSplit;
+    const int64_t end = minimum(begin + kKeysPerSplit, visible_.end);
+    for (Range k = block_from(begin); k.begin < end;) {
+      const Range next = block_from(k.end);
+      block(k, next);
+      k = next;
+    }
+  }
+
+  // The next keys from k on, none of them hidden from all queries by the sparse mask; at the end of all keys none.
+  Range block_from(int64_t k) const {
+    for (; k < visible_.end; k = block_end(k)) {
+      const Range keys{k, block_end(k)};
+      if (!p_.sparse_mask) return keys;
+      const int64_t head = kv_head_ * shape_.group;
+      const Range run =
+          p_.sparse_mask.first_run(sequence_.batch, {head, head + shape_.group}, {0, sequence_.length_q}, keys);
+      if (!run.empty()) return run;
+    }
+    return {visible_.end, visible_.end};
+  }
+  int64_t block_end(int64_t k) const {
+    return minimum(visible_.begin + round_up(k - visible_.begin + 1, kKeys), visible_.end);
   }
 
   void open() {
@@ -122,7 +141,7 @@ class DecodeJob {
 
   // Few keys at a time, so that all rows of queries find them in L1; while dot products run, the block's values are on
   // their way, and the next block's keys while the values are summed.
-  void block(Range k) {
+  void block(Range k, Range next) {
     const int64_t rows = shape_.group * sequence_.length_q;
     RowsAhead values = RowsAhead(source(p_.value, k.begin), k.size(), p_.head_dim_v)
                            .in_steps(k.size() / kLanes<T> * rows * (shape_.width / kLanes<T>));
@@ -146,7 +165,7 @@ class DecodeJob {
     }
     if (!seen) return;
     RowsAhead next_keys =
-        RowsAhead(source(p_.key, k.end), minimum(kKeys, end_ - k.end), p_.head_dim)
+        RowsAhead(source(p_.key, next.begin), next.size(), p_.head_dim)
             .in_steps(k.size() * row_groups(rows, kTogether<T>) * ceil_div(shape_.columns, kColumnsTogether));
     for (int64_t i = 0; i < k.size(); i += kValueRows) {
       const int64_t keys = minimum(kValueRows, k.size() - i);
@@ -185,14 +204,18 @@ class DecodeJob {
     using Ops = VectorOps<T>;
     const int64_t head = kv_head_ * shape_.group + g, r = g * sequence_.length_q + q;
     T* scores = score(r).data;
-    const ScoreMods mods = score_mods_of(p_, sequence_, head);
+    ScoreMods mods = score_mods_of(p_, sequence_, head);
+    const bool reads_bits =
+        p_.sparse_mask && p_.sparse_mask.block_mask(sequence_.batch, head, {q, q + 1}, k) != BlockMask::kFull;
+    mods.bias.present |= reads_bits;
     const Vec<T> hidden = splat<T>(static_cast<T>(-__builtin_inf()));
     Vec<T> block_max = hidden;
     decltype(block_max != hidden) seen{};
     for (int64_t i = 0; i < k.size(); i += kLanes<T>) {
       const int64_t count = k.size() - i;
       const auto distance = static_cast<T>(k.begin + i - q - sequence_.diagonal);
-      const Position<Ops> at{splat<T>(distance) + iota<T>(), mask_row(head, q, k.begin + i, count)};
+      Position<Ops> at{splat<T>(distance) + iota<T>(), mask_row(head, q, k.begin + i, count)};
+      if (reads_bits) at.bias = sees(head, q, k.begin + i, count) ? at.bias : hidden;
       Vec<T> s = mods.masked<Ops>(mods.score_mod<Ops>(load(scores + i), at).score, at);
       s = iota<T>() < splat<T>(static_cast<T>(count)) ? s : hidden;
       store(scores + i, s);
@@ -228,13 +251,21 @@ class DecodeJob {
     return bias;
   }
 
+  // By the sparse mask, a key per lane.
+  auto sees(int64_t head, int64_t q, int64_t k, int64_t count) const {
+    using Word = std::decay_t<decltype(KeyBits<T>{}[0])>;
+    const Range keys{k, k + minimum<int64_t>(count, kLanes<T>)};
+    const auto bits = static_cast<Word>(p_.sparse_mask.visible_bits(sequence_.batch, head, q, keys));
+    return (splat<Word>(bits) & (splat<Word>(1) << iota<Word>())) != 0;
+  }
+
   const ForwardProblem& p_;
   DecodeShape<C> shape_;
   DecodeShared<C> shared_;
   DecodeScratch<C> scratch_;
   Sequence sequence_{};
   int64_t kv_head_, split_;
-  int64_t end_ = 0;  // of all keys: those after this split's are likely to be the next job
+  Range visible_{};  // all keys: those after this split's are likely to be the next job
   T *maximum_, *sum_;
   Matrix<T> sums_;
 };

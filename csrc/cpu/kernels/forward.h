@@ -34,7 +34,7 @@ struct ForwardScratch {
     weight = arena.take<Element>(C::kPair == 1 ? 0 : padded_keys * kQueries<T>);
     sums = arena.take<T>(shape.tiles_per_job * kQueries<T> * shape.columns);
     score = arena.take<T>(padded_keys * kQueries<T>);
-    bias = arena.take<T>(p.attn_mask ? padded_keys * kQueries<T> : 0);
+    bias = arena.take<T>(p.has_tensor_mask() ? padded_keys * kQueries<T> : 0);
     factor = arena.take<T>(kQueries<T>);
     rows.maximum = arena.take<T>(shape.tiles_per_job * kQueries<T>);
     rows.sum = arena.take<T>(shape.tiles_per_job * kQueries<T>);

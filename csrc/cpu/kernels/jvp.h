@@ -42,7 +42,7 @@ struct JvpScratch {
     sums = arena.take<T>(shape.tiles_per_job * kQueries<T> * shape.columns);
     kept_weight = arena.take<T>(block);
     kept_tangent = arena.take<T>(block);
-    bias = arena.take<T>(p.attn_mask ? block : 0);
+    bias = arena.take<T>(p.has_tensor_mask() ? block : 0);
     bias_tangent = arena.take<T>(tangent.attn_mask ? block : 0);
     mean = arena.take<T>(shape.tiles_per_job * kQueries<T>);
     logsumexp = arena.take<T>(kLogsumexpNumbers<T>);

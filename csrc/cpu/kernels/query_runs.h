@@ -63,12 +63,12 @@ class QueryRun {
   // pack(k) for every block of keys that a tile sees, and part(i, tile, lane, keys) for the keys that each tile sees.
   template <class Pack, class Part>
   void for_each_block(Pack&& pack, Part&& part) {
-    pair_padding_ = visible_.begin % C::kPair;
-    const int64_t first = visible_.begin - pair_padding_;  // pairs of packed rows stay pairs
+    const int64_t first = visible_.begin - visible_.begin % C::kPair;  // pairs of packed rows stay pairs
     for (int64_t k = first / kKeys * kKeys; k < visible_.end; k += kKeys) {
-      packed_kv_ = {maximum(k, first), minimum(k + kKeys, visible_.end)};
+      packed_kv_ = shown({maximum(k, first), minimum(k + kKeys, visible_.end)});
+      if (packed_kv_.empty()) continue;
+      pair_padding_ = maximum<int64_t>(visible_.begin - packed_kv_.begin, 0);
       pack(packed_kv_);
-      pair_padding_ = 0;
       for (int64_t i = 0; i < count_; ++i) {
         for_each_part<C>(problem_, tiles_[i], packed_kv_,
                          [&](const Tile& tile, int64_t lane, Range keys) { part(i, tile, lane, keys); });
@@ -87,6 +87,18 @@ class QueryRun {
   int64_t pair_padding_ = 0;  // rows before the first visible key that only complete a pair
 
  private:
+  // Of k, what lies between the first and the last key in blocks that the sparse mask shows to a tile.
+  Range shown(Range k) const {
+    if (!problem_.sparse_mask) return k;
+    Range all{k.end, k.begin};
+    for (int64_t i = 0; i < count_; ++i) {
+      const Tile& tile = tiles_[i];
+      const Range keys = problem_.sparse_mask.hull(sequence_.batch, {tile.head, tile.head + 1}, tile.q, k);
+      if (!keys.empty()) all = {minimum(all.begin, keys.begin), maximum(all.end, keys.end)};
+    }
+    return all;
+  }
+
   // Heads of a group run innermost, so that the tiles of a job see nearly the same keys.
   void make_tiles(int64_t run) {
     const int64_t tiles = ceil_div(sequence_.length_q, kQueries<T>) * problem_.group_size();

@@ -118,6 +118,79 @@ Staged stage_mask(const View& mask, const Tile& tile, Range k, Matrix<T> to) {
   return staged;
 }
 
+// Bits of keys, a query per lane.
+template <class T>
+using KeyBits = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;
+
+// The queries of a vector in a sparse mask, which mostly lie in one row of blocks.
+struct SparseRows {
+  const int32_t* blocks;
+  int64_t row;  // within the block
+  bool in_one_block;
+};
+
+// Eight keys of `key_block`, from a byte of its bits on. Lanes past the end repeat the last query.
+template <class T>
+ATTENTION_INLINE KeyBits<T> load_octet(const SparseMask& mask, const Tile& tile, int64_t vector, const SparseRows& rows,
+                                       int64_t key_block, int64_t byte) {
+  using Word = std::decay_t<decltype(KeyBits<T>{}[0])>;
+  const int64_t first = tile.q.begin + vector * kLanes<T>, last = minimum<int64_t>(kLanes<T>, tile.q.end - first) - 1;
+  alignas(64) Word words[kLanes<T>];
+  if (rows.in_one_block) {
+    const int32_t block = rows.blocks[key_block];
+    if (block < 0) return splat<Word>(block == kFullBlock ? 0xFF : 0);
+    const uint8_t* from = mask.bits_of(block, rows.row, byte);
+    for (int64_t i = 0; i < kLanes<T>; ++i) words[i] = from[minimum(i, last) * (mask.block_k / kKeysPerByte)];
+  } else {
+    const int64_t key = key_block * mask.block_k + byte * kKeysPerByte;
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      words[i] = mask.octet(tile.sequence.batch, tile.head, first + minimum(i, last), key);
+    }
+  }
+  return load(words);
+}
+
+// The sparse mask of a block: what it hides becomes -inf in `to`, all else 0, or stays if `adds`. Of a full block
+// nothing is written.
+template <class T>
+Staged stage_sparse(const SparseMask& mask, const Tile& tile, Range k, bool adds, Matrix<T> to) {
+  using Bits = KeyBits<T>;
+  using Word = std::decay_t<decltype(Bits{}[0])>;
+  const int64_t b = tile.sequence.batch, h = tile.head;
+  if (const BlockMask all = mask.block_mask(b, h, tile.q, k); all == BlockMask::kFull) return {all, k};
+  SparseRows rows[kQueryVectors];
+  for (int64_t v = 0; v < tile.vectors; ++v) {
+    const int64_t first = tile.q.begin + v * kLanes<T>, last = minimum(first + kLanes<T>, tile.q.end) - 1;
+    const int64_t block = first / mask.block_q;
+    rows[v] = {mask.row(b, h, block), first % mask.block_q, last < (block + 1) * mask.block_q};
+  }
+  const Vec<T> hidden = splat<T>(static_cast<T>(-__builtin_inf()));
+  Staged staged{BlockMask::kFull, {k.begin, k.begin}};
+  int64_t key_block = k.begin / mask.block_k;
+  for (int64_t octet = k.begin / kKeysPerByte * kKeysPerByte; octet < k.end; octet += kKeysPerByte) {
+    if (octet == (key_block + 1) * mask.block_k) ++key_block;
+    const int64_t byte = (octet - key_block * mask.block_k) / kKeysPerByte;
+    const Range keys{maximum(octet, k.begin), minimum(octet + kKeysPerByte, k.end)};
+    const Bits wanted = splat<Word>(((1 << keys.size()) - 1) << (keys.begin - octet));
+    Bits shown{}, missing{};
+    for (int64_t v = 0; v < tile.vectors; ++v) {
+      const Bits bits = load_octet<T>(mask, tile, v, rows[v], key_block, byte);
+      shown |= bits & wanted;
+      missing |= ~bits & wanted;
+      for (int64_t key = keys.begin; key < keys.end; ++key) {
+        T* lanes = to.row(key - k.begin) + v * kLanes<T>;
+        store(lanes, (bits & splat<Word>(1 << (key - octet))) != 0 ? (adds ? load(lanes) : Vec<T>{}) : hidden);
+      }
+    }
+    if (!any_lane(shown)) continue;
+    if (staged.visible.empty()) staged.visible = {keys.begin, keys.begin};
+    if (staged.visible.end != keys.begin || any_lane(missing)) staged.mask = BlockMask::kPartial;
+    staged.visible.end = keys.end;
+  }
+  if (staged.visible.empty()) staged.mask = BlockMask::kEmpty;
+  return staged;
+}
+
 // Of attn_mask or its gradient, keys k of the queries after a tile.
 ATTENTION_INLINE RowsAhead next_mask_rows(const View& mask, const Tile& tile, Range k) {
   if (!mask || mask.stride_row == 0) return {};
@@ -140,8 +213,8 @@ struct Block {
   }
 };
 
-// False where the block holds no visible key; otherwise block.k is k without the keys at both ends that attn_mask
-// hides. `bias` is room for (kKeys, kQueries) numbers.
+// False where the block holds no visible key; otherwise block.k is k without the keys at both ends that attn_mask and
+// the sparse mask hide. `bias` is room for (kKeys, kQueries) numbers.
 template <class T>
 bool make_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> bias, Block<T>& block) {
   block.mods = score_mods_of(p, tile.sequence, tile.head);
@@ -151,9 +224,16 @@ bool make_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> 
     const Staged staged = stage_mask(p.attn_mask, tile, k, bias);
     block.k = staged.visible;
     bias_block = staged.mask;
-    block.bias = as_operand(rows_from(bias, block.k.begin - k.begin));
+  }
+  if (p.sparse_mask && !block.k.empty()) {
+    const Staged staged = stage_sparse<T>(p.sparse_mask, tile, block.k, static_cast<bool>(p.attn_mask),
+                                          rows_from(bias, block.k.begin - k.begin));
+    block.k = staged.visible;
+    bias_block = minimum(bias_block, staged.mask);
+    block.mods.bias.present = true;
   }
   if (block.k.empty()) return false;
+  if (block.mods.reads_bias()) block.bias = as_operand(rows_from(bias, block.k.begin - k.begin));
   const BlockMask mask = block.mods.restrict_to(tile.q, block.k, tile.sequence.diagonal, bias_block);
   if (mask == BlockMask::kEmpty) return false;
   block.mode = block.mods.mode();
@@ -162,6 +242,17 @@ bool make_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> 
     block.first_distance[v] = splat<T>(distance - static_cast<T>(v * kLanes<T>)) - iota<T>();
   }
   return true;
+}
+
+// Calls f(keys) for each run of the keys in blocks that the sparse mask shows to the tile, all of them without one.
+template <class F>
+ATTENTION_INLINE void for_each_run(const AttentionProblem& p, const Tile& tile, Range keys, F&& f) {
+  while (!keys.empty()) {
+    Range run = keys;
+    if (p.sparse_mask) run = p.sparse_mask.first_run(tile.sequence.batch, {tile.head, tile.head + 1}, tile.q, keys);
+    if (!run.empty()) f(run);
+    keys.begin = run.end;
+  }
 }
 
 // Calls f(tile, lane, keys) for the keys of k that a tile sees. Where a mask is partial, the halves of the tile see
@@ -179,14 +270,14 @@ ATTENTION_INLINE void for_each_part(const AttentionProblem& p, const Tile& tile,
   if (all.empty()) return;
   const BlockMask mask = PositionMasks::of(p).block_mask(tile.q, all, tile.sequence.diagonal);
   if (tile.vectors <= kHalf || mask == BlockMask::kFull) {
-    f(tile, int64_t{0}, all);
+    for_each_run(p, tile, all, [&](Range keys) { f(tile, int64_t{0}, keys); });
     return;
   }
   for (int64_t vector = 0; vector < tile.vectors; vector += kHalf) {
     const int64_t lane = vector * kLanes<T>;
     const Range q{tile.q.begin + lane, minimum(tile.q.begin + lane + kHalf * kLanes<T>, tile.q.end)};
-    const Range keys = visible_in(q);
-    if (!keys.empty()) f(Tile{tile.sequence, tile.head, q, ceil_div(q.size(), kLanes<T>)}, lane, keys);
+    const Tile half{tile.sequence, tile.head, q, ceil_div(q.size(), kLanes<T>)};
+    for_each_run(p, half, visible_in(q), [&](Range keys) { f(half, lane, keys); });
   }
 }
 

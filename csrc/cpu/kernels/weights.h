@@ -24,7 +24,7 @@ struct WeightsScratch {
     key_rows = arena.take<Element>(padded_keys * depth);
     weight = arena.take<T>(padded_keys * kQueries<T>);
     mean = arena.take<T>(padded_keys * kQueries<T>);
-    bias = arena.take<T>(p.attn_mask ? kKeys * kQueries<T> : 0);
+    bias = arena.take<T>(p.has_tensor_mask() ? kKeys * kQueries<T> : 0);
     logsumexp = arena.take<T>(kLogsumexpNumbers<T>);
   }
 };
@@ -66,9 +66,14 @@ class WeightsJob {
 
   void add_head(const Tile& tile, Range block_keys, Vec<T> share) {
     const Range seen = visible_keys(p_, tile.sequence, tile.q);
-    const Range keys{maximum(block_keys.begin, seen.begin), minimum(block_keys.end, seen.end)};
+    for_each_run(p_, tile, {maximum(block_keys.begin, seen.begin), minimum(block_keys.end, seen.end)},
+                 [&](Range keys) { add_run(tile, block_keys.begin, keys, share); });
+  }
+
+  // Into the columns of `mean` from first_key on.
+  void add_run(const Tile& tile, int64_t first_key, Range keys, Vec<T> share) {
     Block<T> block;
-    if (keys.empty() || !make_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
+    if (!make_block(p_, tile, keys, Matrix<T>{scratch_.bias, kQueries<T>}, block)) return;
     const Range k = block.k;
     const int64_t b = tile.sequence.batch, rows = round_up(k.size(), 2);
     const QueryOperand<C> query(scratch_.query_columns, tile, p_.head_dim);
@@ -88,7 +93,7 @@ class WeightsJob {
       share *= splat<T>(static_cast<T>(dropout_.kept_scale));
     }
     for (int64_t r = 0; r < k.size(); ++r) {
-      T* to = scratch_.mean + (k.begin - block_keys.begin + r) * kQueries<T>;
+      T* to = scratch_.mean + (k.begin - first_key + r) * kQueries<T>;
       for (int64_t lane = 0; lane < tile.vectors * kLanes<T>; lane += kLanes<T>) {
         store(to + lane, fma(load(weight.row(r) + lane), share, load(to + lane)));
       }

@@ -10,8 +10,9 @@ using Reason = const char* (*)(const AttentionProblem&);
 
 template <Reason kReason>
 const char* unavailable(const AttentionProblem& problem) {
-  const char* reason = beyond_count(problem);
-  return reason ? reason : kReason(problem);
+  if (const char* reason = has_block_mask(problem)) return reason;
+  if (const char* reason = beyond_count(problem)) return reason;
+  return kReason(problem);
 }
 
 template <Plan (*kPlan)(const AttentionProblem&), Reason kReason, Pass kPass>
