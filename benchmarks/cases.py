@@ -20,6 +20,8 @@ class Case:
         mask: "half_padding" (bool, the second half of the keys), "bias" (float, per head) or "bias_grad" (with its
             gradient).
         packed: lengths of packed sequences, for attention_varlen; length_q and length_k are then their sum.
+        block_mask: whether the visible pairs of is_causal and packed are given as a SparseMask instead; the other way
+            is then the call with these arguments.
         peaked: scores so far apart that most weights underflow or are subnormal.
         layout: "heads_first", "heads_last" (the memory of a projection) or "unaligned" (row stride head_dim + 1).
         passes: see `passes.PASSES`.
@@ -45,6 +47,7 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     packed: tuple[int, ...] = ()
+    block_mask: bool = False
     peaked: bool = False
     layout: str = "heads_first"
     passes: tuple[str, ...] = ("forward", "backward")
@@ -164,6 +167,19 @@ def _flex_cases() -> list[Case]:
     return cases
 
 
+def _block_mask_cases() -> list[Case]:
+    cases = []
+    for dtype in (FLOAT32, BFLOAT16):
+        sizes: dict[str, Any] = {"group": "blocks", "dtype": dtype, "block_mask": True, "is_causal": True}
+        cases += [
+            Case("H8 L1024 d64 causal blocks", **sizes),
+            Case("H2 L4096 d64 causal blocks", heads=2, length_q=4096, **sizes),
+            Case("H8 documents 1024 512 256 128 64 64", packed=(1024, 512, 256, 128, 64, 64), **sizes),
+            Case("H2 16 documents of 1024", heads=2, packed=(1024,) * 16, **sizes),
+        ]
+    return cases
+
+
 def _tiny_cases() -> list[Case]:
     return [
         Case("H1 L4 d8", "tiny", FLOAT32, heads=1, length_q=4, head_dim=8),
@@ -171,4 +187,12 @@ def _tiny_cases() -> list[Case]:
     ]
 
 
-CASES = [*_main_cases(), *_odd_cases(), *_long_cases(), *_derivative_cases(), *_flex_cases(), *_tiny_cases()]
+CASES = [
+    *_main_cases(),
+    *_odd_cases(),
+    *_long_cases(),
+    *_derivative_cases(),
+    *_flex_cases(),
+    *_block_mask_cases(),
+    *_tiny_cases(),
+]

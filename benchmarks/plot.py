@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     timed = [
         row
         for row in measured["results"]
-        if row.get("torch_s") and row["pass"] != "inference" and row["group"] != "flex"  # same cases as main
+        if row.get("torch_s") and row["pass"] != "inference" and row["group"] not in ("flex", "blocks")  # cases of main
     ]
     memory = [row for row in measured["results"] if row["group"] == "memory" and "training step" in row["case"]]
     overview = [

@@ -64,6 +64,8 @@ def build(case: Case) -> Ways:
         "alibi_slopes": torch.logspace(-1, -8, case.heads, base=2.0) if case.alibi else None,
         "sinks": torch.randn(case.heads, generator=generator) if case.sinks else None,
     }
+    if case.block_mask:
+        return _block_mask(case, inputs, options)
     if case.packed:
         return Ways(inputs, _packed(case, options), {"sdpa per sequence": _per_sequence(case)})
 
@@ -77,6 +79,26 @@ def build(case: Case) -> Ways:
     if case.group == "flex":
         return Ways(inputs, ours, {"flex_attention": _flex(case, inputs)})
     return Ways(inputs, ours, _theirs(case, fixed_mask, options))
+
+
+def _block_mask(case: Case, inputs: list[Tensor], options: dict[str, Any]) -> Ways:
+    """Against the arguments that say the same."""
+    document = torch.arange(len(case.packed)).repeat_interleave(torch.tensor(case.packed, dtype=torch.long))
+
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[query] == document[key]) if case.packed else query >= key
+
+    mask = attention_ext.SparseMask.from_mask_mod(is_visible, None, None, case.length_q, case.length_k)
+    others = {**options, "is_causal": False}
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention_ext.attention(query, key, value, block_mask=mask, **others)
+
+    def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention_ext.attention(query, key, value, **options)
+
+    theirs = {"attention_varlen": _packed(case, options)} if case.packed else {"is_causal": causal}
+    return Ways(inputs, ours, theirs)
 
 
 def _packed(case: Case, options: dict[str, Any]) -> Way:

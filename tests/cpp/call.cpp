@@ -26,6 +26,18 @@ int64_t cu_seqlen(int64_t total, int64_t sequences, int64_t i, bool of_keys) {
   return i == 0 ? 0 : total / 2;
 }
 
+// Of the sparse mask: every third block is empty, every third full, and those between have bits.
+BlockMask block_at(int64_t h, int64_t query_block, int64_t key_block) {
+  return static_cast<BlockMask>((query_block + 2 * key_block + h) % 3);
+}
+bool bit_at(int64_t h, int64_t q, int64_t k) { return (q * 7 + k * 5 + h) % 4 != 0; }
+
+bool blocks_hide(const Case& c, int64_t h, int64_t q, int64_t k) {
+  if (c.block_q == 0) return false;
+  const BlockMask block = block_at(h, q / c.block_q, k / c.block_k);
+  return block == BlockMask::kEmpty || (block == BlockMask::kPartial && !bit_at(h, q, k));
+}
+
 int64_t value_at(const Guarded& memory, int64_t i) { return static_cast<const int64_t*>(memory.data())[i]; }
 
 double number_at(const Guarded& memory, int64_t i) { return static_cast<const double*>(memory.data())[i]; }
@@ -62,6 +74,8 @@ Call::Call(const Case& c, DType type)
       value_tangent(type, c.batch, c.kv_heads, c.seqlen_k, c.head_dim_v),
       out_tangent(type, c.batch, c.heads, c.seqlen_q, c.head_dim_v, true),
       logsumexp_tangent(accumulate_type(type), c.batch, c.heads, c.seqlen_q, 1),
+      blocks(static_cast<size_t>(c.heads * query_blocks() * key_blocks()) * 4),
+      bits(static_cast<size_t>(c.heads * query_blocks() * key_blocks() * c.block_q * c.block_k / 8)),
       slopes(static_cast<size_t>(c.heads) * 8),
       sinks(static_cast<size_t>(c.heads) * 8),
       lengths(static_cast<size_t>(c.batch) * 8),
@@ -107,9 +121,31 @@ Call::Call(const Case& c, DType type)
     static_cast<int64_t*>(cu_seqlens_q.data())[i] = cu_seqlen(c.seqlen_q, kSequences, i, false);
     static_cast<int64_t*>(cu_seqlens_k.data())[i] = cu_seqlen(c.seqlen_k, kSequences, i, true);
   }
+  fill_blocks();
   if (c.key_lengths || c.poisoned_from < c.seqlen_k) poison_keys();
   static_cast<int64_t*>(rng_state.data())[0] = 0x123456789ABCDEF;
   static_cast<int64_t*>(rng_state.data())[1] = 42;
+}
+
+// The bits of each block lie at its number, those of empty and full blocks unused. Beyond the lengths they are set.
+void Call::fill_blocks() {
+  auto* numbers = static_cast<int32_t*>(blocks.data());
+  auto* bytes = static_cast<uint8_t*>(bits.data());
+  int32_t number = 0;
+  for (int64_t h = 0; h < spec.heads; ++h) {
+    for (int64_t i = 0; i < query_blocks(); ++i) {
+      for (int64_t j = 0; j < key_blocks(); ++j, ++number) {
+        const BlockMask block = block_at(h, i, j);
+        numbers[number] = block == BlockMask::kEmpty ? kEmptyBlock : block == BlockMask::kFull ? kFullBlock : number;
+        for (int64_t q = i * spec.block_q; block == BlockMask::kPartial && q < (i + 1) * spec.block_q; ++q) {
+          for (int64_t k = j * spec.block_k; k < (j + 1) * spec.block_k; ++k) {
+            const int64_t bit = ((number * spec.block_q + q % spec.block_q) * spec.block_k) + k % spec.block_k;
+            if (!bit_at(h, q, k)) bytes[bit / 8] &= static_cast<uint8_t>(~(1U << (bit % 8)));
+          }
+        }
+      }
+    }
+  }
 }
 
 void Call::poison_keys() {
@@ -141,6 +177,15 @@ void Call::fill(AttentionProblem& p) const {
     p.attn_mask.stride_b = 0;
     if (mask->sizes[2] == 1) p.attn_mask.stride_row = 0;
     if (mask->sizes[3] == 1) p.attn_mask.stride_col = 0;
+  }
+  if (spec.block_q > 0) {
+    p.sparse_mask = {static_cast<const int32_t*>(blocks.data()),
+                     0,
+                     query_blocks() * key_blocks(),
+                     key_blocks(),
+                     static_cast<const uint8_t*>(bits.data()),
+                     spec.block_q,
+                     spec.block_k};
   }
   if (spec.alibi) p.alibi_slopes = static_cast<const double*>(slopes.data());
   if (spec.sinks) p.sinks = static_cast<const double*>(sinks.data());
@@ -346,7 +391,7 @@ Expected expect(const Call& call) {
             x = c.mask != Mask::kBool ? x + bias : bias != 0 ? x : -INFINITY;
           }
           if (k < diagonal - c.window_left || k > diagonal + c.window_right) x = -INFINITY;
-          if (extra_mask_hides(k - diagonal)) x = -INFINITY;
+          if (extra_mask_hides(k - diagonal) || blocks_hide(c, h, q, k)) x = -INFINITY;
           total += std::exp(x);
           if (c.dropout_p > 0) {
             const long dropped = std::lround(c.dropout_p * 65536);

@@ -18,6 +18,7 @@ struct Case {
   bool bottom_right = false;
   int64_t query_offset = 0, key_offset = 0;
   double softcap = 0.0, scale = 0.3, dropout_p = 0.0, slope = 0.1;
+  int64_t block_q = 0, block_k = 0;    // of a sparse mask, none where 0
   int64_t poisoned_from = kUnlimited;  // keys and values from here on are NaN; the extra mask hides them
   bool alibi = false, sinks = false, key_lengths = false, varlen = false, heads_last = false;
 };
@@ -29,6 +30,7 @@ struct Call {
   Array logsumexp, logsumexp_low, grad_logsumexp, weights, mean_weights;
   Array query_tangent, key_tangent, value_tangent, out_tangent, logsumexp_tangent;
   std::optional<Array> mask, grad_mask, mask_tangent;
+  Guarded blocks, bits;  // of the sparse mask, whose heads differ
   Guarded slopes, sinks, lengths, cu_seqlens_q, cu_seqlens_k, rng_state, grad_slopes, grad_sinks, slopes_tangent,
       sinks_tangent;
 
@@ -45,6 +47,9 @@ struct Call {
 
  private:
   int64_t sequences() const;
+  int64_t query_blocks() const { return spec.block_q > 0 ? ceil_div(spec.seqlen_q, spec.block_q) : 0; }
+  int64_t key_blocks() const { return spec.block_q > 0 ? ceil_div(spec.seqlen_k, spec.block_k) : 0; }
+  void fill_blocks();
   void fill(AttentionProblem& problem) const;
   void fill(BackwardProblem& problem);
   Tangents tangents() const;

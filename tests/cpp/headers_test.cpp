@@ -107,6 +107,62 @@ void test_blocks() {
   }
 }
 
+// The ranges of a sparse mask, against its bits one by one.
+void test_sparse_mask() {
+  constexpr int64_t kQueries = 5, kKeys = 30;
+  const int32_t blocks[] = {0,           kEmptyBlock, kFullBlock,  kEmptyBlock,  // head 0, queries 0 and 1
+                            1,           kEmptyBlock, kEmptyBlock, kFullBlock,   // queries 2 and 3
+                            kEmptyBlock, kEmptyBlock, kEmptyBlock, 2,            // query 4
+                            kFullBlock,  kFullBlock,  1,           kEmptyBlock,  // head 1
+                            kEmptyBlock, kEmptyBlock, kEmptyBlock, kEmptyBlock, 2, 0, kFullBlock, kEmptyBlock};
+  const uint8_t bits[] = {0x0F, 0x81, 0x00, 0x7E, 0x55, 0xAA};
+  const SparseMask mask{blocks, 0, 12, 4, bits, 2, 8};
+  const auto sees_key = [&](int64_t h, int64_t q, int64_t k) {
+    const int32_t block = blocks[h * 12 + q / 2 * 4 + k / 8];
+    return block < 0 ? block == kFullBlock : (bits[block * 2 + q % 2] >> (k % 8) & 1) != 0;
+  };
+  const auto shows_block = [&](Range heads, Range q, int64_t k) {
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      for (int64_t i = q.begin; i < q.end; ++i) {
+        if (blocks[h * 12 + i / 2 * 4 + k / 8] != kEmptyBlock) return true;
+      }
+    }
+    return false;
+  };
+  for (int64_t q0 = 0; q0 < kQueries; ++q0) {
+    for (int64_t k0 = 0; k0 < kKeys; ++k0) {
+      for (int64_t k1 = k0 + 1; k1 <= kKeys; ++k1) {
+        for (int64_t h = 0; h < 2; ++h) {
+          const uint64_t found = mask.visible_bits(0, h, q0, {k0, k1});
+          for (int64_t k = k0; k < k1; ++k) {
+            check(((found >> (k - k0)) & 1) == (sees_key(h, q0, k) ? 1u : 0u), "visible_bits");
+          }
+        }
+        for (int64_t q1 = q0 + 1; q1 <= kQueries; ++q1) {
+          for (const Range heads : {Range{0, 1}, Range{1, 2}, Range{0, 2}}) {
+            Range run{k1, k1}, hull{};
+            for (int64_t k = k1 - 1; k >= k0; --k) {
+              if (!shows_block(heads, {q0, q1}, k)) continue;
+              run = {k, shows_block(heads, {q0, q1}, k + 1) && k + 1 < k1 ? run.end : k + 1};
+              hull = {k, hull.empty() ? k + 1 : hull.end};
+            }
+            const Range got_run = mask.first_run(0, heads, {q0, q1}, {k0, k1});
+            const Range got_hull = mask.hull(0, heads, {q0, q1}, {k0, k1});
+            check(got_run.empty() == run.empty() && (run.empty() || got_run.begin == run.begin), "a run begins");
+            check(got_run.end == run.end, "a run ends, where there is none at the end");
+            check(got_hull.empty() == hull.empty(), "a hull is empty");
+            check(hull.empty() || (got_hull.begin == hull.begin && got_hull.end == hull.end), "a hull");
+          }
+        }
+      }
+    }
+  }
+  check(mask.block_mask(0, 0, {0, 2}, {16, 24}) == BlockMask::kFull, "a full block");
+  check(mask.block_mask(0, 0, {0, 2}, {8, 16}) == BlockMask::kEmpty, "an empty block");
+  check(mask.block_mask(0, 0, {0, 4}, {16, 24}) == BlockMask::kPartial, "a full and an empty block");
+  check(mask.block_mask(0, 0, {0, 1}, {0, 8}) == BlockMask::kPartial, "a block of bits");
+}
+
 void test_packed_sequences() {
   const int64_t cu_seqlens_q[] = {0, 3, 3, 8}, cu_seqlens_k[] = {0, 0, 4, 6};
   AttentionProblem p;
@@ -128,6 +184,7 @@ void test_headers() {
   test_philox();
   test_invalid_lengths();
   test_blocks();
+  test_sparse_mask();
   test_packed_sequences();
 }
 

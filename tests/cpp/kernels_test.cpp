@@ -300,6 +300,34 @@ std::vector<Case> cases() {
   add("float mask", [](Case& c) { c.mask = Mask::kFloat; });
   add("float mask per key", [](Case& c) { c.mask = Mask::kFloatPerKey; });
   add("float mask per query", [](Case& c) { c.mask = Mask::kFloatPerQuery; });
+  add("sparse mask", [](Case& c) {
+    c.block_q = 16;
+    c.block_k = 24;
+  });
+  add("sparse mask of odd blocks, with a bool mask", [](Case& c) {
+    c.seqlen_q = 150;
+    c.seqlen_k = 230;
+    c.block_q = 7;
+    c.block_k = 8;
+    c.mask = Mask::kBool;
+    c.window_left = 130;
+  });
+  add("sparse mask of few queries", [](Case& c) {
+    c.seqlen_q = 3;
+    c.seqlen_k = 700;
+    c.block_q = 2;
+    c.block_k = 40;
+    c.sinks = true;
+    c.heads = 4;
+    c.kv_heads = 2;
+  });
+  add("varlen sparse mask", [](Case& c) {
+    c.varlen = true;
+    c.batch = 1;
+    c.block_q = 4;
+    c.block_k = 16;
+    c.window_right = 0;
+  });
   add("causal", [](Case& c) { c.window_right = 0; });
   add("causal bottom right", [](Case& c) {
     c.window_right = 0;
