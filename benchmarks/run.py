@@ -34,7 +34,7 @@ from passes import PASSES
 from attention_ext import info
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = ["main", "odd", "long", "derivatives", "flex", "tiny", "modules", "memory"]
+GROUPS = ["main", "odd", "long", "derivatives", "flex", "blocks", "tiny", "modules", "memory"]
 ON_REQUEST = ["transformers"]
 
 

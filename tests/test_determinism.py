@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attention_ext.testing import SINGLE, Sample, Spec, evaluate, operator, operator_options
+from attention_ext.testing import BLOCK_MASKS, SINGLE, Sample, Spec, evaluate, operator, operator_options
 
 SPECS = [
     Spec("one_head", lengths=(300, 700), head_dims=(64, 64), batch=1, heads=(1, 1)),
@@ -70,7 +70,7 @@ def test_repeats(spec: Spec, device: str, threads: Callable[[int], None]) -> Non
         del between
 
 
-@pytest.mark.parametrize("spec", SINGLE, ids=lambda x: x.name)
+@pytest.mark.parametrize("spec", [*SINGLE, *BLOCK_MASKS[::4]], ids=lambda x: x.name)
 def test_every_feature_repeats(spec: Spec, device: str) -> None:
     sample = spec.build(torch.bfloat16, "large", device)
     assert_equal(evaluate_all(sample), evaluate_all(sample))

@@ -566,3 +566,13 @@ def test_emulated_kernels_are_chosen_by_name_only() -> None:
     query = torch.randn(1, 1, 4, 8)
     lines = explain(query, query, query).strip().split("\n")
     assert "emulated_sm80/forward: an emulation for tests: only when asked for by name" in lines
+
+
+@pytest.mark.parametrize("rows", ["emulated_sm80", "emulated_simt"])
+def test_block_masks_are_refused_in_words(rows: str, emulate: Any) -> None:
+    emulate(rows)
+    query = torch.randn(1, 1, 64, 8)
+    mask = attention_ext.SparseMask.from_dense(torch.ones(64, 64, dtype=torch.bool).tril())
+    message = f"{rows}/forward: serves no block_mask yet: attn_mask takes a dense one"
+    with pytest.raises(NotImplementedError, match=message):
+        attention_ext.attention(query, query, query, block_mask=mask)

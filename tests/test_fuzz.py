@@ -44,6 +44,10 @@ def specs(draw: st.DrawFn, kinds: tuple[str, ...] = ("dense", "dense", "key_leng
     layout = draw(
         st.sampled_from(["contiguous", "heads_last", "packed", "offset", "strided", "expanded", "overlapping"])
     )
+    block_mask = None
+    if draw(st.integers(0, 3)) == 0:
+        block_q, block_k = draw(st.sampled_from([1, 7, 16, 64])), draw(st.sampled_from([8, 24, 64, 128]))
+        block_mask = f"random {draw(st.sampled_from(['bh', 'h', 'b', '11']))} {block_q}x{block_k}"
     return Spec(
         f"fuzz {draw(st.integers(0, 2**30))}",
         lengths=(seqlen_q, seqlen_k),
@@ -66,6 +70,7 @@ def specs(draw: st.DrawFn, kinds: tuple[str, ...] = ("dense", "dense", "key_leng
         distribution=draw(st.sampled_from(["gaussian", "gaussian", "x3"])),
         grad=draw(st.sampled_from(["random", "ones", "heads_last"])),
         grad_logsumexp=draw(st.booleans()),
+        block_mask=block_mask,
     )
 
 

@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention_ext
 from attention_ext import inspect, reference
 from attention_ext.inspect import statistics
-from attention_ext.testing import EMPTY, SINGLE, Sample, Spec, operator, with_keep
+from attention_ext.testing import BLOCK_MASKS, EMPTY, SINGLE, Sample, Spec, operator, with_keep
 
-DENSE = [x for x in SINGLE if not x.varlen]
-NAMED = {x.name: x for x in SINGLE}
-PACKED = [x for x in SINGLE if x.varlen]
+DENSE = [x for x in (*SINGLE, *BLOCK_MASKS) if not x.varlen]
+NAMED = {x.name: x for x in (*SINGLE, *BLOCK_MASKS)}
+PACKED = [x for x in (*SINGLE, *BLOCK_MASKS) if x.varlen]
 
 
 @pytest.fixture(autouse=True)
@@ -268,7 +268,16 @@ def test_packed_sequences(spec: Spec, device: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "causal_bottom_right", "bias", "bool_mask_padding", "alibi_per_batch", "sinks_per_batch", "window"],
+    [
+        "plain",
+        "causal_bottom_right",
+        "bias",
+        "bool_mask_padding",
+        "alibi_per_batch",
+        "sinks_per_batch",
+        "window",
+        "blocks_random",
+    ],
 )
 def test_padded_sequences(name: str, device: str) -> None:
     """Padding receives nothing and gives nothing."""

@@ -16,13 +16,16 @@ import pytest
 import torch
 
 from attention_ext import _C, explain, reference
-from attention_ext.testing import SINGLE, Sample, Spec, evaluate, operator, operator_options, with_keep
+from attention_ext.testing import BLOCK_MASKS, SINGLE, Sample, Spec, evaluate, operator, operator_options, with_keep
 
 ROWS: list[dict[str, Any]] = _C.kernels()
 SETS = list(dict.fromkeys(row["isa"] for row in ROWS if row["available"] and row["device"] == "cpu"))
-NAMED = {x.name: x for x in SINGLE}
+NAMED = {x.name: x for x in (*SINGLE, *BLOCK_MASKS)}
 PASSES = ("forward", "backward", "weights")
-HEADLINE = ("plain", "grouped", "causal", "bias", "everything", "dropout", "varlen_causal", "decode", "wider_value")
+HEADLINE = (
+    "plain", "grouped", "causal", "bias", "everything", "dropout", "varlen_causal", "decode", "wider_value",
+    "blocks_random", "blocks_decode",
+)  # fmt: skip
 
 
 @pytest.fixture

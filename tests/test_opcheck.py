@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from attention_ext.testing import DIFFERENTIABLE, EMPTY, SINGLE, Sample, Spec, operator, operator_options
+from attention_ext.testing import BLOCK_MASKS, DIFFERENTIABLE, EMPTY, SINGLE, Sample, Spec, operator, operator_options
 from attention_ext.testing.second_order import tangents_of
 
 NAMES = """plain grouped wider_value bool_mask_padding bias_per_head bias_transposed causal_bottom_right window
 softcap alibi_per_batch sinks key_lengths varlen_bias dropout everything decode empty_batch empty_keys empty_queries
-empty_value"""
+empty_value blocks_random blocks_varlen"""
 CASES = [
-    *(x for x in (*SINGLE, *EMPTY) if x.name in NAMES.split()),
+    *(x for x in (*SINGLE, *EMPTY, *BLOCK_MASKS) if x.name in NAMES.split()),
     Spec("packed", layout="packed"),
     Spec("strided", layout="strided"),
     Spec("expanded", layout="expanded"),

@@ -67,6 +67,24 @@ def weights_gradients(inputs: dict[str, Any], average_heads: bool) -> tuple[Any,
     return torch.autograd.grad(weights.square().sum(), list(given.values()))
 
 
+def check_block_mask(mesh: Any) -> None:
+    """Its blocks are sharded with batch or heads, its bits are on every rank."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    dense = torch.rand(2, 4, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.6
+    query, key, value = (x for name, x in tensors().items() if name in ("query", "key", "value"))
+    expected = attention_ext.attention(query, key, value, attn_mask=dense, enable_gqa=True)
+    for dim in (0, 1):
+        mask = attention_ext.SparseMask.from_dense(dense, (2, 8))
+        q, k, v, blocks = (distribute_tensor(x, mesh, [Shard(dim)]) for x in (query, key, value, mask.blocks))
+        bits = distribute_tensor(mask.bits, mesh, [Replicate()])
+        with CommDebugMode() as communication:
+            out: Any = attention_ext.attention(q, k, v, enable_gqa=True, block_mask=(blocks, bits))
+        assert (communication.get_total_counts(), out.placements) == (0, (Shard(dim),))
+        torch.testing.assert_close(out.full_tensor(), expected)
+
+
 def attend(x: list[Any], **options: Any) -> Any:
     return F.scaled_dot_product_attention(*x, **options)
 
@@ -142,6 +160,7 @@ def run(rank: int, folder: str) -> None:
     check_sdpa(mesh)
     check_context_parallel(mesh)
     sharding.register()
+    check_block_mask(mesh)
     expected_out, expected = gradients(tensors())
     for dim in (0, 1):
         placements = {name: Shard(dim) if name in ("query", "key", "value") else Replicate() for name in tensors()}

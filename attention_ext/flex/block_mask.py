@@ -197,8 +197,7 @@ def _sizes(block_size: int | tuple[int, int]) -> tuple[int, int]:
     sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
     if len(sizes) != 2 or min(sizes) < 1 or sizes[1] % KEYS_PER_BYTE:
         raise ValueError(
-            "SparseMask: expected a block size of queries and keys, at least 1 and a multiple of 8, got "
-            f"{block_size!r}"
+            f"SparseMask: expected a block size of queries and keys, at least 1 and a multiple of 8, got {block_size!r}"
         )
     return sizes
 

@@ -8,7 +8,18 @@ from attention_ext.testing.samples import (
     operator_options,
     with_layout,
 )
-from attention_ext.testing.specs import BLOCK_MASKS, EMPTY, FEATURES, HARD, HEAD_DIMS, LENGTHS, LONG, PAIRS, SELF_CHECK, SINGLE
+from attention_ext.testing.specs import (
+    BLOCK_MASKS,
+    EMPTY,
+    FEATURES,
+    HARD,
+    HEAD_DIMS,
+    LENGTHS,
+    LONG,
+    PAIRS,
+    SELF_CHECK,
+    SINGLE,
+)
 from attention_ext.testing.tolerance import Comparison, assert_accurate, compare, evaluate, operator, with_keep
 
 __all__ = [

@@ -310,7 +310,7 @@ def _block_mask(
 ) -> SparseMask:
     kind, *more = words
     block_size = default_size
-    if more and more[-1][0].isdigit():
+    if more and "x" in more[-1]:
         block_q, block_k = more.pop().split("x")
         block_size = int(block_q), int(block_k)
     batch, heads = (sizes[dim] if dim in "".join(more) else 1 for dim in "bh")
