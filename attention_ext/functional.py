@@ -96,8 +96,9 @@ def attention(
 
     Nested tensors of layout torch.jagged are attended to by their offsets, as by :func:`attention_varlen`, and the
     results are jagged as query. The lengths of key and value are equal, which is verified on the CPU only. attn_mask,
-    block_mask and key_lengths must be None, and there are no gaps between sequences. Second derivatives and forward mode raise in
-    torch, where it views values as a nested tensor; :func:`attention_varlen` of the values and offsets has them.
+    block_mask and key_lengths must be None, and there are no gaps between sequences. Second derivatives and forward
+    mode raise in torch, where it views values as a nested tensor; :func:`attention_varlen` of the values and offsets
+    has them.
 
     Raises:
         TypeError: for an argument of another type, as torch.

@@ -29,8 +29,8 @@ class SparseMask(NamedTuple):
     their bits mean nothing.
 
     Attributes:
-        blocks: ``(B or 1, H or 1, ceil(L / block_q), ceil(S / block_k))``, int32: -1 where a block is empty, -2 where it
-            is full, else the index of its bits.
+        blocks: ``(B or 1, H or 1, ceil(L / block_q), ceil(S / block_k))``, int32: -1 where a block is empty, -2 where
+            it is full, else the index of its bits.
         bits: ``(partial blocks, block_q, block_k / 8)``, uint8: bit ``k % 8`` of byte ``k / 8`` is set where the key is
             seen.
 

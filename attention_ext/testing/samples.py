@@ -102,8 +102,8 @@ class Spec:
         mask: kind and dimensions: ``"bool b11k"``, ``"float hqk"`` (3-D); ``"inf"`` as a third word masks some keys and
             one whole row by -inf, ``"hidden"`` the first batch entry, ``"transposed"`` and ``"strided"`` set its
             layout, ``"float32"`` its dtype.
-        block_mask: kind and block size: ``"causal"``, ``"document"``, ``"window"``, ``"prefix"``, ``"random bh 64x16"``;
-            only a random one has dimensions and its blocks are empty, full and partial, its first row is hidden.
+        block_mask: kind and, if not the default, block size: ``"causal"``, ``"document"``, ``"window"``, ``"prefix"``
+            or ``"random bh 64x16"``, which has dimensions and empty, full and partial blocks, and hides the first row.
         causal: the alignment, or None.
         window: ``"left"``, ``"right"``, ``"both"``, ``"diagonal"`` or ``(left, right)``.
         alignment: the alignment of a window or of ALiBi when not causal.
