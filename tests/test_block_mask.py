@@ -164,7 +164,7 @@ def test_keys_of_empty_blocks_are_not_read(length: int) -> None:
     """Not even those between visible blocks."""
     keys = 500
     seen = torch.arange(keys) // 32 % 3 != 1
-    seen &= torch.arange(keys) < 400
+    seen &= torch.arange(keys) < 416
     made = SparseMask.from_dense(seen.expand(length, keys), (16, 32))
     query, key, value = (x.detach().double() for x in tensors((1, 2, keys, 16)))
     query = query[:, :, :length].requires_grad_()
@@ -309,7 +309,7 @@ ERRORS: list[tuple[Any, str]] = [
         lambda: call(MADE.blocks.clamp_min(-1) + 9),
         "expected `block_mask` to hold -2 .full., -1 .empty. or which of the [0-9]+ blocks of `block_mask_bits`, got",
     ),
-    (lambda: call(MADE.blocks - 3), r"got -[45] at \(0, 0, 0, [01]\)"),
+    (lambda: call(MADE.blocks - 3), r"got -3 at \(0, 0, 0, [01]\)"),
     (lambda: call(MADE.blocks.to("meta")), "expected `block_mask` on the device of `query`, cpu, got meta"),
 ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from attention_ext.testing import EMPTY, FEATURES, HARD, SINGLE, Sample, Spec, operator
+from attention_ext.testing import BLOCK_MASKS, EMPTY, FEATURES, HARD, SINGLE, Sample, Spec, operator, operator_options
 
 CHECKABLE = [x for x in FEATURES if x.supports_gradcheck()]
 
@@ -90,16 +90,15 @@ def weights_function_of(sample: Sample, **more: object) -> tuple[Callable[..., T
     def function(*inputs: Tensor) -> Tensor:
         changed = sample.replace(**dict(zip(names, inputs, strict=True)))
         _, logsumexp, rng_state = changed.call(operator)
-        options = {k: x for k, x in changed.options.items() if k != "window"}
-        left, right = changed.options.get("window") or (None, None)
+        options = operator_options(changed.options)
         return torch.ops.attention_ext.attention_weights(
-            changed.query, changed.key, logsumexp, rng_state, **options, window_left=left, window_right=right, **more
+            changed.query, changed.key, logsumexp, rng_state, **options, **more
         )
 
     return function, tuple(sample.inputs()[name] for name in names)
 
 
-@pytest.mark.parametrize("spec", [x for x in SINGLE if not x.varlen], ids=lambda x: x.name)
+@pytest.mark.parametrize("spec", [x for x in (*SINGLE, *BLOCK_MASKS[::3]) if not x.varlen], ids=lambda x: x.name)
 def test_weights(spec: Spec, device: str) -> None:
     function, inputs = weights_function_of(spec.build(device=device).requiring_grad())
     assert gradcheck(function, inputs, fast_mode=True, check_batched_grad=True, check_undefined_grad=True)
