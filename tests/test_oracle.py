@@ -45,6 +45,8 @@ def in_plain_python(sample: Sample, b: int, h: int, q: int) -> tuple[list[float]
     mask = None if mask is None else mask.expand(*sample.query.shape[:3], sample.key.shape[2])[b, h, q].tolist()
     slopes = options.get("alibi_slopes")
     slope = 0.0 if slopes is None else float(slopes.expand(sample.query.shape[:2])[b, h])
+    blocks, bits = options.get("block_mask", (None, None))
+    block_row = None if blocks is None else blocks.expand(*sample.query.shape[:2], -1, -1)[b, h, q // bits.shape[1]]
     scores = []
     for k in range(sample.key.shape[2]):
         terms = zip(sample.query[b, h, q].tolist(), sample.key[b, h // group, k].tolist(), strict=True)
@@ -53,6 +55,10 @@ def in_plain_python(sample: Sample, b: int, h: int, q: int) -> tuple[list[float]
             score = options["softcap"] * math.tanh(score / options["softcap"])
         hidden = k >= length or (options.get("is_causal", False) and k > diagonal)
         hidden = hidden or (left is not None and k < diagonal - left) or (right is not None and k > diagonal + right)
+        if block_row is not None:
+            block = int(block_row[k // (8 * bits.shape[2])])
+            byte = 0 if block < 0 else int(bits[block, q % bits.shape[1], k % (8 * bits.shape[2]) // 8])
+            hidden = hidden or block == -1 or (block >= 0 and not byte >> k % 8 & 1)
         if mask is not None and isinstance(mask[k], bool):
             hidden = hidden or not mask[k]
         elif mask is not None:

@@ -16,7 +16,7 @@ from torch._jit_internal import boolean_dispatched
 
 import attention_ext
 from attention_ext import ops, reference
-from attention_ext.arguments import Window
+from attention_ext.arguments import BlockMask, Window
 from attention_ext.testing import DIFFERENTIABLE
 
 Option = tuple[str, Any, Any]  # name, type, default
@@ -31,7 +31,7 @@ OWN = ("return_logsumexp", "keep", "logsumexp", "average_heads", "rows", "rng_st
 
 
 def schema(operator: str) -> list[Option]:
-    """The options of an operator, from attn_mask to key_offset."""
+    """The options of an operator, from attn_mask to block_mask_bits."""
     arguments = getattr(torch.ops.attention_ext, operator).default._schema.arguments
     options = []
     for argument in arguments:
@@ -40,16 +40,18 @@ def schema(operator: str) -> list[Option]:
         optional = text.startswith("Optional[") or text.endswith("?")
         options.append((argument.name, declared | None if optional and declared else declared, argument.default_value))
     names = [name for name, _, _ in options]
-    return options[names.index("attn_mask") : names.index("key_offset") + 1]
+    return options[names.index("attn_mask") : names.index("block_mask_bits") + 1]
 
 
 def python_options() -> list[Option]:
-    """The options in Python, where `window` stands for `window_left` and `window_right`."""
-    options = []
+    """The options in Python, where `window` and `block_mask` stand for two arguments each."""
+    options: list[Option] = []
     for name, declared, default in schema("attention"):
         if name == "window_left":
             options.append(("window", Window, None))
-        elif name != "window_right":
+        elif name == "block_mask":
+            options.append(("block_mask", BlockMask, None))
+        elif name not in ("window_right", "block_mask_bits"):
             options.append((name, declared, default))
     return options
 

@@ -102,11 +102,11 @@ void verify_blocks(const char* op, const SparseMask& mask, int64_t partial, cons
 
 void fill_sparse_mask(AttentionProblem& problem, Converted& converted, const char* op,
                       const AttentionOptions& options) {
-  const Tensor& bits = converted.emplace_back(options.block_mask_bits->contiguous());
+  const Tensor bits = options.block_mask_bits->contiguous();
   Tensor blocks = *options.block_mask;
   while (blocks.dim() < 4) blocks = blocks.unsqueeze(0);
   if (blocks.size(3) != 1 && blocks.stride(3) != 1) blocks = blocks.contiguous();
-  converted.push_back(blocks);
+  converted.insert(converted.end(), {bits, blocks});
   SparseMask& mask = problem.sparse_mask;
   const auto stride = [&](int64_t dim) { return blocks.size(dim) == 1 ? 0 : blocks.stride(dim); };
   mask = {blocks.const_data_ptr<int32_t>(),
