@@ -369,4 +369,4 @@ print(peak() - before)
 def test_memory_of_a_training_step() -> None:
     """Of 16 documents, the mask included; a dense bool mask alone has 256 MiB, the scores of a head 1 GiB."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100
+    assert int(done.stdout) < 200
