@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -115,3 +116,61 @@ def test_tasks_are_learnt(tmp_path: Path, script: str, arguments: str, score: fl
     name = Path(script).stem
     for picture in (f"{name}.png", f"{name}_attention.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """The rows of the tables in the output of an example, by their first cell."""
+    rows = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines())
+    return {first: rest for first, *rest in rows if rest}
+
+
+def test_tutorial_fused_keeps_images_apart() -> None:
+    pytest.importorskip("sklearn")
+    rows = cells(run("tutorial_fused.py", "--threads", 1, "--assert-score", 0.7))
+    assert rows["output of (4, 5, 8)"] == ["RuntimeError", "(4, 5, 8)"]
+    assert rows["output of (4, 8, 8)"] == ["(4, 4, 8, 8)", "(4, 8, 8)"]
+    assert rows["images whose output image 1 changes"] == ["4", "1"]
+    printed, ours = rows["gradient of mask, 0 in exact arithmetic"]
+    assert abs(float(printed)) > 1
+    assert ours == "none"
+
+
+def test_tutorial_pre_norm_learns_batch_first_only() -> None:
+    pytest.importorskip("sklearn")  # of the example that makes the reviews
+    text = run("tutorial_pre_norm.py", "--threads", 1, "--assert-score", 0.7)
+    rows = cells(text)
+    assert rows["entry 1 changes"] == ["4", "4", "1"]
+    assert float(rows["printed"][-1].rstrip("%")) < 60  # of two classes
+    assert float(text.split("differs from the printed class by ")[1].split()[0]) < 1e-14
+    assert "16768 for dff=64, 16768 for dff=1024" in text
+
+
+def test_tutorial_projected_answers_questions() -> None:
+    text = run("tutorial_projected.py", "--threads", 1, "--steps", 300, "--assert-score", 0.99)
+    rows = cells(text)
+    assert rows["output of (1, 5, 512)"] == ["(1, 5, 64)"] * 2
+    assert rows["output of (2, 3, 5, 512)"] == ["(2, 3, 5, 64)"] * 2
+    assert float(text.split("largest difference of outputs and gradients, float64: ")[1].split()[0]) < 1e-12
+    assert float(text.split("about its person in ")[1].split("%")[0]) > 99
+
+
+def test_tutorial_numpy_and_keras() -> None:
+    text = run("tutorial_numpy_keras.py")
+    rows = cells(text)
+    assert [rows[f"row {i}"][1] for i in range(3)] == ["[4.99503 5.99503]", "[4.999998 5.999998]", "[5. 6.]"]
+    assert rows["row 1"][0] == "[0.002475 0.004949]"
+    assert [rows[f"weights of row {i}, summed"] for i in range(3)] == [
+        ["0.000006", "1.000000"], ["0.002473", "1.000000"], ["2.997520", "1.000000"],
+    ]  # fmt: skip
+    assert "NaN among the 6 numbers for 10 x: 6 printed, 0 ours" in text
+    assert "552 parameters, output (3, 5, 16)" in text
+    assert "the weights it gives back are those it was given" in text
+    differences = re.findall(r"differs from .* by (\S+)", text)
+    assert len(differences) == 2
+    assert all(float(x) < 1e-12 for x in differences)
+
+
+def test_tutorial_residual_doubles_each_round() -> None:
+    rows = cells(run("tutorial_residual.py"))
+    assert [rows[f"round {i}"][1] for i in range(1, 9)] == "2.36 2.18 2.09 2.04 2.02 2.01 2.01 2.00".split()
+    assert all(float(rows[f"round {i}"][2]) < 1e-14 for i in range(1, 9))
