@@ -1,8 +1,8 @@
 """The tutorial whose `SelfAttention(input_dim)` has one projection for queries, keys and values.
 
-Its text is about images: each part of an image attends to the others. Here the parts are the eight rows of scikit-
-learn's digits, of eight pixels each: only for as many parts as features does the printed code run. The baseline is the
-same classifier without attention: each row says by itself which digit it belongs to.
+Its text is about images: each part of an image attends to the others. Here the parts are the eight rows of
+scikit-learn's digits, of eight pixels each: only for as many parts as features does the printed code run. The baseline
+is the same classifier without attention: each row says by itself which digit it belongs to.
 """
 
 from __future__ import annotations
