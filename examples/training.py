@@ -34,7 +34,8 @@ def options(description: str | None, *, steps: int, batch: int = 64, lr: float =
 class Block(nn.Module):
     """A pre-norm Transformer layer, which with `cross` also attends to a memory.
 
-    x (B, L, width), memory (B, S, width) -> (B, L, width); lengths are those of x and of memory, each (B,).
+    x (B, L, width), memory (B, S, width) -> (B, L, width); lengths are those of x and of memory, each (B,). For
+    decoding, `cache` is of x, and `memory_cache` stands for memory.
     """
 
     def __init__(self, width: int, heads: int = 4, *, is_causal: bool = False, cross: bool = False) -> None:
@@ -54,10 +55,11 @@ class Block(nn.Module):
         memory: Tensor | None = None,
         memory_lengths: Tensor | None = None,
         cache: attention_ext.KVCache | None = None,
+        memory_cache: attention_ext.KVCache | None = None,
     ) -> Tensor:
         x = x + self.attention(self.norm(x), key_lengths=lengths, cache=cache)[0]
         if self.cross is not None and self.cross_norm is not None:
-            x = x + self.cross(self.cross_norm(x), memory, key_lengths=memory_lengths)[0]
+            x = x + self.cross(self.cross_norm(x), memory, key_lengths=memory_lengths, cache=memory_cache)[0]
         return x + self.feed_forward(x)
 
 

@@ -7,7 +7,7 @@ baseline translates word by word. Both are scored on numbers that were not in th
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import repeat
+from typing import Any, cast
 
 import report
 import torch
@@ -26,6 +26,7 @@ seventeen eighteen nineteen"""
 START, END, SIZES = "<start>", "<end>", range(6, 10)
 DE, EN = GERMAN.split(), ENGLISH.split()
 WORD_BY_WORD = {**dict(zip(DE, EN, strict=False)), "und": ""}
+Caches = list[tuple[attention_ext.KVCache, attention_ext.KVCache]]
 
 
 def german(n: int) -> list[str]:
@@ -66,41 +67,48 @@ class Translator(nn.Module):
             memory = block(memory, lengths)
         return memory
 
-    def decode(
-        self, target: Tensor, memory: Tensor, lengths: Tensor, caches: list[attention_ext.KVCache] | None = None
-    ) -> Tensor:
-        """With caches, target is what follows the words that were decoded before."""
-        x = self.positions(self.embedding(target), caches[0].length if caches else 0)
-        for block, cache in zip(self.decoder, caches or repeat(None, len(self.decoder)), strict=True):
-            x = block(x, memory=memory, memory_lengths=lengths, cache=cache)
+    def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
+        memory, x = self.encode(source, lengths), self.positions(self.embedding(target))
+        for block in self.decoder:
+            x = block(x, memory=memory, memory_lengths=lengths)
         return self.head(x)
 
-    def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
-        return self.decode(target, self.encode(source, lengths), lengths)
+    def caches(self, source: Tensor, lengths: Tensor, steps: int) -> Caches:
+        """For each block of the decoder one of what is decoded, and one of the encoded source."""
+        memory, blocks = self.encode(source, lengths), cast(Any, self.decoder)
+        return [(attention_ext.KVCache(steps), block.cross.cross_cache(memory)) for block in blocks]
+
+    def decode(self, words: Tensor, lengths: Tensor, caches: Caches) -> Tensor:
+        """(B,), the last words, which the caches do not have yet -> logits (B, words) of the next ones"""
+        x = self.positions(self.embedding(words[:, None]), caches[0][0].length)
+        for block, (cache, memory) in zip(self.decoder, caches, strict=True):
+            x = block(x, memory_lengths=lengths, cache=cache, memory_cache=memory)
+        return self.head(x[:, -1])
 
 
 @torch.no_grad()
 def greedy(model: Translator, source: Tensor, lengths: Tensor, start: int, steps: int) -> Tensor:
     """(B, S) -> (B, 1 + steps): the likeliest next word, again and again."""
-    memory = model.encode(source, lengths)
-    caches = [attention_ext.KVCache(1 + steps) for _ in model.decoder]
-    words = [torch.full((len(source), 1), start)]
+    caches, words = model.caches(source, lengths, steps), [torch.full((len(source),), start)]
     for _ in range(steps):
-        words.append(model.decode(words[-1], memory, lengths, caches).argmax(-1))
-    return torch.cat(words, 1)
+        words.append(model.decode(words[-1], lengths, caches).argmax(-1))
+    return torch.stack(words, 1)
 
 
 @torch.no_grad()
 def beam(model: Translator, source: Tensor, length: Tensor, start: int, end: int, steps: int, width: int = 4) -> Tensor:
     """(1, S) -> (1 + steps,): the likeliest of the sequences found by keeping `width` of them."""
-    memory = model.encode(source, length)
+    caches = model.caches(source, length, steps)
     words, scores = torch.full((1, 1), start), torch.zeros(1)
     for _ in range(steps):
-        logits = model.decode(words, memory.expand(len(words), -1, -1), length.expand(len(words)))[:, -1]
+        logits = model.decode(words[:, -1], length.expand(len(words)), caches)
         ended = (words == end).any(1, keepdim=True)
         following = torch.where(ended, (torch.arange(logits.size(1)) == end).log(), logits.log_softmax(-1))
         scores, best = (scores[:, None] + following).flatten().topk(min(width, following.numel()))
-        words = torch.cat([words[best // following.size(1)], best[:, None] % following.size(1)], 1)
+        kept = best // following.size(1)
+        for cache, _ in caches:
+            cache.reorder(kept)
+        words = torch.cat([words[kept], best[:, None] % following.size(1)], 1)
     return words[0]
 
 

@@ -208,6 +208,133 @@ def test_cache_needs_as_many_values_as_keys() -> None:
     assert cache.length == 0
 
 
+BEAMS = {
+    "kept": [0, 1], "swapped": [1, 0], "one of them": [1, 1], "more": [0, 1, 1, 0, 1], "fewer": [1], "none": [],
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", BEAMS.values(), ids=BEAMS)
+@pytest.mark.parametrize("name", [name for name, options in CASES.items() if options.get("is_causal")])
+def test_decoding_after_reorder_equals_the_full_forward(name: str, beams: list[int]) -> None:
+    """Also where the cache grows afterwards, and with another order at each step."""
+    module, cache = build(CASES[name]).eval(), KVCache(capacity=4)
+    x, following = torch.randn(2, 3, EMBED, dtype=torch.float64), torch.randn(len(beams), 3, EMBED, dtype=torch.float64)
+    before, _ = module(x, cache=cache)
+    copied = before.clone()
+    cache.reorder(torch.tensor(beams, dtype=torch.int64))
+    whole = torch.cat([x[beams], following], dim=1)
+    for i in range(3):
+        torch.testing.assert_close(module(whole[:, 3 + i : 4 + i], cache=cache)[0], module(whole)[0][:, 3 + i : 4 + i])
+        order = torch.randperm(len(beams), dtype=torch.int32)
+        cache.reorder(order)
+        whole = whole[order.long()]
+    assert cache.length == 6
+    torch.testing.assert_close(before, copied, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_reorder_of_several_batch_dimensions() -> None:
+    """The first one is reordered; keys and values of other sizes; earlier views stay."""
+    key, value = torch.randn(3, 2, HEADS, 5, 6), torch.randn(3, 2, HEADS, 5, 7)
+    cache = KVCache(capacity=8)
+    views = cache.append(key, value)
+    cache.reorder(torch.tensor([2, 0, 2, 1]))
+    for contents, view, x in zip(cache.contents(), views, (key, value), strict=True):
+        assert torch.equal(contents, x[[2, 0, 2, 1]])
+        assert torch.equal(view, x)
+    assert cache.append(key[[0, 0, 0, 0]], value[[0, 0, 0, 0]])[0].shape == (4, 2, HEADS, 10, 6)
+
+
+def test_reorder_in_inference_mode_works_outside_it() -> None:
+    module, cache, x = Attention(EMBED, HEADS, is_causal=True).eval(), KVCache(8), torch.randn(2, 5, EMBED)
+    with torch.inference_mode():
+        module(x[:, :3], cache=cache)
+        cache.reorder(torch.tensor([1, 0]))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x[[1, 0], 3:], cache=cache)[0], module(x[[1, 0]])[0][:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        (torch.tensor([0, 2]), IndexError, "`indices` from 0 to 1, got 0 to 2"),
+        (torch.tensor([-1, 0]), IndexError, "`indices` from 0 to 1, got -1 to 0"),
+        (torch.tensor([[0, 1]]), RuntimeError, r"`indices` to be \(n,\), int32 or int64, got \(1, 2\), torch.int64"),
+        (torch.tensor([0.0, 1.0]), RuntimeError, r"int32 or int64, got \(2,\), torch.float32"),
+        (torch.tensor([True, False]), RuntimeError, "int32 or int64, got .*torch.bool"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), RuntimeError, "`indices` on cpu, as the keys, got meta"),
+    ],
+    ids=lambda x: str(x)[:24],
+)
+def test_reorder_refuses_other_indices(indices: Tensor, error: type[Exception], message: str) -> None:
+    cache = KVCache()
+    cache.append(key := stored(), value := stored())
+    with pytest.raises(error, match=message):
+        cache.reorder(indices)
+    assert all(torch.equal(x, y) for x, y in zip(cache.contents(), (key, value), strict=True))
+
+
+def test_reorder_needs_a_batch_and_keys() -> None:
+    cache, one = KVCache(), torch.tensor([0])
+    with pytest.raises(RuntimeError, match="expected keys and values, got none"):
+        cache.contents()
+    with pytest.raises(RuntimeError, match="expected a cache with keys, got an empty one"):
+        cache.reorder(one)
+    cache.append(stored()[0], stored()[0])
+    with pytest.raises(RuntimeError, match=r"keys with a batch, \(B, H, L, D\), got 3 dimensions"):
+        cache.reorder(one)
+    cache.reset()
+    with pytest.raises(RuntimeError, match="expected a cache with keys, got an empty one"):
+        cache.reorder(one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("name", CASES)
+def test_cross_cache_equals_recomputation(name: str, alignment: str) -> None:
+    """Each query length in turn, shorter and longer than the memory, with masks, lengths, weights and a value."""
+    module = build({**CASES[name], "causal_alignment": alignment}, kdim=10, vdim=11).eval()
+    key, value = (torch.randn(2, 5, features, dtype=torch.float64) for features in (10, 11))
+    cache = module.cross_cache(key, value)
+    lengths, mask = torch.tensor([5, 3]), torch.randn(1, 5, dtype=torch.float64)
+    options: dict[str, Any] = {"key_lengths": lengths, "attn_mask": mask, "need_weights": True}
+    for length in (1, 3, 7):
+        query = torch.randn(2, length, EMBED, dtype=torch.float64)
+        for actual, expected in zip(
+            module(query, cache=cache, **options), module(query, key, value, **options), strict=True
+        ):
+            torch.testing.assert_close(actual, expected)
+        assert cache.length == 5
+
+
+@torch.no_grad()
+def test_cross_cache_of_beams() -> None:
+    """A memory of batch 1 serves all beams, and one of several sentences follows their order."""
+    module, memory = build({"num_kv_heads": 2}).eval(), torch.randn(3, 5, EMBED, dtype=torch.float64)
+    query, order = torch.randn(4, 1, EMBED, dtype=torch.float64), torch.tensor([2, 0, 0, 1])
+    one = module(query, memory[:1].expand(4, -1, -1))[0]
+    torch.testing.assert_close(module(query, cache=module.cross_cache(memory[:1]))[0], one)
+    cache = module.cross_cache(memory)
+    cache.reorder(order)
+    torch.testing.assert_close(module(query, cache=cache)[0], module(query, memory[order])[0])
+
+
+@pytest.mark.parametrize("given", ["key", "value"])
+def test_cross_cache_is_read_only(given: str) -> None:
+    module, memory = build({}).eval(), torch.randn(2, 5, EMBED, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="inference"):
+        module.cross_cache(memory)
+    with torch.no_grad():
+        cache = module.cross_cache(memory)
+    with pytest.raises(RuntimeError, match=f"no key and value beside a cache of cross_cache.*got `{given}`"):
+        module(memory, cache=cache, **{given: memory})
+    for call in (cache.reset, lambda: cache.append(stored(), stored())):
+        with pytest.raises(RuntimeError, match="expected a cache to append to, got a read-only one"):
+            call()
+    assert cache.length == 5
+
+
 def test_dropout_applies_in_training_only() -> None:
     module = build({}, dropout=0.5)
     x = torch.randn(2, 16, EMBED, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--threads", "1", "--steps", "4", "--length", "64", "--width", "32", "--batch", "2"]
@@ -122,6 +124,28 @@ def cells(text: str) -> dict[str, list[str]]:
     """The rows of the tables in the output of an example, by their first cell."""
     rows = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines())
     return {first: rest for first, *rest in rows if rest}
+
+
+def test_translation_decodes_as_the_whole_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily, and by a beam that is wide enough for all sequences of words."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    translation = importlib.import_module("translation")
+    words, steps, start, no_end = 5, 3, 1, -1
+    torch.manual_seed(0)
+    model = translation.Translator(words, 8).double().eval()
+    torch.nn.init.normal_(model.embedding.weight, std=3)
+    source, lengths = torch.randint(1, words, (3, 4)), torch.tensor([4, 2, 3])
+    every = torch.cartesian_prod(torch.tensor([start]), *[torch.arange(words)] * steps)
+    greedy = translation.greedy(model, source, lengths, start, steps)
+    for i in range(3):
+        sentence = source[i, None], lengths[i, None]
+        found = translation.beam(model, *sentence, start, no_end, steps, width=len(every))
+        with torch.no_grad():
+            many = [x.expand(len(every), *x.shape[1:]) for x in sentence]
+            scores = model(*many, every[:, :-1]).log_softmax(-1).gather(2, every[:, 1:, None]).sum((1, 2))
+            assert torch.equal(found, every[scores.argmax()])
+            step_by_step = model(*sentence, greedy[i, None, :-1]).argmax(-1)
+            assert torch.equal(step_by_step[0], greedy[i, 1:])
 
 
 def test_tutorial_fused_keeps_images_apart() -> None:

@@ -1,4 +1,4 @@
-"""An attention layer with every option of the operator, and a KV cache for decoding."""
+"""An attention layer with every option of the operator."""
 
 import math
 from typing import Any
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
 from attention_ext.arguments import Window, check_tensors, window_sides
+from attention_ext.modules.cache import KVCache
 from attention_ext.modules.fx import recorded
 from attention_ext.modules.positional import RotaryPositions
 from attention_ext.ops.sharding import beside, is_dtensor, register, share_of, shared_by
 
 ops = torch.ops.attention_ext
 
-__all__ = ["Attention", "KVCache", "alibi_slopes"]
+__all__ = ["Attention", "alibi_slopes"]
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
@@ -28,60 +29,6 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     power = 2 ** math.floor(math.log2(num_heads))
     steps = torch.arange(2, 2 * num_heads + 1, 2, device=device) % (2 * power + 1)  # 2, 4 .. 2 power, 1, 3 ..
     return torch.exp2(steps.float() * (-4.0 / power))
-
-
-class KVCache:
-    r"""The keys and values of all positions decoded so far, in memory that grows by doubling.
-
-    Pass one cache per layer to :class:`Attention`, which appends new keys and values and attends to all. It is for
-    inference: appending tensors that require grad raises. Until a reset, all keys and all values have the same shape
-    but for the length, the same dtype and the same device.
-
-    Args:
-        capacity: the initial capacity, in positions.
-    """
-
-    def __init__(self, capacity: int = 256) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._key: Tensor | None = None
-        self._value: Tensor | None = None
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends (..., H, L, D) and (..., H, L, Dv); returns views (..., H, length, D) of all keys and values."""
-        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
-            raise RuntimeError("KVCache: expected inference (torch.no_grad()), got keys or values that require grad")
-        if key.size(-2) != value.size(-2):
-            raise RuntimeError(f"KVCache: expected as many values as keys, {key.size(-2)}, got {value.size(-2)}")
-        for name, buffer, new in (("key", self._key, key), ("value", self._value, value)):
-            if buffer is not None and self.length > 0 and _kind(buffer) != _kind(new):
-                raise RuntimeError(f"KVCache: expected `{name}` to be {_kind(buffer)}, as before, got {_kind(new)}")
-        end = self.length + key.size(-2)
-        self._key, self._value = self._grown(self._key, key, end), self._grown(self._value, value, end)
-        self._key[..., self.length : end, :] = key
-        self._value[..., self.length : end, :] = value
-        self.length = end
-        return self._key[..., :end, :], self._value[..., :end, :]
-
-    def _grown(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
-        if buffer is None or _kind(buffer) != _kind(new):
-            buffer = new[..., :0, :]
-        if end <= buffer.size(-2):
-            return buffer
-        self.capacity = max(self.capacity, 2 ** math.ceil(math.log2(end)))
-        with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
-            grown = new.new_zeros(*new.shape[:-2], self.capacity, new.size(-1))
-        grown[..., : self.length, :] = buffer[..., : self.length, :]
-        return grown
-
-    def reset(self) -> None:
-        """Removes all positions but keeps the memory."""
-        self.length = 0
-
-
-def _kind(x: Tensor) -> tuple[list[int | str], torch.dtype, torch.device]:
-    """Shape but for the length, dtype and device: equal for everything in a cache."""
-    return [*x.shape[:-2], "length", x.size(-1)], x.dtype, x.device
 
 
 class Attention(nn.Module):
@@ -237,7 +184,8 @@ class Attention(nn.Module):
             attn_mask: broadcastable to ``(B, H, L, S)``; bool (True: attend) or floating (added to the scores).
             is_causal: overrides the constructor's.
             key_lengths: ``(B,)``: keys from this position on are hidden.
-            cache: keys and values are appended to it, and queries attend to all of them; S is their number.
+            cache: keys and values are appended to it, and queries attend to all of them; S is their number. One that
+                :meth:`cross_cache` made has them already: then no key and value are given.
             need_weights: also return the weights, after dropout.
             average_weights: return their mean over heads, ``(B, L, S)``, instead of ``(B, H, L, S)``.
 
@@ -246,8 +194,8 @@ class Attention(nn.Module):
 
         Raises:
             RuntimeError: if the number of heads does not match per-head parameters, fixed slopes or the mean over
-                heads, or if query and key heads are not in the ratio of ``num_heads`` to ``num_kv_heads``. Also as
-                :func:`attention_ext.attention`.
+                heads, if query and key heads are not in the ratio of ``num_heads`` to ``num_kv_heads``, or for key or
+                value beside a cache of :meth:`cross_cache`. Also as :func:`attention_ext.attention`.
         """
         if has_torch_function_variadic(query, key, value, attn_mask, key_lengths):
             node: Any = recorded(
@@ -256,13 +204,19 @@ class Attention(nn.Module):
             )  # fmt: skip
             if node is not None:
                 return node
+        filled = cache is not None and cache.read_only
+        if filled and not (key is None and value is None):
+            given = " and ".join(name for name, x in (("`key`", key), ("`value`", value)) if x is not None)
+            raise RuntimeError(
+                f"Attention: expected no key and value beside a cache of cross_cache, which has both, got {given}: "
+                "pass query and cache only, or make another cache"
+            )
         key = query if key is None else key
         value = key if value is None else value
         if query.is_nested or key.is_nested or value.is_nested:
             check_tensors("Attention", {"query": query, "key": key, "value": value}, {})
         q = self._heads("q_proj", self.q_proj(query), self.head_dim)
-        k = self._heads("k_proj", self.k_proj(key), self.head_dim)
-        v = self._heads("v_proj", self.v_proj(value), self.head_dim_v)
+        k, v = cache.contents() if cache is not None and filled else self._keys_and_values(key, value)
         if is_dtensor(q):
             register()
         heads = q.size(-3)
@@ -276,12 +230,15 @@ class Attention(nn.Module):
         if self.log_temperature is not None:
             log_temperature = self._per_head("log_temperature", self.log_temperature, q)
             q = F.normalize(q, dim=-1) * log_temperature.clamp(max=math.log(100.0)).exp()
-            k = F.normalize(k, dim=-1)
+        decodes = cache is not None and not filled
         if self.rotary is not None:
-            stored = 0 if cache is None else cache.length
-            shift = k.size(-2) - q.size(-2) if self.causal_alignment == "bottom_right" and cache is None else 0
-            q, k = self.rotary(q, stored + max(shift, 0)), self.rotary(k, stored + max(-shift, 0))
-        if cache is not None:
+            stored = cache.length if cache is not None and decodes else 0
+            shift = k.size(-2) - q.size(-2) if self.causal_alignment == "bottom_right" and not decodes else 0
+            if filled:
+                q = self.rotary(q, shift)  # keys of a cross_cache are at positions 0 to S
+            else:
+                q, k = self.rotary(q, stored + max(shift, 0)), self.rotary(k, stored + max(-shift, 0))
+        if cache is not None and decodes:
             k, v = cache.append(k, v)
         window_left, window_right = window_sides(self.window)
         options: dict[str, Any] = {
@@ -290,7 +247,7 @@ class Attention(nn.Module):
             "is_causal": self.is_causal if is_causal is None else is_causal,
             "scale": self.scale,
             "enable_gqa": k.size(-3) != heads,
-            "causal_alignment": self.causal_alignment if cache is None else "bottom_right",
+            "causal_alignment": "bottom_right" if decodes else self.causal_alignment,
             "window_left": window_left,
             "window_right": window_right,
             "softcap": self.softcap,
@@ -305,6 +262,31 @@ class Attention(nn.Module):
                 options["dropout_p"] = 0.0
             weights = ops.attention_weights(q, k, logsumexp, rng_state, **options, average_heads=average_weights)
         return self.out_proj(out.transpose(-3, -2).flatten(-2)), weights
+
+    def cross_cache(self, key: Tensor, value: Tensor | None = None) -> KVCache:
+        r"""Keys and values of a memory, projected once, for cross-attention at each step of decoding.
+
+        ``layer(query, cache=layer.cross_cache(memory))`` is ``layer(query, memory)``, with the same masks and lengths,
+        for as many queries in turn as there are steps. The cache is read-only but for :meth:`KVCache.reorder`; one of
+        batch 1 serves queries of any batch.
+
+        Args:
+            key: ``(B, S, kdim)``.
+            value: ``(B, S, vdim)``; defaults to key.
+
+        Raises:
+            RuntimeError: for projections that require grad. Also as :meth:`forward`.
+        """
+        value = key if value is None else value
+        check_tensors("Attention", {"key": key, "value": value}, {})
+        k, v = self._keys_and_values(key, value)
+        return KVCache.filled(k if self.rotary is None else self.rotary(k), v)
+
+    def _keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., S, kdim) and (..., S, vdim) to (..., Hkv, S, D), of unit length for cosine, and (..., Hkv, S, Dv)."""
+        k = self._heads("k_proj", self.k_proj(key), self.head_dim)
+        v = self._heads("v_proj", self.v_proj(value), self.head_dim_v)
+        return k if self.log_temperature is None else F.normalize(k, dim=-1), v
 
     @staticmethod
     def _heads(projection: str, x: Tensor, head_dim: int) -> Tensor:
