@@ -40,19 +40,26 @@ def plot_heads(weights: Tensor, *, columns: int = 4) -> Figure:
 
 
 def plot_tokens(weights: Tensor, queries: Sequence[str], keys: Sequence[str] | None = None) -> Figure:
-    """A heat map with a token beside each row and above each column.
+    """A heat map with a token beside each row and above each column, of self-attention or cross-attention.
 
     Args:
         weights: ``(L, S)``: of one head, or a mean.
         queries: L tokens.
         keys: S tokens. None: those of queries.
     """
-    keys = queries if keys is None else keys
     shown = _array("plot_tokens", "weights", weights, 2)
+    if keys is None and shown.shape[0] != shown.shape[1]:
+        raise ValueError(
+            f"plot_tokens: expected `keys` for weights of cross-attention, {shown.shape}, got None: give "
+            f"{shown.shape[1]} tokens"
+        )
+    keys = queries if keys is None else keys
     for name, tokens, count in (("queries", queries, shown.shape[0]), ("keys", keys, shown.shape[1])):
         if len(tokens) != count:
             raise ValueError(f"plot_tokens: expected `{name}` to be {count} tokens, got {len(tokens)}")
-    figure, axes = _panels(1, 1, max(3.0, 0.3 * max(shown.shape)))
+    width = max(2.0, 0.3 * len(keys)) + 0.1 * max(map(len, queries), default=0)
+    height = max(1.5, 0.3 * len(queries)) + 0.1 * max(map(len, keys), default=0)
+    figure, axes = _panels(1, 1, width, height)
     one = axes[0, 0]
     figure.colorbar(one.imshow(shown, vmin=0), ax=one, label="weight")
     one.set_xticks(range(len(keys)), keys, rotation=90)
@@ -123,10 +130,11 @@ def plot_entropy(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _panels(rows: int, columns: int, size: float) -> tuple[Figure, Any]:
+def _panels(rows: int, columns: int, width: float, height: float | None = None) -> tuple[Figure, Any]:
+    """Panels of width and height in inches, square where no height is given, and room for a colour bar."""
     from matplotlib import pyplot as plt
 
-    figsize = (columns * size + 1, rows * size)
+    figsize = (columns * width + 1, rows * (width if height is None else height))
     return plt.subplots(rows, columns, figsize=figsize, squeeze=False, layout="constrained")
 
 
