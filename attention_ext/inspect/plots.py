@@ -60,6 +60,7 @@ def plot_tokens(weights: Tensor, queries: Sequence[str], keys: Sequence[str] | N
     width = max(2.0, 0.3 * len(keys)) + 0.1 * max(map(len, queries), default=0)
     height = max(1.5, 0.3 * len(queries)) + 0.1 * max(map(len, keys), default=0)
     figure, axes = _panels(1, 1, width, height)
+    figure.set_layout_engine("compressed")  # square cells
     one = axes[0, 0]
     figure.colorbar(one.imshow(shown, vmin=0), ax=one, label="weight")
     one.set_xticks(range(len(keys)), keys, rotation=90)
