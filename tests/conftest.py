@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_ext import _C
+from attention_ext.inspect import statistics
 from attention_ext.testing import Sample, assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -105,6 +106,12 @@ def far_apart(device: str) -> Callable[[Tensor, int], Tensor]:
         return torch.empty(count, dtype=x.dtype, device=device).as_strided(x.shape, strides).copy_(x)
 
     return copy
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """attention_ext.inspect goes through small inputs in several blocks of queries."""
+    monkeypatch.setattr(statistics, "BLOCK", 64)
 
 
 @pytest.fixture
