@@ -77,12 +77,12 @@ def draw_attention(spectrogram: Tensor, weights: Tensor, axes: Any) -> None:
 
 
 def main() -> None:
-    options = training.options(__doc__, steps=600)
-    labels = torch.randint(len(WORDS), (4000,))
-    noises = torch.randint(len(NOISES), (4000,))
+    options = training.options(__doc__, steps=600, examples=3000)
+    count = options.examples
+    labels = torch.randint(len(WORDS), (count + 1000,))
+    noises = torch.randint(len(NOISES), (count + 1000,))
     pairs = zip(labels.tolist(), noises.tolist(), strict=True)
     x = spectrograms(torch.stack([recording(WORDS[label], NOISES[noise]) for label, noise in pairs]))
-    count = 3000
     x = (x - x[:count].mean()) / x[:count].std()
     model = Listener()
     training.train(model, count, lambda batch: F.cross_entropy(model(x[batch]), labels[batch]), options)

@@ -25,7 +25,7 @@ from attention_ext import inspect
 
 SIDE, PATCH, NOTHING = 32, 4, 10
 GRID = SIDE // PATCH
-COUNT, TESTS = 4000, 300
+TESTS = 300
 Found = tuple[Tensor, Tensor]  # classes (n,) and boxes (n, 4), whose columns are left, top, right, bottom, in pixels
 
 
@@ -107,9 +107,9 @@ def draw_boxes(image: Tensor, found: Found, axes: Any) -> None:
 
 
 def main() -> None:
-    options = training.options(__doc__, steps=900, batch=32, lr=3e-3)
+    options = training.options(__doc__, steps=900, batch=32, lr=3e-3, examples=4000)
     train_x, train_y, test_x, test_y = load_images()
-    images, classes, boxes = scenes(train_x, train_y, COUNT)
+    images, classes, boxes = scenes(train_x, train_y, options.examples)
     test_images, test_classes, test_boxes = scenes(test_x, test_y, TESTS)
     model = Detector()
 
@@ -119,7 +119,7 @@ def main() -> None:
         apart = (found - boxes[batch])[label != NOTHING].abs().mean()
         return 10 * F.cross_entropy(logits.flatten(0, 1), label.flatten()) + apart / PATCH
 
-    training.train(model, COUNT, loss, options)
+    training.train(model, options.examples, loss, options)
     with torch.no_grad(), inspect.record(model, "mean_weights") as records:
         logits, predicted = model(test_images)
     present = 1 - logits.softmax(-1)[..., NOTHING]

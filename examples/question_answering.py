@@ -65,9 +65,10 @@ class Reader(nn.Module):
 
 
 def main() -> None:
-    options = training.options(__doc__, steps=800, lr=3e-3)
+    options = training.options(__doc__, steps=800, lr=3e-3, examples=12_000)
     draw = random.Random(options.seed)
-    stories = list({" ".join(one[0] + one[1]): one for one in (story(draw) for _ in range(13_000))}.values())
+    drawn = (story(draw) for _ in range(options.examples + 1000))
+    stories = list({" ".join(one[0] + one[1]): one for one in drawn}.values())
     texts, questions, begins, ends, places, distances = zip(*stories, strict=True)
     vocabulary = training.numbered([word for words in (*texts, *questions) for word in words])
     inputs = [*training.encode(texts, vocabulary), *training.encode(questions, vocabulary)]

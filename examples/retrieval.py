@@ -83,9 +83,9 @@ def draw_found(images: Tensor, captions: list[str], ranks: Tensor, axes: Any) ->
 
 
 def main() -> None:
-    options = training.options(__doc__, steps=600, batch=128, lr=3e-3)
+    options = training.options(__doc__, steps=600, batch=128, lr=3e-3, examples=10_000)
     train_x, train_y, test_x, test_y = load_images()
-    count = 10_000
+    count = options.examples
     images, captions = captioned(train_x, train_y, count)
     test_images, test_captions = captioned(test_x, test_y, 200)
     vocabulary = training.numbered([word for caption in captions for word in caption])

@@ -70,9 +70,10 @@ class Classifier(nn.Module):
 
 
 def main() -> None:
-    options = training.options(__doc__, steps=500)
+    options = training.options(__doc__, steps=500, examples=8000)
     draw = random.Random(options.seed)
-    reviews = {" ".join(words): (words, *rest) for words, *rest in (review(draw) for _ in range(9000))}
+    drawn = (review(draw) for _ in range(options.examples + 1000))
+    reviews = {" ".join(words): (words, *rest) for words, *rest in drawn}
     joined, (texts, labels, negated) = list(reviews), zip(*reviews.values(), strict=True)
     vocabulary = training.numbered([word for words in texts for word in words])
     words, lengths = training.encode(texts, vocabulary)

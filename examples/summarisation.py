@@ -30,13 +30,15 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2
 RARE = "<rare>"
 
 
-def docstrings() -> dict[str, list[list[str]]]:
-    """For each module the texts, each as 3 to MOST sentences."""
+def docstrings(most: int) -> dict[str, list[list[str]]]:
+    """For each module the texts, each as 3 to MOST sentences; no further modules once there are `most` texts."""
     found: dict[str, list[list[str]]] = {}
     root = Path(sysconfig.get_path("stdlib"))
     known = set()
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
+        if len(known) >= most and inside.parts[0] not in found:
+            break
         if SKIPPED.intersection(inside.parts):
             continue
         with warnings.catch_warnings():
@@ -78,9 +80,9 @@ class Extractor(nn.Module):
 
 
 def main() -> None:
-    options = training.options(__doc__, steps=400, batch=32)
+    options = training.options(__doc__, steps=400, batch=32, examples=10_000)
     draw = random.Random(options.seed)
-    modules = sorted(docstrings().items())
+    modules = sorted(docstrings(options.examples).items())
     draw.shuffle(modules)
     split = len(modules) * 4 // 5
     training_texts, test_texts = (

@@ -15,12 +15,19 @@ import attention_ext
 PAD = 0
 
 
-def options(description: str | None, *, steps: int, batch: int = 64, lr: float = 2e-3) -> argparse.Namespace:
-    """Parses the command line, and seeds torch. Pictures are named after the example."""
+def options(
+    description: str | None, *, steps: int, batch: int = 64, lr: float = 2e-3, examples: int | None = None
+) -> argparse.Namespace:
+    """Parses the command line, and seeds torch. Pictures are named after the example.
+
+    `examples` is the number of training examples of those that make their data.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=lr)
+    if examples is not None:
+        parser.add_argument("--examples", type=int, default=examples, help="of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory of the pictures")

@@ -113,12 +113,12 @@ def beam(model: Translator, source: Tensor, length: Tensor, start: int, end: int
 
 
 def main() -> None:
-    options = training.options(__doc__, steps=400)
-    numbers = torch.randperm(1_000_000)[:12_000].tolist()
+    options = training.options(__doc__, steps=400, examples=11_000)
+    numbers = torch.randperm(1_000_000)[: options.examples + 1000].tolist()
     sources, targets = [german(n) for n in numbers], [[START, *english(n), END] for n in numbers]
     vocabulary = training.numbered([START, END, *DE, *EN])
     (source, lengths), (target, _) = training.encode(sources, vocabulary), training.encode(targets, vocabulary)
-    model, count = Translator(len(vocabulary) + 1), 11_000
+    model, count = Translator(len(vocabulary) + 1), options.examples
 
     def loss(batch: Tensor) -> Tensor:
         logits = model(source[batch], lengths[batch], target[batch, :-1])
