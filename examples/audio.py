@@ -70,7 +70,7 @@ class Listener(nn.Module):
 
 def draw_attention(spectrogram: Tensor, weights: Tensor, axes: Any) -> None:
     axes.imshow(spectrogram.T, origin="lower", aspect="auto", extent=(0, SECONDS, 0, RATE / 2))
-    axes.set(xlabel="seconds", ylabel="Hz", title="Spectrogram, and the weight of each frame")
+    axes.set(xlabel="seconds", ylabel="Hz", ylim=(0, RATE / 4), title="Spectrogram, and the weight of each frame")
     beside = axes.twinx()
     beside.plot(torch.linspace(0, SECONDS, len(weights)), weights, "w")
     beside.set(ylabel="weight", ylim=(0, None))

@@ -34,7 +34,7 @@ def docstrings(most: int) -> dict[str, list[list[str]]]:
     """For each module the texts, each as 3 to MOST sentences; no further modules once there are `most` texts."""
     found: dict[str, list[list[str]]] = {}
     root = Path(sysconfig.get_path("stdlib"))
-    known = set()
+    known: set[str] = set()
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
         if len(known) >= most and inside.parts[0] not in found:
