@@ -49,7 +49,7 @@ class Attention(nn.Module):
         dropout: probability of dropping a weight in training.
         is_causal: a query sees keys up to its own position.
         causal_alignment: ``"top_left"`` or ``"bottom_right"`` (the last query is at the last key, as always with a
-            cache).
+            cache that grows).
         window: (left, right), the visible positions on either side of the diagonal; None: no limit.
         scale: factor on the dot product; None: 1 / sqrt(head_dim). Not with cosine similarity.
         softcap: replaces a score by ``softcap * tanh(score / softcap)``; 0 means no softcap.

@@ -18,6 +18,10 @@ class KVCache:
 
     Args:
         capacity: the initial capacity, in positions.
+
+    Attributes:
+        length: the number of positions that are stored.
+        read_only: whether it takes no further ones.
     """
 
     def __init__(self, capacity: int = 256) -> None:
