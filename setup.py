@@ -20,7 +20,6 @@ if sys.platform != "linux":
 
 try:
     import torch
-    from torch.utils import cpp_extension
 except ImportError:
     sys.exit(
         "attention_ext: builds with the torch of your environment, and finds none here. Install torch first, then "
@@ -31,6 +30,30 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import nvcc  # noqa: E402
+
+
+def cuda_toolkit() -> nvcc.Toolkit | None:
+    """ATTENTION_EXT_CUDA=0 leaves the CUDA kernels out, 1 insists on them; else they are built where they can be."""
+    switch = os.environ.get("ATTENTION_EXT_CUDA", "")
+    compiler = nvcc.find()
+    if switch != "0" and torch.version.cuda is not None and compiler is not None:
+        try:
+            return nvcc.toolkit(compiler, torch.version.cuda)
+        except nvcc.MissingError as error:
+            sys.exit(f"attention_ext: {error}. ATTENTION_EXT_CUDA=0 builds without CUDA kernels.")
+    missing = "a torch with CUDA" if torch.version.cuda is None else "nvcc, which CUDA_HOME or PATH can name"
+    if switch == "1":
+        sys.exit(f"attention_ext: ATTENTION_EXT_CUDA=1 needs {missing}")
+    if switch != "0" and torch.version.cuda is not None:
+        print(f"attention_ext: builds without CUDA kernels, which need {missing}", file=sys.stderr)
+    return None
+
+
+TOOLKIT = cuda_toolkit()
+if TOOLKIT is not None:
+    os.environ["CUDA_HOME"] = str(TOOLKIT.home)  # else the next import takes the folder of a link to nvcc for it
+
+from torch.utils import cpp_extension  # noqa: E402
 
 # A build with checks in it: tools/checked_tests.py makes one and runs tests with it.
 VARIANTS = {
@@ -64,16 +87,20 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
 INSTRUCTION_SETS = {"x86_64": ["baseline", "avx2", "avx512", "avx512_bf16"], "aarch64": ["neon"]}
 
 
-def has_cuda() -> bool:
-    """ATTENTION_EXT_CUDA=0 leaves the CUDA kernels out, 1 insists on them; else they are built where they can be."""
-    switch = os.environ.get("ATTENTION_EXT_CUDA", "")
-    missing = "a torch with CUDA" if torch.version.cuda is None else "nvcc" if nvcc.find() is None else ""
-    if switch == "1" and missing:
-        sys.exit(f"attention_ext: ATTENTION_EXT_CUDA=1 needs {missing}")
-    return switch != "0" and not missing
+def chips() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST names them; else those of this machine."""
+    assert TOOLKIT is not None
+    at_hand = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    try:
+        return nvcc.chips(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), at_hand, nvcc.known_chips(str(TOOLKIT.nvcc)))
+    except nvcc.MissingError as error:
+        sys.exit(f"attention_ext: {error}")
 
 
-CUDA = has_cuda()
+def nvcc_flags() -> list[str]:
+    if TOOLKIT is None:
+        return []
+    return [*nvcc.FLAGS, *TOOLKIT.header_flags(), *nvcc.for_chips(chips()), *nvcc.FOR_LATER_CHIPS]
 
 
 def sources(*patterns: str) -> list[str]:
@@ -86,7 +113,7 @@ def operator_sources() -> list[str]:
         sys.exit(f"attention_ext has kernels for {' and '.join(INSTRUCTION_SETS)}, got {machine}")
     isa = [f"csrc/cpu/isa/{name}.cpp" for name in INSTRUCTION_SETS[machine]]
     files = sources("csrc/cpu/*.cpp", *isa, "csrc/torch/*.cpp")
-    if CUDA:
+    if TOOLKIT:
         files.remove("csrc/torch/no_cuda.cpp")
         return files + sources("csrc/gpu/*.cpp", "csrc/gpu/units/*.cu")
     return [file for file in files if file not in sources("csrc/torch/cuda*.cpp")]
@@ -132,7 +159,7 @@ def write_build_facts(version: str) -> None:
         "kCompiler": compiler(),
         "kFlags": " ".join(FLAGS),
         "kTorch": torch.__version__,  # so that another torch is a change where ninja is missing
-        "kCuda": torch.version.cuda if CUDA else "",
+        "kCuda": torch.version.cuda if TOOLKIT else "",
         "kCommit": git("log", "-1", "--format=%H", "--", *INPUTS) or "unknown",
     }
     lines = [f"inline constexpr const char* {name} = {json.dumps(value)};" for name, value in facts.items()]
@@ -147,7 +174,7 @@ def write_build_facts(version: str) -> None:
 def local_version() -> str:
     """What of torch a build fits, as in 0.1.0+torch2.13cpu; a source distribution fits any."""
     minor = ".".join(torch.__version__.split(".")[:2])
-    device = f"cu{torch.version.cuda}".replace(".", "") if CUDA else "cpu"
+    device = f"cu{torch.version.cuda}".replace(".", "") if TOOLKIT else "cpu"
     return "" if "sdist" in sys.argv else f"+torch{minor}{device}"
 
 
@@ -176,8 +203,8 @@ class Build(cpp_extension.BuildExtension):
 
 
 def extension(name: str, files: list[str], libraries: list[str], link_args: list[str]) -> Extension:
-    device = "cuda" if CUDA else "cpu"
-    headers = cpp_extension.include_paths(device)
+    device = "cuda" if TOOLKIT else "cpu"
+    headers = [*cpp_extension.include_paths(device), *(map(str, TOOLKIT.headers) if TOOLKIT else [])]
     flags = [*FLAGS, *(f"-I{folder}" for folder in (ROOT / "csrc", ROOT / "attention_ext" / "include", GENERATED))]
     flags += [word for path in headers for word in ("-isystem", path)]
     flags.append(f"-ffile-prefix-map={ROOT}/=")  # a build says the same wherever it is made
@@ -189,14 +216,14 @@ def extension(name: str, files: list[str], libraries: list[str], link_args: list
         language="c++",
         library_dirs=cpp_extension.library_paths(device),
         libraries=libraries,
-        extra_compile_args={"cxx": flags, "nvcc": [*nvcc.FLAGS, *nvcc.FOR_CHIPS, *nvcc.FOR_LATER_CHIPS]},
-        extra_link_args=["-fopenmp", *VARIANTS[VARIANT], *link_args],
+        extra_compile_args={"cxx": flags, "nvcc": nvcc_flags()},
+        extra_link_args=["-fopenmp", *VARIANTS[VARIANT], *link_args, *([str(TOOLKIT.cudart)] if TOOLKIT else [])],
         # All of them for each: only ninja knows better.
         depends=[*sources("csrc/**/*.h", "attention_ext/include/**/*.h"), str(BUILD_FACTS.relative_to(ROOT))],
     )
 
 
-torch_libraries = ["c10", "torch_cpu", "torch", *(["c10_cuda", "torch_cuda", "cudart"] if CUDA else [])]
+torch_libraries = ["c10", "torch_cpu", "torch", *(["c10_cuda", "torch_cuda"] if TOOLKIT else [])]
 setup(
     license="BSD-3-Clause",
     ext_modules=[

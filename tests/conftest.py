@@ -30,6 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_isa: run again for each instruction set this machine has")
+    device = config.getoption("--device")
+    if reason := why_not(device):
+        raise pytest.UsageError(f"--device {device}: {reason}")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
@@ -59,9 +62,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     device = config.getoption("--device")
     if device != "cpu":
         items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ()) and not is_cpu_only(item)]
-    if reason := why_not(device):
-        for item in items:
-            item.add_marker(pytest.mark.skip(reason=reason))
     items[:] = items[:: config.getoption("--every")]
 
 

@@ -213,6 +213,26 @@ def test_bootstrap_uses_the_active_environment(monkeypatch: pytest.MonkeyPatch) 
     assert tool("bootstrap").environment() == Path(sys.prefix) / "bin" / "python"
 
 
+def test_bootstrap_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Packages of any version that are there are used; one that is not there is named."""
+    bootstrap = tool("bootstrap")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(bootstrap, "is_shared", lambda _: False)
+    stamp = Path(sys.prefix) / f"attention_ext-{tmp_path.name}.txt"
+    file = tmp_path / stamp.name.removeprefix("attention_ext-")
+    file.write_text(f"pytest==1.0 --hash=sha256:{'0' * 64}\n")
+    file.with_suffix(".in").write_text("# of the tests\npytest==1.0\npytest==1.1; python_version < '3.11'\n")
+    bootstrap.requirements(Path(sys.executable), file)
+    assert "cannot be installed: using the versions that are there" in capfd.readouterr().err
+    assert not stamp.exists()
+    file.with_suffix(".in").write_text("no-such-package==1.0\npytest==1.0\nnor.this==2\n")
+    with pytest.raises(SystemExit, match=r"cannot be installed \(pip's.*and no-such-package, nor\.this is not there"):
+        bootstrap.requirements(Path(sys.executable), file)
+
+
 def test_bootstrap_notices_changed_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bootstrap = tool("bootstrap")
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)

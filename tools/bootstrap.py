@@ -1,7 +1,8 @@
 """Sets up an environment, builds the extension in place and prints the interpreter to use. Skips finished steps.
 
 The interpreter is that of the active environment, else of .venv, which is created if needed. If no package can be
-installed, .venv uses the system packages of an interpreter that has torch.
+installed, .venv uses the system packages of an interpreter that has torch, and packages of any version that are there
+are used. PIP_NO_INDEX=1 says so at once where there is no network.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,7 @@ OLDEST_TORCH = (2, 11)
 LIBRARY = ROOT / "attention_ext" / "libattention_ext.so"
 LOCK = ROOT / "build" / "bootstrap.lock"
 PATIENCE = 30 * 60  # seconds; another bootstrap may install torch and build
-SWITCHES = ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR", "ATTENTION_EXT_CUDA")
+SWITCHES = ("CXX", "CFLAGS", "CXXFLAGS", "ATTENTION_EXT_WERROR", "ATTENTION_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")
 
 FACTS = """
 import importlib.metadata as metadata, json, sys
@@ -39,6 +41,11 @@ try:
 except metadata.PackageNotFoundError:
     pass
 print(json.dumps(facts))
+"""
+MISSING = """
+import importlib.metadata as metadata, sys
+names = {x.metadata["Name"].lower().replace("_", "-") for x in metadata.distributions() if x.metadata["Name"]}
+print(*(name for name in sys.argv[1:] if name not in names))
 """
 
 
@@ -105,7 +112,7 @@ def prerequisites() -> None:
         for package, found in {
             "g++": shutil.which(os.environ.get("CXX", "c++").split()[0]),
             "python3-dev": header.exists(),
-            "python3-venv": importlib.util.find_spec("ensurepip"),
+            "python3-venv": active() or importlib.util.find_spec("ensurepip"),
         }.items()
         if not found
     ]
@@ -113,12 +120,14 @@ def prerequisites() -> None:
         sys.exit(f"bootstrap: missing prerequisites; on Debian: apt-get install {' '.join(missing)}")
 
 
+def active() -> str | None:
+    """The folder of the active environment."""
+    return os.environ.get("VIRTUAL_ENV") or (sys.prefix if sys.prefix != sys.base_prefix else None)
+
+
 def environment() -> Path:
     """An interpreter that has torch."""
-    active = os.environ.get("VIRTUAL_ENV")
-    if active is None and sys.prefix != sys.base_prefix:
-        active = sys.prefix
-    folder = Path(active) if active else ROOT / ".venv"
+    folder = Path(active() or ROOT / ".venv")
     python = folder / "bin" / "python"
     if not python.exists():
         say(f"making {folder}")
@@ -128,7 +137,7 @@ def environment() -> Path:
     say(f"installing torch {TORCH}")
     if install(python, f"torch=={TORCH}"):
         return python
-    if not active and has_torch(Path(sys.executable)):
+    if not active() and has_torch(Path(sys.executable)):
         say(f"torch cannot be installed: using that of {sys.executable}")
         shutil.rmtree(folder)
         venv.create(folder, system_site_packages=True, symlinks=True)
@@ -136,17 +145,31 @@ def environment() -> Path:
     sys.exit(f"bootstrap: torch {TORCH} cannot be installed, and there is no torch >= 2.11 to use instead")
 
 
+def is_shared(known: dict[str, str]) -> bool:
+    """Whether torch is another environment's: nothing is installed beside it."""
+    return not known["torch_home"].startswith(known["prefix"])
+
+
 def requirements(python: Path, file: Path) -> None:
     known = facts(python)
     stamp = Path(known["prefix"]) / f"attention_ext-{file.name}"
     wanted = digest(known["torch"], files=[file])
-    is_shared = not known["torch_home"].startswith(known["prefix"])
-    if is_shared or (stamp.exists() and stamp.read_text() == wanted):
+    if is_shared(known) or (stamp.exists() and stamp.read_text() == wanted):
         return
     say(f"installing {file.name}")
-    if not install(python, "--require-hashes", "--requirement", file):
-        sys.exit(f"bootstrap: {file.name} cannot be installed; pip's output is above")
-    stamp.write_text(wanted)
+    if install(python, "--require-hashes", "--requirement", file):
+        stamp.write_text(wanted)
+    elif absent := missing(python, file.with_suffix(".in")):
+        sys.exit(f"bootstrap: {file.name} cannot be installed (pip's output is above), and {absent} is not there")
+    else:
+        say(f"{file.name} cannot be installed: using the versions that are there")
+
+
+def missing(python: Path, file: Path) -> str:
+    """The packages of a list that the environment has in no version."""
+    names = re.findall(r"^[\w.-]+", file.read_text(), re.MULTILINE)
+    command = [python, "-c", MISSING, *dict.fromkeys(name.lower() for name in names)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().replace(" ", ", ")
 
 
 def build(python: Path) -> None:

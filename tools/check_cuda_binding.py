@@ -33,7 +33,7 @@ def cuda_headers(compiler: str) -> Iterator[list[Path]]:
         stub = Path(folder) / GENERATED
         stub.parent.mkdir(parents=True)
         stub.write_text("// generated in CUDA builds of torch\n")
-        yield [Path(folder), *nvcc.include_folders(compiler)]
+        yield [Path(folder), *nvcc.toolkit(compiler).headers]
 
 
 def compiler_command(headers: list[Path]) -> list[str]:

@@ -115,9 +115,10 @@ class Unit:
 
 def compile_unit(compiler: str, disassembler: str | None, unit: Path, loops: list[Loop]) -> Unit | None:
     """None, after printing the compiler's output, if it does not compile."""
+    chips = nvcc.for_chips(nvcc.DEFAULT_CHIPS)
     with tempfile.TemporaryDirectory() as folder:
         output = ["-fatbin", "-o", f"{folder}/unit.fatbin", "--keep", "--keep-dir", folder]
-        command = [compiler, *nvcc.FLAGS, *STRICT, *nvcc.FOR_CHIPS, *output, str(unit)]
+        command = [compiler, *nvcc.FLAGS, *STRICT, *chips, *output, str(unit)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0 or SERIALISED.search(done.stderr):
             print(f"{unit.name}:\n{done.stdout}{done.stderr}", flush=True)

@@ -37,7 +37,8 @@ struct GpuPlan {
 struct GpuKernel {
   const char* name;  // architecture and algorithm, e.g. "sm80/forward"
   Pass pass;
-  // Null when the kernel serves the problem on a GPU of this compute capability (80, 90), else the reason as a phrase.
+  // Null when the kernel serves the problem on a GPU of this compute capability (80, 90; 0: there is none), else the
+  // reason as a phrase.
   const char* (*why_not)(const AttentionProblem& problem, int compute_capability);
   GpuPlan (*plan)(const AttentionProblem& problem);
 };
