@@ -34,7 +34,7 @@ def real(nvcc: Any) -> Any:
 
 @pytest.fixture
 def part(real: Any, nvcc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Makes a toolkit of the real nvcc with some of its files, in a folder without NVIDIA's packages; gives its nvcc."""
+    """Makes a toolkit of the real nvcc with some of its files, without packages of NVIDIA, and gives its nvcc."""
     monkeypatch.setattr(nvcc.sysconfig, "get_path", lambda _: str(tmp_path / "packages"))
 
     def make(*links: tuple[str, Path]) -> Path:
