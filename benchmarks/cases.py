@@ -180,6 +180,51 @@ def _block_mask_cases() -> list[Case]:
     return cases
 
 
+def _gpu_cases() -> list[Case]:
+    """Of 16,384 tokens and 2,048 channels, as published measurements of GPUs have them, and one of each option."""
+
+    def case(name: str, length: int, head_dim: int, dtype: torch.dtype = BFLOAT16, **options: Any) -> Case:
+        sizes = {"batch": 16384 // length, "heads": 2048 // head_dim, "length_q": length, "head_dim": head_dim}
+        return Case(name, "gpu", dtype, **{**sizes, **options})
+
+    cases = [
+        case(f"L{length} d{head_dim}{' causal' * is_causal}", length, head_dim, is_causal=is_causal)
+        for head_dim in (128, 64)
+        for length in (4096, 1024)
+        for is_causal in (False, True)
+    ]
+    cases += [
+        case("L16384 d128 causal", 16384, 128, is_causal=True),
+        case("L4096 d256 causal", 4096, 256, is_causal=True),
+        case("L4096 d128 causal", 4096, 128, FLOAT16, is_causal=True),
+        case("L4096 d128 causal, 16/4 heads", 4096, 128, kv_heads=4, is_causal=True),
+        case("L4096 d128 window 1024", 4096, 128, is_causal=True, window=(1023, 0)),
+        case("L2048 d64 half padding", 2048, 64, mask="half_padding"),
+        case("L2048 d64 bias gradient", 2048, 64, mask="bias_grad"),
+        case("L2048 d64 dropout", 2048, 64, dropout_p=0.1),
+        case("L2048 d64 ALiBi", 2048, 64, alibi=True),
+        case("L2048 d64 softcap", 2048, 64, softcap=30.0),
+        Case("packed, 16384 tokens d128 causal", "gpu", BFLOAT16, heads=16, head_dim=128,
+             packed=(8192, 4096, 2048, 1024, 512, 256, 128, 128), is_causal=True),
+        case("L2048 d64", 2048, 64, FLOAT32, batch=2),
+        case("L1024 d64", 1024, 64, FLOAT64, batch=1),
+    ]  # fmt: skip
+    decode: dict[str, Any] = {"length_q": 1, "passes": ("forward",), "bandwidth_bound": True, "head_dim": 128}
+    cases.append(Case("decode B16 H32/8 L8192 d128", "gpu", BFLOAT16, 16, 32, 8, length_k=8192, **decode))
+    second = ("jvp", "double_backward")
+    for dtype in (BFLOAT16, FLOAT32):
+        cases.append(Case("B2 H16 L1024 d64, second order", "gpu", dtype, 2, 16, passes=second))
+    return cases
+
+
+def _gpu_flex_cases() -> list[Case]:
+    sizes: dict[str, Any] = {"batch": 4, "heads": 16, "length_q": 4096, "head_dim": 128}
+    return [
+        Case("L4096 d128", "gpu_flex", BFLOAT16, **sizes),
+        Case("L4096 d128 causal", "gpu_flex", BFLOAT16, is_causal=True, **sizes),
+    ]
+
+
 def _tiny_cases() -> list[Case]:
     return [
         Case("H1 L4 d8", "tiny", FLOAT32, heads=1, length_q=4, head_dim=8),
@@ -195,4 +240,6 @@ CASES = [
     *_flex_cases(),
     *_block_mask_cases(),
     *_tiny_cases(),
+    *_gpu_cases(),
+    *_gpu_flex_cases(),
 ]

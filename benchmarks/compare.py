@@ -54,9 +54,17 @@ def line(row: Row, before: Row | None = None) -> str:
     times = [f"{duration(row[f'{who}_s']):>11} {percent(share(row, who)):>5}" for who in ("ours", "torch")]
     text = f"{row['case']:48} {row['dtype']:9} {row['pass']:22} {times[0]}   torch {times[1]}"
     text += "" if ratio is None else f"   {ratio:>6.2f}x"
+    if others := row.get("others_s"):
+        text += f"   ({', '.join(f'{name} {duration(seconds)}' for name, seconds in others.items())})"
     if before is not None:
         text += f"   before {duration(before['ours_s']):>11}, {before['ours_s'] / row['ours_s']:.2f}x"
     return text
+
+
+def machine(facts: dict[str, Any]) -> str:
+    if facts.get("device", "cpu") != "cpu":
+        return f"{facts['cuda']}, torch {facts['torch']}"
+    return f"{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), torch {facts['torch']}"
 
 
 def markdown(rows: list[Row]) -> str:
@@ -90,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     before = {key(row): row for file in earlier for row in file["results"]}
     facts = latest["facts"]
-    print(f"{facts['cpu']}, {facts['threads']} thread(s), {facts['instruction_set']}, torch {facts['torch']}")
+    print(machine(facts))
     print(f"commit {facts['commit'][:12]}{' with changes' if facts['dirty'] else ''}")
     slow = []
     for row in latest["results"]:

@@ -27,8 +27,8 @@ class Pass:
 
 
 def like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(x.shape, generator=generator).to(x.dtype) for x in tensors]
+    generators = {x.device: torch.Generator(x.device).manual_seed(1) for x in tensors}
+    return [torch.randn(x.shape, generator=generators[x.device], device=x.device).to(x.dtype) for x in tensors]
 
 
 def forward(way: Way, inputs: Sequence[Tensor]) -> Run:

@@ -76,8 +76,7 @@ def draw_memory(axes: Axes, rows: list[compare.Row]) -> None:
 
 
 def save(figure: Any, facts: dict[str, Any], path: Path) -> None:
-    text = f"{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), torch {facts['torch']}, "
-    figure.supxlabel(text + f"commit {facts['commit'][:12]}", fontsize=7)
+    figure.supxlabel(f"{compare.machine(facts)}, commit {facts['commit'][:12]}", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -90,10 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=IMAGES, help="the folder of the pictures")
     options = parser.parse_args(arguments)
     measured = json.loads(options.file.read_text())
+    other = ("flex", "blocks", "gpu_flex")  # cases of main and gpu
     timed = [
         row
         for row in measured["results"]
-        if row.get("torch_s") and row["pass"] != "inference" and row["group"] not in ("flex", "blocks")  # cases of main
+        if row.get("torch_s") and row["pass"] != "inference" and row["group"] not in other
     ]
     memory = [row for row in measured["results"] if row["group"] == "memory" and "training step" in row["case"]]
     overview = [
@@ -105,7 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
         height = ROW_INCHES * len(set(map(label, timed))) + 1.5
         figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
         draw_speed(axes, timed)
-        save(figure, measured["facts"], options.out / "speed.png")
+        device = measured["facts"].get("device", "cpu")
+        save(figure, measured["facts"], options.out / ("speed.png" if device == "cpu" else f"speed_{device}.png"))
     if overview and memory:
         height = max(4, ROW_INCHES * len(set(map(label, overview))) + 1)
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained", width_ratios=(2, 1))

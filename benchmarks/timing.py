@@ -11,7 +11,7 @@ ROUNDS = (3, 60)
 WARM = 0.5  # a first call that takes longer is not repeated before measuring
 
 
-def _seconds(function: Callable[[], object], repeats: int) -> float:
+def seconds_on_cpu(function: Callable[[], object], repeats: int) -> float:
     begin = time.perf_counter()
     for _ in range(repeats):
         function()
@@ -19,17 +19,20 @@ def _seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def medians(
-    functions: Mapping[str, Callable[[], object]], probe: Callable[[], float], budget: float
+    functions: Mapping[str, Callable[[], object]],
+    probe: Callable[[], float],
+    budget: float,
+    seconds: Callable[[Callable[[], object], int], float] = seconds_on_cpu,
 ) -> tuple[dict[str, float], float, int]:
     """The median seconds of each function, the median of the probe between them, and the number of rounds.
 
-    budget: seconds for all rounds together; there are at least 3.
+    budget: seconds for all rounds together; there are at least 3. seconds: of one of so many calls.
     """
     once = {}
     for name, function in functions.items():
-        once[name] = _seconds(function, 1)
+        once[name] = seconds(function, 1)
         if once[name] < WARM:
-            once[name] = _seconds(function, 1)
+            once[name] = seconds(function, 1)
     # Equal for all: the first call after another function runs with cold caches, with the same weight for each.
     repeats = max(1, round(SHORTEST / max(min(once.values()), 1e-7)))
     round_time = repeats * sum(once.values())
@@ -39,6 +42,6 @@ def medians(
     for turn in range(rounds):
         names = list(functions)[:: 1 if turn % 2 == 0 else -1]
         for name in names:
-            times[name].append(_seconds(functions[name], repeats))
+            times[name].append(seconds(functions[name], repeats))
         peaks.append(probe())
     return {name: statistics.median(values) for name, values in times.items()}, statistics.median(peaks), rounds

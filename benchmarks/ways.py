@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import gpu
 import torch
 from cases import Case, Window
 from torch import Tensor
@@ -26,10 +27,25 @@ class Ways:
     inputs: list[Tensor]
     ours: Way
     theirs: dict[str, Way]
+    may_refuse: frozenset[str] = frozenset()  # those of theirs that need not serve the call
 
 
-def build(case: Case) -> Ways:
-    generator = torch.Generator().manual_seed(0)
+def build(case: Case, device: str = "cpu", by_backend: bool = False) -> Ways:
+    """by_backend: also torch's function with each of its backends alone."""
+    with torch.device(device):
+        built = _build(case, torch.Generator(device).manual_seed(0))
+    if not by_backend:
+        return built
+    more = {
+        f"{name}, {backend}": _by(way, backend)
+        for name, way in built.theirs.items()
+        for backend in gpu.BACKENDS
+        if name in ("sdpa", "sdpa, heads repeated")
+    }
+    return dataclasses.replace(built, theirs=built.theirs | more, may_refuse=frozenset(more))
+
+
+def _build(case: Case, generator: torch.Generator) -> Ways:
 
     def tensor(heads: int, length: int, dim: int, factor: float = 1.0) -> Tensor:
         shape = (case.batch, heads, length, dim)
@@ -74,9 +90,9 @@ def build(case: Case) -> Ways:
 
     if not case.with_torch:
         return Ways(inputs, ours, {})
-    if case.group == "derivatives":
+    if "double_backward" in case.passes:
         return Ways(inputs, ours, {"sdpa, math": _differentiable_twice(case)})
-    if case.group == "flex":
+    if case.group in ("flex", "gpu_flex"):
         return Ways(inputs, ours, {"flex_attention": _flex(case, inputs)})
     return Ways(inputs, ours, _theirs(case, fixed_mask, options))
 
@@ -132,6 +148,7 @@ def _differentiable_twice(case: Case) -> Way:
 
 def _flex(case: Case, inputs: list[Tensor]) -> Way:
     """Compiled before timing. On CPUs it supports inference only."""
+    device = inputs[0].device.type
     left = case.window and case.window[0]
     window_left = case.length_q if left is None else left
 
@@ -140,13 +157,13 @@ def _flex(case: Case, inputs: list[Tensor]) -> Way:
 
     block_mask = None
     if case.is_causal:
-        block_mask = create_block_mask(is_visible, None, None, case.length_q, case.length_k, device="cpu")
+        block_mask = create_block_mask(is_visible, None, None, case.length_q, case.length_k, device=device)
     compiled = torch.compile(flex_attention)
 
     def way(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return compiled(query, key, value, block_mask=block_mask)
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(device != "cpu"):
         way(*inputs)
     return way
 
@@ -173,6 +190,16 @@ def _theirs(case: Case, fixed_mask: Tensor | None, options: dict[str, Any]) -> d
         return F.scaled_dot_product_attention(query, key, value, mask, case.dropout_p, is_causal)
 
     return {"sdpa": sdpa, "sdpa, heads repeated": repeated} if grouped else {"sdpa": sdpa}
+
+
+def _by(way: Way, backend: str) -> Way:
+    """A backend refuses calls that it does not serve by a RuntimeError."""
+
+    def by_backend(*inputs: Tensor) -> Tensor:
+        with sdpa_kernel(gpu.BACKENDS[backend]):
+            return way(*inputs)
+
+    return by_backend
 
 
 def _window_mask(length_q: int, length_k: int, window: Window) -> Tensor:

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,24 @@ def test_result_rows(measured: Path) -> None:
     assert [row["pass"] for row in timed] == ["forward", "backward"]
     assert all(row["ours_s"] > 0 and row["torch_s"] > 0 and row["limit_per_s"] > 0 for row in timed)
     assert [row["length"] for row in content["results"] if row["group"] == "memory"] == [1024]
+
+
+def test_each_backend_is_timed_or_refuses(tmp_path: Path) -> None:
+    file = tmp_path / "benchmark.json"
+    run("run.py", "--group", "tiny", "--match", "L16", "--by-backend", "--budget", 0.01, "--out", file)
+    for row in json.loads(file.read_text())["results"]:
+        assert set(row["others_s"]) == {"sdpa", "sdpa, flash", "sdpa, math"}
+        assert set(row["refused"]) == {"sdpa, cudnn", "sdpa, efficient"}
+        assert row["torch_s"] == min(row["others_s"].values())
+    assert "sdpa, math " in run("compare.py", file)
+
+
+def test_gpu_is_required_by_name() -> None:
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "--device", "cuda", "--group", "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wanted = "expected groups of" if torch.cuda.is_available() else "built without CUDA|torch finds no GPU"
+    assert done.returncode == 2
+    assert re.search(f"--device cuda: .*({wanted})", done.stderr)
 
 
 def test_compare(measured: Path) -> None:
@@ -99,11 +118,13 @@ def test_names_are_unique(cases: Any) -> None:
 def test_every_case_agrees_with_torch(modules: Any) -> None:
     """Our call and each of torch's equivalents agree in every pass, on smaller sizes of every case."""
     for case in modules["cases"].CASES:
-        if case.group not in ("main", "derivatives", "flex") or case.dtype != torch.float32 or case.dropout_p:
+        if case.group not in ("main", "derivatives", "flex", "gpu") or case.dtype != torch.float32 or case.dropout_p:
             continue
         small = dataclasses.replace(
             case,
             batch=min(case.batch, 2),
+            head_dim=min(case.head_dim, 64),
+            head_dim_v=min(case.head_dim_v, 64),
             length_q=min(case.length_q, 40),
             length_k=min(case.length_k, 40),
             window=case.window and (7, 0),
