@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils import cpp_extension
 
-import attention_ext
 from attention_ext import _C, explain, reference
 from attention_ext.testing import (
     EMPTY,
@@ -43,25 +41,10 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="GPU kern
 @pytest.fixture(scope="session")
 def emulated() -> dict[str, Any]:
     """The emulated kernels, from a library of their own that is compiled once, in minutes."""
-    folder = CSRC.parent / "build" / "emulator"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "one_at_a_time", "w") as lock:  # load() would wait forever for the lock of a killed process
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        load_emulator(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(CSRC.parent / "tools")
+        importlib.import_module("emulated").load()
     return {row["name"]: row for row in _C.kernels() if row["isa"].startswith("emulated")}
-
-
-def load_emulator(folder: Path) -> None:
-    operators = Path(attention_ext.library_path())
-    cpp_extension.load(
-        "attention_ext_emulator",
-        sorted(map(str, (CSRC / "gpu" / "emulation").glob("*.cpp"))),
-        extra_cflags=["-std=c++20", "-O2", f"-I{CSRC}"],
-        extra_ldflags=[str(operators), f"-Wl,-rpath,{operators.parent}"],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
 
 
 @pytest.fixture
