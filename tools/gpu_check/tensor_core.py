@@ -91,7 +91,9 @@ def products(multiply_many: Callable[..., int | None]) -> dict[str, dict[str, st
 
 def differences(name: str, product: dict[str, str]) -> dict[tuple[int, int], int]:
     """By block_bytes and extra_bits of a model, how many results it gets otherwise."""
-    a, b, c, out = (torch.frombuffer(bytearray.fromhex(product[key]), dtype=torch.float32) for key in ("a", "b", "c", "out"))
+    a, b, c, out = (
+        torch.frombuffer(bytearray.fromhex(product[key]), dtype=torch.float32) for key in ("a", "b", "c", "out")
+    )
     found = {}
     for model in MODELS:
         own = c.clone()
