@@ -119,6 +119,19 @@ def operator_sources() -> list[str]:
     return [file for file in files if file not in sources("csrc/torch/cuda*.cpp")]
 
 
+def prebuilt(files: list[str]) -> tuple[list[str], list[str]]:
+    """What is left to compile, and objects of ATTENTION_EXT_OBJECTS, which tools/prebuild.py made, for the rest."""
+    folder = os.environ.get("ATTENTION_EXT_OBJECTS")
+    if not folder:
+        return files, []
+    import prebuild
+
+    try:
+        return prebuild.take(ROOT / folder, files, chips() if TOOLKIT else [])
+    except nvcc.MissingError as error:
+        sys.exit(f"attention_ext: {error}")
+
+
 def said_by_compiler(*arguments: str) -> str:
     return subprocess.run([*CXX, *arguments], capture_output=True, text=True).stdout
 
@@ -207,6 +220,7 @@ def extension(name: str, files: list[str], libraries: list[str], link_args: list
     headers = [*cpp_extension.include_paths(device), *(map(str, TOOLKIT.headers) if TOOLKIT else [])]
     flags = [*FLAGS, *(f"-I{folder}" for folder in (ROOT / "csrc", ROOT / "attention_ext" / "include", GENERATED))]
     flags += [word for path in headers for word in ("-isystem", path)]
+    files, objects = prebuilt(files)
     flags.append(f"-ffile-prefix-map={ROOT}/=")  # a build says the same wherever it is made
     if os.environ.get("ATTENTION_EXT_WERROR") == "1":
         flags.append("-Werror")
@@ -216,6 +230,7 @@ def extension(name: str, files: list[str], libraries: list[str], link_args: list
         language="c++",
         library_dirs=cpp_extension.library_paths(device),
         libraries=libraries,
+        extra_objects=objects,
         extra_compile_args={"cxx": flags, "nvcc": nvcc_flags()},
         extra_link_args=["-fopenmp", *VARIANTS[VARIANT], *link_args, *([str(TOOLKIT.cudart)] if TOOLKIT else [])],
         # All of them for each: only ninja knows better.

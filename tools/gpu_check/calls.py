@@ -64,7 +64,7 @@ def serves(row: dict[str, Any], sample: Sample) -> bool:
 
 
 def error(row: dict[str, Any], sample: Sample) -> float:
-    """The largest error as a share of what is allowed. `sample` is of the row's dtype; of float16 where it rounds to TF32.
+    """The largest error as a share of what is allowed. `sample` is of the row's dtype, for TF32 of float16.
 
     Raises:
         RefusedError: where the row does not serve the call.
@@ -101,7 +101,7 @@ def _error_of_weights(sample: Sample, actual: Tensor) -> float:
     if ratio.numel() == 0:
         return 0.0
     if ratio.max() > 1:
-        index = tuple(x.item() for x in torch.unravel_index(ratio.argmax(), ratio.shape))
+        index = tuple(int(x) for x in torch.unravel_index(ratio.argmax(), ratio.shape))
         raise WrongError(f"  weights{list(index)}: expected {expected[index]:.9g}, got {actual[index]:.9g}")
     return float(ratio.max())
 

@@ -14,8 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ROOT / "tools"
 sys.path[:0] = [str(ROOT), str(TOOLS)]
 
-NEEDS_GPU = 3  # the exit status of a step that did in a dry run all that it can without a GPU
-
 
 def arguments(description: str | None, **more: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)

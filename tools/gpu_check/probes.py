@@ -66,7 +66,7 @@ def main() -> int:
     result["products"] = tensor_core.products(multiply_many)
     result["models"] = tensor_core.report(result["products"])
     common.write(options.out, result)
-    return common.NEEDS_GPU if options.dry_run else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""Builds, checks and measures everything on a GPU, in a few minutes and without a network.
+
+python tools/gpu_check                build; accuracy of every row; instruction rates; times; tests
+python tools/gpu_check --profile      a second call: build, ncu, compute-sanitizer
+python tools/gpu_check --dry-run      without a GPU: the same on emulated kernels, as far as that goes
+
+Each step is a process that is ended at its limit. Results are written as they come into --out: summary.json, a file for
+each step, and log.txt with all output. docs/gpu.md says what is in them. Exits with 1 if a step failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from steps import ROOT, Step, both, checks, missing_tool, profiles
+
+LINES_SHOWN = 20  # of the output of a step that failed
+
+
+def run(step: Step, seconds: float, log: Path, dry_run: bool) -> dict[str, Any]:
+    """The step's line of the summary."""
+    begin = time.monotonic()
+    line: dict[str, Any] = {"step": step.name, "status": "passed", "seconds": 0.0}
+    if reason := missing_tool(step):
+        return line | {"status": f"failed: {reason}"}
+    with log.open("a") as file:
+        file.write(f"\n== {step.name}: {' '.join(step.command)}\n")
+        start = file.tell()
+        process = subprocess.Popen(
+            step.command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **step.environment,
+                "PYTHONPATH": str(ROOT),
+                "PYTHONUNBUFFERED": "1",
+                "PIP_NO_INDEX": "1",
+            },
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            line["status"] = f"ended at its limit of {seconds:.0f} seconds"
+        else:
+            if status != 0:
+                line["status"] = f"failed: exit status {status}"
+            elif dry_run and not step.on_cpu:
+                line["status"] = "needs a GPU; its code ran without one"
+    if line["status"].startswith(("failed", "ended")):
+        with log.open() as file:
+            file.seek(start)
+            line["output"] = file.read().splitlines()[-LINES_SHOWN:]
+    return line | {"seconds": round(time.monotonic() - begin, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", action="store_true", help="ncu and compute-sanitizer")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu_check", help="the folder of the results")
+    parser.add_argument("--minutes", type=float, default=7.8, help="after which all ends")
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these")
+    parser.add_argument("--match", default="", help="a regular expression to search in row, dtype and spec")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    steps = both(out, options.dry_run)
+    steps += profiles(out, options.dry_run) if options.profile else checks(out, options.dry_run, options.match)
+    names = [step.name for step in steps]
+    if unknown := set(options.steps or ()) - set(names):
+        parser.error(f"--steps: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_text("")
+    end = time.monotonic() + 60 * options.minutes
+    lines: list[dict[str, Any]] = []
+    for step in steps:
+        if options.steps and step.name not in options.steps:
+            continue
+        left = end - time.monotonic()
+        if left < 5:
+            lines.append(
+                {"step": step.name, "status": f"not begun: {options.minutes:g} minutes are over", "seconds": 0.0}
+            )
+        else:
+            lines.append(run(step, min(step.seconds, left), log, options.dry_run))
+        (out / "summary.json").write_text(json.dumps(lines, indent=1) + "\n")
+        print(
+            f"{step.name:12} {lines[-1]['seconds']:6.1f} s  {lines[-1]['status']}",
+            *lines[-1].get("output", []),
+            sep="\n  ",
+            flush=True,
+        )
+        if lines[-1]["status"].startswith(("failed", "ended")) and step.name in ("environment", "build"):
+            print(f"nothing else runs without the {step.name}")
+            break
+    print(f"results: {out}")
+    return int(any(line["status"].startswith("failed") for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The steps of both calls, each a command with a limit of time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+# Of ncu: what its questions are about, in the order of its own reports.
+SECTIONS = (
+    *("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables"),
+    *("SchedulerStats", "WarpStateStats", "InstructionStats", "LaunchStats", "Occupancy"),
+)
+OUR_KERNELS = "run_kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """seconds: the limit. on_cpu: whether a machine without a GPU does all of it."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    on_cpu: bool = False
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def script(name: str, out: Path, *arguments: str, dry_run: bool) -> list[str]:
+    return [sys.executable, str(HERE / f"{name}.py"), "--out", str(out), *arguments, *["--dry-run"] * dry_run]
+
+
+def python(path: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / path), *arguments]
+
+
+def pytest(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *arguments]
+
+
+def both(out: Path, dry_run: bool) -> list[Step]:
+    """What each call begins with; a build that is there takes seconds."""
+    build = python("tools/check_cuda_build.py", *["--find"] * dry_run)
+    objects = {"ATTENTION_EXT_OBJECTS": "build/objects"} if (ROOT / "build" / "objects").is_dir() else {}
+    return [
+        Step("environment", script("environment", out / "environment.json", dry_run=dry_run), 40, on_cpu=True),
+        Step("build", build, 280, environment={"MAX_JOBS": str(len(os.sched_getaffinity(0))), **objects}),
+    ]
+
+
+def checks(out: Path, dry_run: bool, match: str) -> list[Step]:
+    """Whether results are right, and how long they take."""
+    given = ["--match", match] if match else []
+    timing = ["--device", "cuda", "--group", "gpu", "gpu_flex", "--budget", "0.2"]
+    if dry_run:
+        timing = ["--group", "tiny", "--match", "L4 ", "--by-backend", "--budget", "0.01"]
+    in_cuda_test = str(ROOT / "tests" / "test_cuda.py")
+    return [
+        Step("probes", script("probes", out / "probes.json", dry_run=dry_run), 60),
+        Step("accuracy", script("accuracy", out / "accuracy.json", *given, "--seconds", "80", dry_run=dry_run), 100),
+        Step("kernels", script("kernels", out / "kernels.json", *given, "--seconds", "40", dry_run=dry_run), 60),
+        Step("benchmark", python("benchmarks/run.py", *timing, "--out", str(out / "benchmark.json")), 110),
+        Step("test_cuda", pytest(in_cuda_test, *(["--collect-only"] if dry_run else ["--device", "cuda"])), 60),
+        *(
+            []
+            if dry_run
+            else [Step("tests", pytest("-n", "8", "--every", "10", "--device", "cuda", str(ROOT / "tests")), 120)]
+        ),
+    ]
+
+
+def profiles(out: Path, dry_run: bool) -> list[Step]:
+    """What NVIDIA's tools say of kernels and of their accesses."""
+
+    def call(size: str) -> list[str]:
+        return script("one_call", out / "calls.json", "--size", size, dry_run=dry_run)
+
+    sections = [word for section in SECTIONS for word in ("--section", section)]
+    ncu = ["ncu", "--csv", "--page", "raw", "--log-file", str(out / "ncu.csv"), "--clock-control", "none", *sections]
+    ncu += ["--kernel-name-base", "mangled", "--kernel-name", f"regex:{OUR_KERNELS}"]
+    steps = [Step("ncu", _under(ncu, call("full"), dry_run), 150)]
+    for tool, seconds in (("memcheck", 80), ("racecheck", 80), ("synccheck", 50), ("initcheck", 80)):
+        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        # What other kernels write has to be seen to know what is initialised.
+        sanitizer += [] if tool == "initcheck" else ["--kernel-name", f"kns={OUR_KERNELS}"]
+        # Else torch's allocator gives parts of blocks, beyond which there is valid memory.
+        no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        steps.append(Step(tool, _under(sanitizer, call("tiny"), dry_run), seconds, environment=no_cache))
+    return steps[:1] if dry_run else steps
+
+
+def _under(tool: list[str], command: list[str], dry_run: bool) -> list[str]:
+    return command if dry_run else [*tool, *command]
+
+
+def missing_tool(step: Step) -> str | None:
+    tool = step.command[0]
+    return None if os.path.isabs(tool) or shutil.which(tool) else f"{tool} is not in PATH"
