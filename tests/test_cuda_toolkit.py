@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KNOWN = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_90a", "sm_100"]
+KNOWN = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100"]
 
 
 @pytest.fixture
@@ -131,6 +131,12 @@ def test_chips(nvcc: Any, listed: str, at_hand: list[tuple[int, int]], expected:
 def test_chips_that_cannot_be_built(nvcc: Any, listed: str) -> None:
     with pytest.raises(nvcc.MissingError, match=rf"expected compute capabilities such as 8\.0;9\.0.*got {listed}"):
         nvcc.chips(listed, [], KNOWN)
+
+
+def test_default_chips_are_known(nvcc: Any, real: Any) -> None:
+    known = nvcc.known_chips(str(real.nvcc))
+    assert nvcc.chips("8.0;9.0", [], known) == nvcc.DEFAULT_CHIPS
+    assert nvcc.chips("", [(9, 0)], known) == ["sm_90a"]
 
 
 def test_small_unit_is_built_with_what_was_found(real: Any) -> None:

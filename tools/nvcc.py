@@ -89,17 +89,17 @@ def chips(listed: str, at_hand: Sequence[tuple[int, int]], known: Sequence[str])
     Args:
         listed: as in TORCH_CUDA_ARCH_LIST: ``"8.0;9.0a+PTX"``. Chips before 8.0 are left out.
         at_hand: the compute capabilities of the GPUs of this machine.
-        known: those that nvcc can compile for.
+        known: those that nvcc can compile for, which it lists without their suffixes.
 
     Raises:
         MissingError: where the list names none from 8.0 on, or one that nvcc does not know.
     """
     if not listed:
-        return [chip for chip in map(_chip, dict.fromkeys(at_hand)) if chip in known] or DEFAULT_CHIPS
+        return [chip for chip in map(_chip, dict.fromkeys(at_hand)) if chip.rstrip("a") in known] or DEFAULT_CHIPS
     words = listed.replace("+PTX", "").replace(";", " ").split()
     numbers = [re.fullmatch(r"(\d+)\.(\d)[af]?", word) for word in words]
     wanted = [_chip((int(x[1]), int(x[2]))) for x in numbers if x and (int(x[1]), int(x[2])) >= OLDEST_CHIP]
-    if not all(numbers) or not wanted or not set(wanted) <= set(known):
+    if not all(numbers) or not wanted or not {chip.rstrip("a") for chip in wanted} <= set(known):
         raise MissingError(
             "TORCH_CUDA_ARCH_LIST: expected compute capabilities such as 8.0;9.0, from 8.0 on, that this nvcc has "
             f"({', '.join(known)}), got {listed}"

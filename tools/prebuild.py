@@ -55,8 +55,8 @@ def take(folder: Path, sources: list[str], chips: list[str]) -> tuple[list[str],
         )
     if not set(chips) <= set(facts["chips"]):
         raise nvcc.MissingError(
-            f"ATTENTION_EXT_OBJECTS: {folder} is for {', '.join(facts['chips'])}, and this build for {', '.join(chips)}; "
-            "run tools/prebuild.py --chips with these"
+            f"ATTENTION_EXT_OBJECTS: {folder} is for {', '.join(facts['chips'])}, and this build for "
+            f"{', '.join(chips)}; run tools/prebuild.py --chips with these"
         )
     objects = {
         source: str(folder / object_name(source)) for source in sources if (folder / object_name(source)).is_file()

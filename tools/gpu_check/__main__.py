@@ -12,58 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from steps import ROOT, Step, both, checks, missing_tool, profiles
-
-LINES_SHOWN = 20  # of the output of a step that failed
-
-
-def run(step: Step, seconds: float, log: Path, dry_run: bool) -> dict[str, Any]:
-    """The step's line of the summary."""
-    begin = time.monotonic()
-    line: dict[str, Any] = {"step": step.name, "status": "passed", "seconds": 0.0}
-    if reason := missing_tool(step):
-        return line | {"status": f"failed: {reason}"}
-    with log.open("a") as file:
-        file.write(f"\n== {step.name}: {' '.join(step.command)}\n")
-        start = file.tell()
-        process = subprocess.Popen(
-            step.command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={
-                **os.environ,
-                **step.environment,
-                "PYTHONPATH": str(ROOT),
-                "PYTHONUNBUFFERED": "1",
-                "PIP_NO_INDEX": "1",
-            },
-            start_new_session=True,
-        )
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            line["status"] = f"ended at its limit of {seconds:.0f} seconds"
-        else:
-            if status != 0:
-                line["status"] = f"failed: exit status {status}"
-            elif dry_run and not step.on_cpu:
-                line["status"] = "needs a GPU; its code ran without one"
-    if line["status"].startswith(("failed", "ended")):
-        with log.open() as file:
-            file.seek(start)
-            line["output"] = file.read().splitlines()[-LINES_SHOWN:]
-    return line | {"seconds": round(time.monotonic() - begin, 1)}
+from steps import ROOT, both, checks, profiles, run
 
 
 def main() -> int:

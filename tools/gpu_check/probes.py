@@ -16,15 +16,13 @@ import nvcc
 import tensor_core
 import torch
 
-BUILD = common.ROOT / "build" / "gpu_check"
 SOURCE = Path(__file__).with_name("probes.cu")
 
 
 def compiled(toolkit: nvcc.Toolkit, chips: list[str]) -> Path:
-    library = BUILD / "probes.so"
     flags = [*nvcc.FLAGS, *toolkit.header_flags(), *nvcc.for_chips(chips), "-Xcompiler=-fPIC", "-shared"]
     link = ["-cudart=none", f"-Xlinker={toolkit.cudart}"]
-    return tensor_core.built([str(toolkit.nvcc), *flags, *link, str(SOURCE)], library)
+    return tensor_core.built("probes", str(toolkit.nvcc), *flags, *link, str(SOURCE))
 
 
 def loaded(library: Path, toolkit: nvcc.Toolkit) -> ctypes.CDLL:

@@ -1,12 +1,16 @@
-"""The steps of both calls, each a command with a limit of time."""
+"""The steps of both calls, each a command with a limit of time, and how one is run."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -16,6 +20,7 @@ SECTIONS = (
     *("SchedulerStats", "WarpStateStats", "InstructionStats", "LaunchStats", "Occupancy"),
 )
 OUR_KERNELS = "run_kernel"
+LINES_SHOWN = 20  # of the output of a step that failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +101,43 @@ def _under(tool: list[str], command: list[str], dry_run: bool) -> list[str]:
     return command if dry_run else [*tool, *command]
 
 
-def missing_tool(step: Step) -> str | None:
+def run(step: Step, seconds: float, log: Path, dry_run: bool) -> dict[str, Any]:
+    """The step's line of the summary."""
+    begin = time.monotonic()
+    line: dict[str, Any] = {"step": step.name, "status": "passed", "seconds": 0.0}
     tool = step.command[0]
-    return None if os.path.isabs(tool) or shutil.which(tool) else f"{tool} is not in PATH"
+    if shutil.which(tool) is None:
+        return line | {"status": f"failed: {tool} is not in PATH"}
+    with log.open("a") as file:
+        file.write(f"\n== {step.name}: {' '.join(step.command)}\n")
+        start = file.tell()
+        process = subprocess.Popen(
+            step.command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **step.environment,
+                "PYTHONPATH": str(ROOT),
+                "PYTHONUNBUFFERED": "1",
+                "PIP_NO_INDEX": "1",
+            },
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            line["status"] = f"ended at its limit of {seconds:.0f} seconds"
+        else:
+            if status != 0:
+                line["status"] = f"failed: exit status {status}"
+            elif dry_run and not step.on_cpu:
+                line["status"] = "needs a GPU; its code ran without one"
+    if line["status"].startswith(("failed", "ended")):
+        with log.open() as file:
+            file.seek(start)
+            line["output"] = file.read().splitlines()[-LINES_SHOWN:]
+    return line | {"seconds": round(time.monotonic() - begin, 1)}

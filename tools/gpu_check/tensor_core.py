@@ -3,8 +3,9 @@
 python tools/gpu_check/tensor_core.py out/gpu_check/probes.json
 
 The file has, for each type of operands, random products c (16 x 8) + a (16 x depth) b (depth x 8): their operands and
-the GPU's results, as the hexadecimal bytes of float32 arrays. The model that agrees in every bit belongs in the constant
-of that architecture, such as kSm90; where none agrees, the accumulator does what the model has no parameter for.
+the GPU's results, as the hexadecimal bytes of float32 arrays. The model that agrees in every bit belongs in the
+constant of that architecture, such as kSm90; where none agrees, the accumulator does what the model does not
+have.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import hashlib
 import json
 import os
 import shlex
@@ -24,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "gpu_check"
-EMULATED = Path(__file__).with_name("emulated.cpp")
 COUNT = 64  # products of each type
 TYPES = {  # the least exponent, and how numbers are rounded to the type
     "float16": (-14, lambda x: x.half().float()),
@@ -36,13 +38,19 @@ TYPES = {  # the least exponent, and how numbers are rounded to the type
 MODELS = [(0, 0), *((block_bytes, extra_bits) for block_bytes in (8, 16, 32) for extra_bits in range(4))]
 
 
-def built(command: list[str], library: Path) -> Path:
-    """The library that the command compiles, from the same sources each time but those of the kernels."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    part = library.with_suffix(f".{os.getpid()}")
-    if subprocess.run([*command, "-o", str(part)]).returncode != 0:
-        sys.exit(f"{command[-1]} does not compile; the compiler's output is above")
-    part.rename(library)
+def built(name: str, *command: str) -> Path:
+    """The library that the command compiles, again when it or one of its sources has changed."""
+    folders = [ROOT / "csrc" / part for part in ("core", "gpu/emulation", "gpu/warp")]
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in sorted([*HERE.glob("*.*"), *(path for folder in folders for path in folder.glob("*.*"))]):
+        digest.update(path.read_bytes())
+    library = BUILD / f"{name}-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        part = library.with_suffix(f".{os.getpid()}")
+        if subprocess.run([*command, "-o", str(part)]).returncode != 0:
+            sys.exit(f"{command[-1]} does not compile; the compiler's output is above")
+        part.rename(library)
     return library
 
 
@@ -50,7 +58,7 @@ def built(command: list[str], library: Path) -> Path:
 def emulated() -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++20", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    return ctypes.CDLL(str(built([*compiler, *flags, str(EMULATED)], BUILD / "emulated.so")))
+    return ctypes.CDLL(str(built("emulated", *compiler, *flags, str(HERE / "emulated.cpp"))))
 
 
 def bytes_of(name: str) -> int:
