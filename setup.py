@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -49,6 +50,8 @@ def cuda_toolkit() -> nvcc.Toolkit | None:
     return None
 
 
+# ninja is in the interpreter's environment, which need not be active.
+os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
 TOOLKIT = cuda_toolkit()
 if TOOLKIT is not None:
     os.environ["CUDA_HOME"] = str(TOOLKIT.home)  # else the next import takes the folder of a link to nvcc for it

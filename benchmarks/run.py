@@ -83,7 +83,7 @@ def prepare_theirs(built: ways.Ways, which: str) -> tuple[dict[str, Run], dict[s
             run = PASSES[which].prepare(way, built.inputs)
             run()
         except RuntimeError as error:
-            if name not in built.may_refuse and not isinstance(error, torch.OutOfMemoryError):
+            if not built.may_refuse:
                 raise
             refused[name] = str(error).partition("\n")[0]
         else:

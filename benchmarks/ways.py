@@ -27,7 +27,7 @@ class Ways:
     inputs: list[Tensor]
     ours: Way
     theirs: dict[str, Way]
-    may_refuse: frozenset[str] = frozenset()  # those of theirs that need not serve the call
+    may_refuse: bool = False  # theirs need not serve the call
 
 
 def build(case: Case, device: str = "cpu", by_backend: bool = False) -> Ways:
@@ -42,7 +42,7 @@ def build(case: Case, device: str = "cpu", by_backend: bool = False) -> Ways:
         for backend in gpu.BACKENDS
         if name in ("sdpa", "sdpa, heads repeated")
     }
-    return dataclasses.replace(built, theirs=built.theirs | more, may_refuse=frozenset(more))
+    return dataclasses.replace(built, theirs=built.theirs | more, may_refuse=True)
 
 
 def _build(case: Case, generator: torch.Generator) -> Ways:
@@ -147,7 +147,7 @@ def _differentiable_twice(case: Case) -> Way:
 
 
 def _flex(case: Case, inputs: list[Tensor]) -> Way:
-    """Compiled before timing. On CPUs it supports inference only."""
+    """On CPUs it supports inference only, and is compiled here; on GPUs by the first call of a pass."""
     device = inputs[0].device.type
     left = case.window and case.window[0]
     window_left = case.length_q if left is None else left
@@ -163,8 +163,9 @@ def _flex(case: Case, inputs: list[Tensor]) -> Way:
     def way(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return compiled(query, key, value, block_mask=block_mask)
 
-    with torch.set_grad_enabled(device != "cpu"):
-        way(*inputs)
+    if device == "cpu":
+        with torch.no_grad():
+            way(*inputs)
     return way
 
 

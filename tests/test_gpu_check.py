@@ -40,12 +40,12 @@ def module() -> Any:
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    steps = ("environment", "probes", "accuracy", "kernels")
+    steps = ("environment", "emulator", "probes", "accuracy", "kernels")
     status, said = gpu_check(tmp_path, "--dry-run", "--steps", *steps, "--match", "sm80/forward float16 ?(tiny)?$")
     assert status == 0, said
     assert [line["step"] for line in content(tmp_path / "summary.json")] == list(steps)
     assert [line["status"].partition(";")[0] for line in content(tmp_path / "summary.json")] == [
-        "passed",
+        *["passed"] * 2,
         *["needs a GPU"] * 3,
     ]
     assert content(tmp_path / "environment.json")["packages"]["torch"] == torch.__version__

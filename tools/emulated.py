@@ -29,3 +29,7 @@ def load() -> None:
             build_directory=str(FOLDER),
             is_python_module=False,
         )
+
+
+if __name__ == "__main__":
+    load()

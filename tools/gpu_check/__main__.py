@@ -25,10 +25,11 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="ncu and compute-sanitizer")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu_check", help="the folder of the results")
-    parser.add_argument("--minutes", type=float, default=7.8, help="after which all ends")
+    parser.add_argument("--minutes", type=float, help="after which all ends; 7.8, or 30 of a dry run")
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these")
     parser.add_argument("--match", default="", help="a regular expression to search in row, dtype and spec")
     options = parser.parse_args()
+    minutes = options.minutes or (30 if options.dry_run else 7.8)
     out = options.out.resolve()
     steps = both(out, options.dry_run)
     steps += profiles(out, options.dry_run) if options.profile else checks(out, options.dry_run, options.match)
@@ -38,16 +39,14 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
     log.write_text("")
-    end = time.monotonic() + 60 * options.minutes
+    end = time.monotonic() + 60 * minutes
     lines: list[dict[str, Any]] = []
     for step in steps:
         if options.steps and step.name not in options.steps:
             continue
         left = end - time.monotonic()
         if left < 5:
-            lines.append(
-                {"step": step.name, "status": f"not begun: {options.minutes:g} minutes are over", "seconds": 0.0}
-            )
+            lines.append({"step": step.name, "status": f"not begun: {minutes:g} minutes are over", "seconds": 0.0})
         else:
             lines.append(run(step, min(step.seconds, left), log, options.dry_run))
         (out / "summary.json").write_text(json.dumps(lines, indent=1) + "\n")

@@ -51,10 +51,13 @@ def main() -> int:
     else:
         result["complete"] = True
     common.write(options.out, result)
+    unchecked = [name for name, line in table.items() if not line["calls"]]
     for name, line in table.items():
         counts = f"{line['calls']:4} calls, {line['refused']} refused"
         print(f"{name:36} {counts}, worst {line['worst']:.2f} of what is allowed")
-    return 0
+    if unchecked:
+        print(f"NOT CHECKED, since no call was served: {', '.join(unchecked)}")
+    return int(bool(unchecked))
 
 
 if __name__ == "__main__":

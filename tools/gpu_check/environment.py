@@ -73,7 +73,7 @@ def main() -> int:
         "toolkit": toolkit(),
         "gpus": gpus(),
         "nvidia-smi": said("nvidia-smi"),
-        "tools": {name: shutil.which(name) for name in TOOLS},
+        "tools": {name: shutil.which(name) for name in TOOLS},  # in the PATH of the steps
         "compiler": said(*os.environ.get("CXX", "c++").split(), "--version").partition("\n")[0],
         "commit": said("git", "-C", str(common.ROOT), "rev-parse", "HEAD"),
         "python_header": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),

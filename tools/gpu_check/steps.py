@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,10 @@ def checks(out: Path, dry_run: bool, match: str) -> list[Step]:
     timing = ["--device", "cuda", "--group", "gpu", "gpu_flex", "--budget", "0.2"]
     if dry_run:
         timing = ["--group", "tiny", "--match", "L4 ", "--by-backend", "--budget", "0.01"]
+    emulator = [Step("emulator", python("tools/emulated.py"), 1200, on_cpu=True)] if dry_run else []
     in_cuda_test = str(ROOT / "tests" / "test_cuda.py")
     return [
+        *emulator,
         Step("probes", script("probes", out / "probes.json", dry_run=dry_run), 60),
         Step("accuracy", script("accuracy", out / "accuracy.json", *given, "--seconds", "80", dry_run=dry_run), 100),
         Step("kernels", script("kernels", out / "kernels.json", *given, "--seconds", "40", dry_run=dry_run), 60),
@@ -85,7 +89,14 @@ def profiles(out: Path, dry_run: bool) -> list[Step]:
 
     sections = [word for section in SECTIONS for word in ("--section", section)]
     ncu = ["ncu", "--csv", "--page", "raw", "--log-file", str(out / "ncu.csv"), "--clock-control", "none", *sections]
-    ncu += ["--kernel-name-base", "mangled", "--kernel-name", f"regex:{OUR_KERNELS}"]
+    ncu += [
+        "--print-kernel-base",
+        "demangled",
+        "--kernel-name-base",
+        "mangled",
+        "--kernel-name",
+        f"regex:{OUR_KERNELS}",
+    ]
     steps = [Step("ncu", _under(ncu, call("full"), dry_run), 150)]
     for tool, seconds in (("memcheck", 80), ("racecheck", 80), ("synccheck", 50), ("initcheck", 80)):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
@@ -101,12 +112,22 @@ def _under(tool: list[str], command: list[str], dry_run: bool) -> list[str]:
     return command if dry_run else [*tool, *command]
 
 
+def search_path() -> str:
+    """PATH, the interpreter's own scripts, and where NVIDIA's profilers are installed."""
+    more = [
+        sysconfig.get_path("scripts"),
+        f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin",
+        "/usr/local/cuda/bin",
+    ]
+    return os.pathsep.join([*os.get_exec_path(), *more, *glob.glob("/opt/nvidia/nsight-compute/*")])
+
+
 def run(step: Step, seconds: float, log: Path, dry_run: bool) -> dict[str, Any]:
     """The step's line of the summary."""
     begin = time.monotonic()
     line: dict[str, Any] = {"step": step.name, "status": "passed", "seconds": 0.0}
-    tool = step.command[0]
-    if shutil.which(tool) is None:
+    tool, path = step.command[0], search_path()
+    if shutil.which(tool, path=path) is None:
         return line | {"status": f"failed: {tool} is not in PATH"}
     with log.open("a") as file:
         file.write(f"\n== {step.name}: {' '.join(step.command)}\n")
@@ -119,6 +140,7 @@ def run(step: Step, seconds: float, log: Path, dry_run: bool) -> dict[str, Any]:
             env={
                 **os.environ,
                 **step.environment,
+                "PATH": path,
                 "PYTHONPATH": str(ROOT),
                 "PYTHONUNBUFFERED": "1",
                 "PIP_NO_INDEX": "1",

@@ -4,8 +4,7 @@ python tools/gpu_check/tensor_core.py out/gpu_check/probes.json
 
 The file has, for each type of operands, random products c (16 x 8) + a (16 x depth) b (depth x 8): their operands and
 the GPU's results, as the hexadecimal bytes of float32 arrays. The model that agrees in every bit belongs in the
-constant of that architecture, such as kSm90; where none agrees, the accumulator does what the model does not
-have.
+constant of that architecture, such as kSm90; where none agrees, another one has to be written.
 """
 
 from __future__ import annotations
