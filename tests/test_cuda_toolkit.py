@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -137,6 +138,24 @@ def test_default_chips_are_known(nvcc: Any, real: Any) -> None:
     known = nvcc.known_chips(str(real.nvcc))
     assert nvcc.chips("8.0;9.0", [], known) == nvcc.DEFAULT_CHIPS
     assert nvcc.chips("", [(9, 0)], known) == ["sm_90a"]
+
+
+def test_objects_of_the_same_sources_only(nvcc: Any, tmp_path: Path) -> None:
+    """Objects that tools/prebuild.py made stand for their sources; others are refused."""
+    prebuild = importlib.import_module("prebuild")
+    sources = ["csrc/cpu/table.cpp", "csrc/cpu/isa/avx2.cpp"]
+    with pytest.raises(nvcc.MissingError, match=r"has no objects\.json; tools/prebuild\.py makes it"):
+        prebuild.take(tmp_path, sources, [])
+    made = tmp_path / "csrc-cpu-isa-avx2.cpp.o"
+    made.touch()
+    facts = {"digest": prebuild.digest(), "chips": ["sm_90a"]}
+    (tmp_path / "objects.json").write_text(json.dumps(facts))
+    assert prebuild.take(tmp_path, sources, ["sm_90a"]) == (sources[:1], [str(made)])
+    with pytest.raises(nvcc.MissingError, match=r"is for sm_90a, and this build for sm_80"):
+        prebuild.take(tmp_path, sources, ["sm_80"])
+    (tmp_path / "objects.json").write_text(json.dumps({**facts, "digest": "of others"}))
+    with pytest.raises(nvcc.MissingError, match=r"was made of other sources; run tools/prebuild\.py again"):
+        prebuild.take(tmp_path, sources, ["sm_90a"])
 
 
 def test_small_unit_is_built_with_what_was_found(real: Any) -> None:
