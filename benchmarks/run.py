@@ -18,6 +18,7 @@ import functools
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,6 +119,8 @@ def run_memory(case: memory.MemoryCase, length: int, options: argparse.Namespace
 
 
 def git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ROOT / "tools"
 sys.path[:0] = [str(ROOT), str(TOOLS)]
@@ -38,9 +40,7 @@ def rows(dry_run: bool) -> list[dict[str, Any]]:
         emulated.load()
     from attention_ext import _C
 
-    found = [row for row in _C.kernels() if row["isa"].startswith("emulated_" if dry_run else ("sm", "simt"))]
-    if not dry_run:
-        found = [row for row in found if row["device"] == "cuda"]
+    found = [row for row in _C.kernels() if (row["isa"].startswith("emulated") if dry_run else row["device"] == "cuda")]
     if not found:
         sys.exit("the kernel table has no row for GPUs: attention_ext was built without CUDA")
     return found
@@ -49,8 +49,6 @@ def rows(dry_run: bool) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def forced(row: dict[str, Any]) -> Iterator[None]:
     """Uses this row for its pass; TF32 is allowed for rows that need it."""
-    import torch
-
     from attention_ext import _C
 
     torch.backends.cuda.matmul.allow_tf32 = "tf32" in row["isa"]

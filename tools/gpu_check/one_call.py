@@ -13,14 +13,8 @@ import kernels
 import torch
 
 FULL = [
-    *(
-        ("sm80/forward", "bfloat16"),
-        ("sm80/backward", "bfloat16"),
-        ("sm80/decode", "bfloat16"),
-        ("sm80/jvp", "bfloat16"),
-    ),
-    *(("sm80/double_backward", "bfloat16"), ("sm80/forward", "float32"), ("sm80/backward", "float32")),
-    ("sm80/forward", "float64"),
+    *(f"sm80/{name} bfloat16" for name in ("forward", "backward", "decode", "jvp", "double_backward")),
+    *("sm80/forward float32", "sm80/backward float32", "sm80/forward float64"),
 ]
 
 
@@ -30,19 +24,16 @@ def main() -> int:
     done = []
     for row in common.rows(options.dry_run):
         for dtype in common.dtypes_of(row):
-            name = row["name"].removeprefix("emulated_")
-            if options.size == "full" and (name, dtype) not in FULL:
+            name = f"{row['name'].removeprefix('emulated_')} {dtype}"
+            if options.size == "full" and name not in FULL:
                 continue
-            spec = (
-                calls.TINY["decode" in name]
-                if options.size == "tiny" or options.dry_run
-                else kernels.spec_of(row, dtype)
-            )
-            print(f"{name} {dtype}", flush=True)
+            is_tiny = options.size == "tiny" or options.dry_run
+            spec = calls.TINY["decode" in name] if is_tiny else kernels.spec_of(row, dtype)
+            print(name, flush=True)
             sample = spec.build(getattr(torch, dtype), "large", device)
             with common.forced(row):
                 calls.run(row, sample)
-            done.append(f"{name} {dtype}")
+            done.append(name)
             common.write(options.out, done)
     if device == "cuda":
         torch.cuda.synchronize()

@@ -22,6 +22,8 @@ SECTIONS = (
     *("SchedulerStats", "WarpStateStats", "InstructionStats", "LaunchStats", "Occupancy"),
 )
 OUR_KERNELS = "run_kernel"
+# No list of chips: for those of this machine.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PIP_NO_INDEX": "1", "TORCH_CUDA_ARCH_LIST": ""}
 LINES_SHOWN = 20  # of the output of a step that failed
 
 
@@ -66,6 +68,7 @@ def checks(out: Path, dry_run: bool, match: str) -> list[Step]:
         timing = ["--group", "tiny", "--match", "L4 ", "--by-backend", "--budget", "0.01"]
     emulator = [Step("emulator", python("tools/emulated.py"), 1200, on_cpu=True)] if dry_run else []
     in_cuda_test = str(ROOT / "tests" / "test_cuda.py")
+    share = pytest("-n", "8", "--every", "10", "--device", "cuda", str(ROOT / "tests"))
     return [
         *emulator,
         Step("probes", script("probes", out / "probes.json", dry_run=dry_run), 60),
@@ -73,11 +76,7 @@ def checks(out: Path, dry_run: bool, match: str) -> list[Step]:
         Step("kernels", script("kernels", out / "kernels.json", *given, "--seconds", "40", dry_run=dry_run), 60),
         Step("benchmark", python("benchmarks/run.py", *timing, "--out", str(out / "benchmark.json")), 110),
         Step("test_cuda", pytest(in_cuda_test, *(["--collect-only"] if dry_run else ["--device", "cuda"])), 60),
-        *(
-            []
-            if dry_run
-            else [Step("tests", pytest("-n", "8", "--every", "10", "--device", "cuda", str(ROOT / "tests")), 120)]
-        ),
+        *([] if dry_run else [Step("tests", share, 120)]),
     ]
 
 
@@ -89,14 +88,8 @@ def profiles(out: Path, dry_run: bool) -> list[Step]:
 
     sections = [word for section in SECTIONS for word in ("--section", section)]
     ncu = ["ncu", "--csv", "--page", "raw", "--log-file", str(out / "ncu.csv"), "--clock-control", "none", *sections]
-    ncu += [
-        "--print-kernel-base",
-        "demangled",
-        "--kernel-name-base",
-        "mangled",
-        "--kernel-name",
-        f"regex:{OUR_KERNELS}",
-    ]
+    ncu += ["--print-kernel-base", "demangled", "--kernel-name-base", "mangled"]
+    ncu += ["--kernel-name", f"regex:{OUR_KERNELS}"]
     steps = [Step("ncu", _under(ncu, call("full"), dry_run), 150)]
     for tool, seconds in (("memcheck", 80), ("racecheck", 80), ("synccheck", 50), ("initcheck", 80)):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
@@ -105,7 +98,7 @@ def profiles(out: Path, dry_run: bool) -> list[Step]:
         # Else torch's allocator gives parts of blocks, beyond which there is valid memory.
         no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         steps.append(Step(tool, _under(sanitizer, call("tiny"), dry_run), seconds, environment=no_cache))
-    return steps[:1] if dry_run else steps
+    return steps[:2] if dry_run else steps  # the others make the calls of the second
 
 
 def _under(tool: list[str], command: list[str], dry_run: bool) -> list[str]:
@@ -114,11 +107,8 @@ def _under(tool: list[str], command: list[str], dry_run: bool) -> list[str]:
 
 def search_path() -> str:
     """PATH, the interpreter's own scripts, and where NVIDIA's profilers are installed."""
-    more = [
-        sysconfig.get_path("scripts"),
-        f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin",
-        "/usr/local/cuda/bin",
-    ]
+    homes = [os.environ["CUDA_HOME"], "/usr/local/cuda"] if "CUDA_HOME" in os.environ else ["/usr/local/cuda"]
+    more = [sysconfig.get_path("scripts"), *(f"{home}/bin" for home in homes)]
     return os.pathsep.join([*os.get_exec_path(), *more, *glob.glob("/opt/nvidia/nsight-compute/*")])
 
 
@@ -137,14 +127,7 @@ def run(step: Step, seconds: float, log: Path, dry_run: bool) -> dict[str, Any]:
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={
-                **os.environ,
-                **step.environment,
-                "PATH": path,
-                "PYTHONPATH": str(ROOT),
-                "PYTHONUNBUFFERED": "1",
-                "PIP_NO_INDEX": "1",
-            },
+            env={**os.environ, **ENVIRONMENT, **step.environment, "PATH": path},
             start_new_session=True,
         )
         try:
