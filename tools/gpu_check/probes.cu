@@ -62,10 +62,10 @@ struct LoadMatrices {
   static constexpr double kWork = kChains * 512.0;
   uint32_t sum = 0;
   __device__ void step() {
-    const char* row = shared_memory() + thread_index() % kWarpSize * 16;  // without bank conflicts
+    const SharedAddress first = shared_address(shared_memory()) + thread_index() % kWarpSize * 16;  // no bank conflicts
     for (int i = 0; i < kChains; ++i) {
       uint32_t matrices[4];
-      load_matrices(matrices, row + i * 512);
+      load_matrices(matrices, first + i * 512);
       sum ^= matrices[0] ^ matrices[1] ^ matrices[2] ^ matrices[3];
     }
   }
