@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -11,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import run_ranks
 from torch import Tensor
 
 import attention_ext
 from attention_ext.ops import sharding
-
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
 
 WORLD = 2
 
@@ -148,14 +143,11 @@ def check_context_parallel(mesh: Any) -> None:
     assert outcomes[0] == outcomes[1]
 
 
-def run(rank: int, folder: str) -> None:
+def check_operators() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
-    os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(WORLD))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (WORLD,))
     check_sdpa(mesh)
     check_context_parallel(mesh)
@@ -187,14 +179,10 @@ def run(rank: int, folder: str) -> None:
         torch.testing.assert_close(out.full_tensor(), expected_out)
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours.full_tensor(), theirs)
-    dist.destroy_process_group()
-    # Skips interpreter shutdown, in which Gloo's threads may release tensors and abort (pytorch/pytorch#190489).
-    os._exit(0)
 
 
 def test_shards_of_batch_and_heads() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, args=(folder,), nprocs=WORLD)
+    run_ranks(WORLD, check_operators, fresh=True)
 
 
 def test_registering_twice_is_a_no_op() -> None:
