@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing
 import os
 import sys
@@ -88,11 +89,12 @@ def _serve(pipe: Connection) -> None:
 
 def _run(rank: int, world: int, folder: str, checks: tuple[Check, ...]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    if "torch.distributed.tensor.debug" in sys.modules:  # cached rules hold meshes of groups that ended
-        sys.modules["torch.distributed.tensor.debug"]._clear_sharding_prop_cache()
+    if "torch.distributed.tensor" in sys.modules:  # cached rules hold meshes of groups that ended
+        importlib.import_module("torch.distributed.tensor.debug")._clear_sharding_prop_cache()
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout)
     for check in checks:
+        torch.manual_seed(0)  # the same on all ranks
         check()
         dist.barrier()
     dist.destroy_process_group()

@@ -2,10 +2,12 @@
 
 from attention_ext.distributed.context import ContextParallel, context_parallel
 from attention_ext.distributed.functional import attention, ring_attention, ulysses_attention
+from attention_ext.distributed.heads import HeadParallel
 from attention_ext.distributed.sequence import chunks, shard, unshard
 
 __all__ = [
     "ContextParallel",
+    "HeadParallel",
     "attention",
     "chunks",
     "context_parallel",

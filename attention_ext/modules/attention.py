@@ -12,7 +12,7 @@ from attention_ext.arguments import Window, check_tensors, window_sides
 from attention_ext.modules.cache import KVCache
 from attention_ext.modules.fx import recorded
 from attention_ext.modules.positional import RotaryPositions
-from attention_ext.ops.sharding import beside, is_dtensor, register, share_of, shared_by
+from attention_ext.ops.sharding import beside, is_dtensor, register, rng_state_of_heads, share_of, shared_by
 
 ops = torch.ops.attention_ext
 
@@ -241,9 +241,10 @@ class Attention(nn.Module):
         if cache is not None and decodes:
             k, v = cache.append(k, v)
         window_left, window_right = window_sides(self.window)
+        dropout_p = self.dropout if self.training else 0.0
         options: dict[str, Any] = {
             "attn_mask": None if attn_mask is None else self._mask(attn_mask, q),
-            "dropout_p": self.dropout if self.training else 0.0,
+            "dropout_p": dropout_p,
             "is_causal": self.is_causal if is_causal is None else is_causal,
             "scale": self.scale,
             "enable_gqa": k.size(-3) != heads,
@@ -255,7 +256,10 @@ class Attention(nn.Module):
             "sinks": None if self.sinks is None else self._per_head("sinks", self.sinks, q),
             "key_lengths": None if key_lengths is None else beside(key_lengths, q),
         }
-        out, logsumexp, rng_state = ops.attention(q, k, v, **options)
+        rng_state = None
+        if dropout_p > 0 and not is_dtensor(q):
+            rng_state = rng_state_of_heads(q, getattr(self.q_proj, "weight", None), self.num_heads)
+        out, logsumexp, rng_state = ops.attention(q, k, v, **options, rng_state=rng_state)
         weights = None
         if need_weights:
             if not self._returns_dropped_weights:

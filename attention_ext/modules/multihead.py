@@ -147,18 +147,24 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask = None
         q, k, v = self._project(query, key, value, batch_first)
         mask = self._visible(attn_mask, key_padding_mask, q.size(0), q.size(2), k.size(2))
+        out, weights = self._attend(q, k, v, mask, is_causal, need_weights, average_attn_weights)
+        if weights is not None and not is_batched:
+            weights = weights.squeeze(0)
+        merged = out.transpose(1, 2).flatten(-2)
+        output = self.out_proj(merged if batch_first else merged.transpose(0, 1).contiguous())
+        return output if is_batched else output.squeeze(0), weights
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
         dropout_p = self.dropout if self.training else 0.0
         out, logsumexp, rng_state = torch.ops.attention_ext.attention(q, k, v, mask, dropout_p, is_causal)
         weights: Tensor | None = None
         if need_weights:
             weights = torch.ops.attention_ext.attention_weights(
-                q, k, logsumexp, rng_state, mask, dropout_p, average_heads=average_attn_weights
+                q, k, logsumexp, rng_state, mask, dropout_p, average_heads=average
             )
-            if not is_batched:
-                weights = weights.squeeze(0)
-        merged = out.transpose(1, 2).flatten(-2)
-        output = self.out_proj(merged if batch_first else merged.transpose(0, 1).contiguous())
-        return output if is_batched else output.squeeze(0), weights
+        return out, weights
 
     def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
         """torch's checks, whose messages have sequence-first shapes."""
@@ -192,7 +198,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._projections(query, key, value)
         k, v = self._tokens(k, v, batch_first)
         if self.add_zero_attn:
-            zero = torch.zeros(1, 1, self.embed_dim, dtype=k.dtype, device=k.device)
+            zero = torch.zeros(1, 1, k.size(-1), dtype=k.dtype, device=k.device)
             k = _append(k, zero, batch_first)
             v = _append(v, zero, batch_first)
         return self._heads(q, batch_first), self._heads(k, batch_first), self._heads(v, batch_first)
@@ -217,7 +223,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _tokens(self, k: Tensor, v: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-        bias_k, bias_v = self.bias_k, self.bias_v
+        return self._with_tokens(k, v, self.bias_k, self.bias_v, batch_first)
+
+    def _with_tokens(
+        self, k: Tensor, v: Tensor, bias_k: Tensor | None, bias_v: Tensor | None, batch_first: bool
+    ) -> tuple[Tensor, Tensor]:
         if bias_k is not None and bias_v is not None:
             return _append(k, bias_k, batch_first), _append(v, bias_v, batch_first)
         return k, v

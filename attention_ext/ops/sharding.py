@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_ext.ops.dropout import draw_rng_state
 from attention_ext.ops.schema import DIFFERENTIABLE, PER_HEAD
 
 ops = torch.ops.attention_ext
@@ -85,6 +86,19 @@ def shared_by(x: Tensor, weight: Any) -> Tensor:
 
     full: Any = beside(x, weight)
     return full.to_local(grad_placements=[Partial() if p.is_shard(0) else Replicate() for p in weight.placements])
+
+
+def rng_state_of_heads(query: Tensor, weight: Any, num_heads: int) -> Tensor | None:
+    """The state of dropout for query (..., heads, L, D), where the rows of `weight` say which of all heads it has.
+
+    All ranks drop what one process would, where their generators are in step. None: query has all heads.
+    """
+    heads = query.size(-3)
+    if heads == num_heads or not is_dtensor(weight):
+        return None
+    first = heads * int(weight.device_mesh.get_local_rank())
+    state = draw_rng_state(query)
+    return torch.cat([state, state.new_tensor([first, num_heads])])
 
 
 class _Rule:
