@@ -120,6 +120,19 @@ def check_disagreements() -> None:
     torch.testing.assert_close(unshard(ring_attention(x, x, x), 2), expected)
 
 
+def check_messages_of_an_agreement() -> None:
+    """Numbers of a fixed count; texts travel only where they differ."""
+    x, rank = torch.randn(1, 4, 16, 8), dist.get_rank()
+    with mock.patch.object(dist, "all_gather_object", wraps=dist.all_gather_object) as texts:
+        with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as numbers:
+            ring_attention(x, x, x, dropout_p=0.5, is_causal=True)
+        assert (numbers.call_count, texts.call_count) == (1, 0)
+        assert numbers.call_args.args[1].numel() == 11
+        with pytest.raises(RuntimeError, match=r"expected `softcap` to be equal on all ranks, got 0.0; 1.0 by rank"):
+            ring_attention(x, x, x, softcap=float(rank))
+        assert texts.call_count == 1
+
+
 def check_cut_on_a_mesh() -> None:
     """Shards that no ring has are refused before the exchange of a Ulysses group."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
@@ -131,7 +144,7 @@ def check_cut_on_a_mesh() -> None:
 
 
 def test_disagreements() -> None:
-    run_ranks(2, check_disagreements)
+    run_ranks(2, check_disagreements, check_messages_of_an_agreement)
     run_ranks(4, check_disagreements, check_cut_on_a_mesh)
 
 

@@ -1,6 +1,7 @@
 """A call over shards, and its comparison between the ranks."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -80,20 +81,46 @@ class _Said(NamedTuple):
     refusal: str | None
     given: dict[str, str]
     lengths: tuple[int, int, int]  # of query, of key, rows of attn_mask: these and the drawn state may differ
-    rng_state: list[int] | None
+    rng_state: list[int]
+
+    def summary(self) -> "_Summary":
+        digest = hashlib.blake2b(repr(self.given).encode(), digest_size=16).digest()
+        halves = (int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8))
+        state = (*self.rng_state, 0, 0, 0, 0)[:4]
+        return _Summary._make([self.refusal is not None, *halves, *self.lengths, len(self.rng_state), *state])
+
+
+class _Summary(NamedTuple):
+    """Numbers of fixed count that stand for a message."""
+
+    refuses: int
+    digest_low: int
+    digest_high: int
+    queries: int
+    keys: int
+    mask_rows: int
+    state_size: int
+    seed: int
+    offset: int
+    head: int
+    heads: int
+
+    def rng_state(self) -> list[int]:
+        return [self.seed, self.offset, self.head, self.heads][: self.state_size]
 
 
 def agree(call: Call, groups: Sequence[ProcessGroup]) -> list[Agreement]:
     """Compares the call with those of the other ranks, in one group after the other.
 
-    A rank of the second group stands for its whole first group, whose lengths it sums.
+    Ranks exchange a hash of their arguments, and the arguments as text only where hashes differ. A rank of the second
+    group stands for its whole first group, whose lengths it sums.
 
     Raises:
         RuntimeError: on every rank, if they do not fit together.
         ValueError: on every rank, if a mask does not fit the lengths.
     """
     refusal: Exception | None = None
-    said = _Said(None, {}, (0, 0, 0), None)
+    said = _Said(None, {}, (0, 0, 0), [])
     state = call.rng_state
     try:
         _check(call)
@@ -101,23 +128,35 @@ def agree(call: Call, groups: Sequence[ProcessGroup]) -> list[Agreement]:
             state = draw_rng_state(call.inputs.query)
         query, key, _, mask = call.inputs[:4]
         lengths = query.shape[2], key.shape[2], 0 if mask is None else mask.shape[-2]
-        said = _Said(None, _described(call), lengths, None if state is None else state.tolist())
+        said = _Said(None, _described(call), lengths, [] if state is None else state.tolist())
     except Exception as error:  # the others are told before it is raised
         refusal = error
     agreements = []
     for group in groups:
-        rows: list[Any] = [None] * dist.get_world_size(group)
         said = said._replace(refusal=None if refusal is None else str(refusal))
         with torch._C._DisableFuncTorch():  # messages have no derivative
-            dist.all_gather_object(rows, said, group=group)
-        refusal = refusal or _disagreement(call, rows)
-        queries, keys, mask_rows = ([row.lengths[i] for row in rows] for i in range(3))
-        said = said._replace(lengths=(sum(queries), sum(keys), 1), rng_state=rows[0].rng_state)
-        drawn = None if state is None else state.new_tensor(said.rng_state or [])
+            rows = _gathered(said.summary(), group)
+            if any(row.refuses or row[1:3] != rows[0][1:3] for row in rows):
+                texts: list[Any] = [None] * len(rows)
+                dist.all_gather_object(texts, said, group=group)
+                refusal = refusal or _disagreement(call, texts)
+        refusal = refusal or _misfit(call, rows)
+        queries, keys, mask_rows = [x.queries for x in rows], [x.keys for x in rows], [x.mask_rows for x in rows]
+        said = said._replace(lengths=(sum(queries), sum(keys), 1), rng_state=rows[0].rng_state())
+        drawn = None if state is None else state.new_tensor(said.rng_state)
         agreements.append(Agreement(queries, keys, mask_rows, drawn))
     if refusal is not None:
         raise refusal
     return agreements
+
+
+def _gathered(mine: _Summary, group: ProcessGroup) -> list[_Summary]:
+    """The summaries of all ranks, sent by the group's own device: a refused call may have tensors on others."""
+    device = dist.distributed_c10d._get_object_coll_device(group)
+    numbers = torch.tensor(mine, dtype=torch.int64, device=device)
+    rows = [torch.empty_like(numbers) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, numbers, group=group)
+    return [_Summary(*row) for row in torch.stack(rows).tolist()]
 
 
 def _disagreement(call: Call, rows: Sequence[_Said]) -> Exception | None:
@@ -132,11 +171,15 @@ def _disagreement(call: Call, rows: Sequence[_Said]) -> Exception | None:
             return RuntimeError(
                 f"{call.name}: expected `{name}` to be equal on all ranks, got {'; '.join(values)} by rank"
             )
-    for rank, (length, _, mask_rows) in enumerate(row.lengths for row in rows):
-        if call.inputs.attn_mask is not None and mask_rows not in (1, length):
+    return None
+
+
+def _misfit(call: Call, rows: Sequence[_Summary]) -> Exception | None:
+    for rank, row in enumerate(rows):
+        if call.inputs.attn_mask is not None and row.mask_rows not in (1, row.queries):
             return ValueError(
-                f"{call.name}: expected `attn_mask` to have a row for each of the {length} queries of rank {rank}, or "
-                f"one, got {mask_rows}"
+                f"{call.name}: expected `attn_mask` to have a row for each of the {row.queries} queries of rank "
+                f"{rank}, or one, got {row.mask_rows}"
             )
     return None
 
