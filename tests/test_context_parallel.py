@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_ranks
+from shards import methods
 from torch import Tensor, nn
 
 import attention_ext
@@ -54,13 +55,16 @@ def check_blocks() -> None:
     with pytest.raises(KeyError), context_parallel(buffers=[x], buffer_seq_dims=[2]):
         raise KeyError
     assert torch.equal(x, before)
+    with torch.no_grad():
+        memory = own.cross_cache(x[:, 0])
     refused: dict[str, Callable[[], object]] = {
         "expected no call for attention weights, got one: use need_weights=False": lambda: mha(
             x[:, 0], x[:, 0], x[:, 0]
         ),
         "expected no call for attention weights, got": lambda: torchs(x[:, 0], x[:, 0], x[:, 0]),
         "expected no call for attention weights": lambda: attention_ext.attention_weights(x, x),
-        "expected no RotaryPositions within the block": lambda: attention_ext.RotaryPositions(4)(x),
+        "expected no KVCache within the block, got one": lambda: own(x[:, 0], cache=attention_ext.KVCache()),
+        "expected no KVCache within the block": lambda: own(x[:, 0], cache=memory),
         "expected packed sequences in attention_ext.distributed.attention": lambda: attention_ext.attention_varlen(
             x[0], x[0], x[0], torch.tensor([0, 4]), torch.tensor([0, 4])
         ),
@@ -76,6 +80,68 @@ def check_blocks() -> None:
     with pytest.raises(IndexError), context_parallel(buffers=[table, x], buffer_seq_dims=[0, 9]):
         pass
     assert table.shape == (43,)
+
+
+def check_positions() -> None:
+    """Each token has its position in the whole sequence, also with an offset, in every order of the shards."""
+    from torch.utils.checkpoint import CheckpointError, checkpoint
+
+    modules: dict[str, Any] = {
+        "sinusoidal": attention_ext.SinusoidalPositions(8),
+        "learned": attention_ext.LearnedPositions(50, 8),
+        "rotary": attention_ext.RotaryPositions(6, interleaved=True),
+    }
+    for module in modules.values():
+        module.double()
+    torch.manual_seed(0)
+    for method in methods():
+        groups = {"balanced": False, **method.groups}
+        for name, module in modules.items():
+            x = torch.randn(2, 43, 8, dtype=torch.float64, requires_grad=True)
+            wanted = [x, *module.parameters()]
+            expected = module(x, 3)
+            gradients = torch.autograd.grad(expected.sin().sum(), wanted)
+            part = method.cut(x.detach(), 1).requires_grad_()
+            with context_parallel(**groups):
+                out = module(part, offset=3)
+            text = partial("{}, {}: {}".format, name, method.name)
+            torch.testing.assert_close(method.whole(out.detach(), 1), expected.detach(), msg=text)
+            own = torch.autograd.grad(out.sin().sum(), [part, *module.parameters()])
+            torch.testing.assert_close(method.whole(own[0], 1), gradients[0], msg=text)
+            for mine, want in zip(own[1:], gradients[1:], strict=True):
+                dist.all_reduce(mine)
+                torch.testing.assert_close(mine, want, msg=text)
+            with context_parallel(**groups):
+                again = checkpoint(lambda x, encode=module: encode(x).sin(), part, use_reentrant=False)
+            with pytest.raises(CheckpointError):
+                again.sum().backward()
+        with context_parallel(**groups), pytest.raises(RuntimeError, match="positions from 0 to 50, got 8 to 51"):
+            modules["learned"](method.cut(x.detach(), 1), 8)
+
+
+def check_rotary_attention() -> None:
+    """Queries and keys of different lengths too, with the last query at the last key."""
+    torch.manual_seed(0)
+    rotary = attention_ext.RotaryPositions(4)
+    for alignment, lengths in (("top_left", (43, 43)), ("bottom_right", (25, 43)), ("bottom_right", (43, 25))):
+        module = attention_ext.Attention(8, 2, is_causal=True, causal_alignment=alignment, rotary=rotary).double()
+        inputs = [torch.randn(2, length, 8, dtype=torch.float64, requires_grad=True) for length in lengths]
+        if alignment == "top_left":
+            inputs = inputs[:1]
+        expected = module(*inputs)[0]
+        gradients = torch.autograd.grad(expected.sin().sum(), inputs)
+        for method in methods():
+            parts = [method.cut(x.detach(), 1).requires_grad_() for x in inputs]
+            with context_parallel(**{"balanced": False, **method.groups}):
+                out = module(*parts)[0]
+            torch.testing.assert_close(method.whole(out.detach(), 1), expected.detach())
+            for mine, want in zip(torch.autograd.grad(out.sin().sum(), parts), gradients, strict=True):
+                torch.testing.assert_close(method.whole(mine, 1), want)
+
+
+def test_positions() -> None:
+    run_ranks(2, check_positions, check_rotary_attention)
+    run_ranks(4, check_positions, check_rotary_attention)
 
 
 def check_layers() -> None:

@@ -8,23 +8,25 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 import attention_ext
+from attention_ext.distributed.exchange import gather_number, group_of
 from attention_ext.distributed.functional import attention
-from attention_ext.distributed.sequence import shard
+from attention_ext.distributed.sequence import layout, part_of, shard
+from attention_ext.modules import positional
 from attention_ext.ops.schema import argument
 
 ops = torch.ops.attention_ext
 
 
 _NO_WEIGHTS = "context_parallel: expected no call for attention weights, got one: use need_weights=False"
-_POSITIONS = (attention_ext.LearnedPositions, attention_ext.RotaryPositions, attention_ext.SinusoidalPositions)
 _signature = inspect.signature(F.multi_head_attention_forward)
 
 # A copy that does not ask for modes, so that a mode sees the calls that it makes.
@@ -54,7 +56,34 @@ class _Parallel(TorchFunctionMode):
                 raise RuntimeError(_NO_WEIGHTS)
             with self:
                 return _multi_head_attention_forward(*args, **kwargs)
+        if func is positional.placed:
+            return self._placed(*args, **kwargs)
+        if func is positional.excess:
+            return self._layout(args[0])[1] - self._layout(args[1])[1]
+        if func in (attention_ext.KVCache.append, attention_ext.KVCache.contents):
+            raise RuntimeError("context_parallel: expected no KVCache within the block, got one: decode on one process")
         return func(*args, **kwargs)
+
+    def _placed(self, x: Tensor, offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+        chunk_list, length = self._layout(x)
+        positions = torch.cat([torch.arange(y.start, y.stop, dtype=dtype, device=x.device) for y in chunk_list])
+        if torch.is_grad_enabled():
+            x = _Placed.apply(x, positions, torch.empty(0, requires_grad=True))
+        return x, positions + offset, offset + length
+
+    def _layout(self, x: Tensor) -> tuple[list[range], int]:
+        """The positions of this rank's shard x (..., length, features), and the length of the whole sequence."""
+        lengths = [x.size(-2)]
+        place = 0
+        if self.groups["ulysses_group"] is not None:
+            group = group_of(self.groups["ulysses_group"])
+            lengths, place = gather_number(x.size(-2), x.device, group), dist.get_rank(group)
+        held, whole = [range(sum(lengths))], sum(lengths)
+        if self.groups["ring_group"] is not None or self.groups["ulysses_group"] is None:
+            group = group_of(self.groups["ring_group"])
+            of_ring = gather_number(whole, x.device, group)
+            held, whole = layout("x", of_ring, self.groups["balanced"])[dist.get_rank(group)], sum(of_ring)
+        return part_of(held, sum(lengths[:place]), lengths[place]), whole
 
     def _operator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As the layers of this package call it."""
@@ -73,13 +102,24 @@ class _Parallel(TorchFunctionMode):
         return out, logsumexp, out.new_empty(0, dtype=torch.int64)
 
 
-def _refuse_positions(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook: positions would count from 0 on every shard."""
-    if isinstance(module, _POSITIONS):
-        raise RuntimeError(
-            f"context_parallel: expected no {type(module).__name__} within the block, where it sees a shard of the "
-            "sequence: encode the whole sequence before it is sharded, or by positions that are a buffer of the block"
-        )
+class _Placed(Function):
+    """x itself. That the positions are saved makes a call again, outside of the block, an error of checkpoint."""
+
+    @staticmethod
+    def forward(x: Tensor, positions: Tensor, anchor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.view_as(tangent)
 
 
 @contextmanager
@@ -94,11 +134,12 @@ def context_parallel(
     """Within the block every attention call is made over the shards of all ranks, by :func:`attention`.
 
     Served are ``F.scaled_dot_product_attention``, :func:`attention_ext.attention`, ``torch.nn.MultiheadAttention`` with
-    ``need_weights=False`` and the layers of this package. Everything else sees this rank's shard of the sequence, so
-    what depends on positions has to be sharded too: give such tensors as buffers, or use :func:`shard`. Backward passes
-    may run outside the block. Functions that torch.utils.checkpoint calls again in the backward pass, where torch hides
-    the block from them, have to contain the block, as modules with :class:`ContextParallel` do: torch raises a
-    CheckpointError otherwise.
+    ``need_weights=False`` and the layers of this package. Its positional encodings take the positions in the whole
+    sequence, for which ranks exchange the lengths of their shards. Everything else sees this rank's shard of the
+    sequence, so what depends on positions has to be sharded too: give such tensors as buffers, or use :func:`shard`.
+    Backward passes may run outside the block. Functions that torch.utils.checkpoint calls again in the backward pass,
+    where torch hides the block from them, have to contain the block, as modules with :class:`ContextParallel` do: torch
+    raises a CheckpointError otherwise.
 
     Args:
         ring_group: as for :func:`attention`; ulysses_group likewise.
@@ -108,8 +149,7 @@ def context_parallel(
         buffer_seq_dims: the dimension of the sequence of each.
 
     Raises:
-        RuntimeError: for attention weights, packed sequences and the positional encodings of this package within the
-            block.
+        RuntimeError: for attention weights, packed sequences and a :class:`attention_ext.KVCache` within the block.
 
     Source: the block of ``torch.distributed.tensor.experimental.context_parallel``.
     """
@@ -125,8 +165,7 @@ def context_parallel(
         with torch.no_grad():
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.resize_(part.shape).copy_(part)
-        hook = register_module_forward_pre_hook(_refuse_positions)
-        with _Parallel({"ring_group": ring_group, "ulysses_group": ulysses_group, "balanced": balanced}), hook:
+        with _Parallel({"ring_group": ring_group, "ulysses_group": ulysses_group, "balanced": balanced}):
             yield
     finally:
         with torch.no_grad():

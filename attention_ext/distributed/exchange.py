@@ -32,12 +32,17 @@ def group_of(group: object) -> ProcessGroup:
 
 def all_gather(shard: Tensor, dim: int, group: ProcessGroup) -> list[Tensor]:
     """The shards of all ranks, which may differ in size along `dim`; differentiable to any order, also forward."""
-    mine = torch.tensor([shard.shape[dim]], device=shard.device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    lengths = [int(size) for size in sizes]
+    lengths = gather_number(shard.shape[dim], shard.device, group)
     padded = F.pad(shard.movedim(dim, -1), (0, max(lengths) - shard.shape[dim])).movedim(-1, dim)
     return [part.narrow(dim, 0, n) for part, n in zip(_AllGather.apply(padded, group), lengths, strict=True)]
+
+
+def gather_number(number: int, device: torch.device, group: ProcessGroup) -> list[int]:
+    """The numbers of all ranks."""
+    mine = torch.tensor([number], device=device)
+    numbers = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(numbers, mine, group=group)
+    return [int(x) for x in torch.cat(numbers).tolist()]
 
 
 class _AllGather(Function):

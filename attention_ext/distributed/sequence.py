@@ -84,3 +84,12 @@ def layout(name: str, lengths: Sequence[int], balanced: bool) -> list[list[range
             f"{expected} by rank, got {list(lengths)}"
         )
     return found
+
+
+def part_of(chunk_list: Sequence[range], start: int, length: int) -> list[range]:
+    """The positions of a part of a shard that has these chunks."""
+    found = []
+    for chunk in chunk_list:
+        found.append(chunk[max(start, 0) : max(start + length, 0)])
+        start -= len(chunk)
+    return found

@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 from attention_ext.arguments import Window, check_tensors, window_sides
 from attention_ext.modules.cache import KVCache
 from attention_ext.modules.fx import recorded
-from attention_ext.modules.positional import RotaryPositions
+from attention_ext.modules.positional import RotaryPositions, excess
 from attention_ext.ops.sharding import beside, is_dtensor, register, rng_state_of_heads, share_of, shared_by
 
 ops = torch.ops.attention_ext
@@ -233,7 +233,7 @@ class Attention(nn.Module):
         decodes = cache is not None and not filled
         if self.rotary is not None:
             stored = cache.length if cache is not None and decodes else 0
-            shift = k.size(-2) - q.size(-2) if self.causal_alignment == "bottom_right" and not decodes else 0
+            shift = excess(k, q) if self.causal_alignment == "bottom_right" and not decodes else 0
             if filled:
                 q = self.rotary(q, shift)  # keys of a cross_cache are at positions 0 to S
             else:

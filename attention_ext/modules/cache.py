@@ -4,6 +4,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from attention_ext.arguments import takes_over
 
 __all__ = ["KVCache"]
 
@@ -41,6 +44,8 @@ class KVCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends (..., H, L, D) and (..., H, L, Dv); returns views (..., H, length, D) of all keys and values."""
+        if has_torch_function_variadic(key, value) and not takes_over(key, value):
+            return handle_torch_function(KVCache.append, (key, value), self, key, value)
         self._check_writable("append")
         _check(key, value)
         for name, buffer, new in (("key", self._key, key), ("value", self._value, value)):
@@ -61,6 +66,8 @@ class KVCache:
         """
         if self._key is None or self._value is None:
             raise RuntimeError("KVCache: expected keys and values, got none: append some first")
+        if has_torch_function_variadic(self._key, self._value) and not takes_over(self._key, self._value):
+            return handle_torch_function(KVCache.contents, (self._key, self._value), self)
         return self._key[..., : self.length, :], self._value[..., : self.length, :]
 
     def reorder(self, indices: Tensor) -> None:

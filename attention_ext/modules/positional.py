@@ -1,11 +1,14 @@
 """Positional encodings: sinusoidal and learned ones are added to the input, rotary ones rotate queries and keys.
 
-Each takes `offset`, the position of the first token, for decoding with a cache.
+Each takes `offset`, the position of the first token, for decoding with a cache. In a block of `context_parallel` each
+token has its position in the whole sequence.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
+from attention_ext.arguments import takes_over
 from attention_ext.ops.sharding import beside
 
 __all__ = ["LearnedPositions", "RotaryPositions", "SinusoidalPositions"]
@@ -32,7 +35,8 @@ class SinusoidalPositions(nn.Module):
         """(..., L, embed_dim) to the same shape and dtype."""
         if x.size(-1) != self.embed_dim:
             raise RuntimeError(f"SinusoidalPositions: expected {self.embed_dim} features, got {x.size(-1)}")
-        angles = position_angles(x, offset, x.size(-2), self.embed_dim, self.base)
+        x, positions, _ = placed(x, offset, _angle_dtype(x))
+        angles = position_angles(x, positions, self.embed_dim, self.base)
         encoding = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
         return x + encoding[:, : self.embed_dim].to(x.dtype)
 
@@ -68,12 +72,12 @@ class LearnedPositions(nn.Module):
         """(..., L, embed_dim) to the same shape; positions ``offset`` to ``offset + L`` must be below max_length."""
         if x.size(-1) != self.weight.size(1):
             raise RuntimeError(f"LearnedPositions: expected {self.weight.size(1)} features, got {x.size(-1)}")
-        end = offset + x.size(-2)
+        x, positions, end = placed(x, offset, torch.int64)
         if offset < 0 or end > self.weight.size(0):
             raise RuntimeError(
                 f"LearnedPositions: expected positions from 0 to {self.weight.size(0)}, got {offset} to {end}"
             )
-        return x + self.weight[offset:end]
+        return x + (self.weight[offset:end] if end - offset == x.size(-2) else self.weight[positions])
 
     def extra_repr(self) -> str:
         return f"{self.weight.size(0)}, {self.weight.size(1)}"
@@ -106,18 +110,41 @@ class RotaryPositions(nn.Module):
         """(..., L, head_dim or more) to the same shape and dtype."""
         if x.size(-1) < self.head_dim:
             raise RuntimeError(f"RotaryPositions: expected at least {self.head_dim} features, got {x.size(-1)}")
-        angles = position_angles(x, offset, x.size(-2), self.head_dim, self.base)
+        x, positions, _ = placed(x, offset, _angle_dtype(x))
+        angles = position_angles(x, positions, self.head_dim, self.base)
         return rotate_pairs(x, angles.cos(), angles.sin(), self.interleaved)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, base={self.base}, interleaved={self.interleaved}"
 
 
-def position_angles(like: Tensor, offset: int, length: int, features: int, base: float) -> Tensor:
+def placed(x: Tensor, offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """x (..., L, features), the positions (L,) of its tokens, and the end of the whole sequence.
+
+    Blocks of `context_parallel` answer this function, and the next one, for a shard of a sequence.
+    """
+    if not torch.jit.is_scripting():
+        is_answered = has_torch_function_unary(x) and not takes_over(x)
+        if is_answered:
+            return handle_torch_function(placed, (x,), x, offset, dtype)
+    end = offset + x.size(-2)
+    return x, torch.arange(offset, end, dtype=dtype, device=x.device), end
+
+
+def excess(key: Tensor, query: Tensor) -> int:
+    """How many more keys than queries the whole sequences have, of (..., length, features)."""
+    if has_torch_function_variadic(key, query) and not takes_over(key, query):
+        return handle_torch_function(excess, (key, query), key, query)
+    return key.size(-2) - query.size(-2)
+
+
+def _angle_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def position_angles(like: Tensor, positions: Tensor, features: int, base: float) -> Tensor:
     """(length, ceil(features / 2)): position times base^(-i / features) for even i."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    positions = torch.arange(offset, offset + length, dtype=dtype, device=like.device)
-    exponents = torch.arange(0, features, 2, dtype=dtype, device=like.device) / features
+    exponents = torch.arange(0, features, 2, dtype=positions.dtype, device=like.device) / features
     angles = positions.unsqueeze(1) * base**-exponents
     return angles if torch.jit.is_scripting() else beside(angles, like)
 
