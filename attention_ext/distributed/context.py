@@ -26,6 +26,7 @@ from attention_ext.ops.schema import argument
 ops = torch.ops.attention_ext
 
 
+_MESSAGES = "ranks exchange messages that depend on the lengths of all shards"
 _NO_WEIGHTS = "context_parallel: expected no call for attention weights, got one: use need_weights=False"
 _signature = inspect.signature(F.multi_head_attention_forward)
 
@@ -64,6 +65,7 @@ class _Parallel(TorchFunctionMode):
             raise RuntimeError("context_parallel: expected no KVCache within the block, got one: decode on one process")
         return func(*args, **kwargs)
 
+    @torch.compiler.disable(reason=_MESSAGES)
     def _placed(self, x: Tensor, offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
         chunk_list, length = self._layout(x)
         positions = torch.cat([torch.arange(y.start, y.stop, dtype=dtype, device=x.device) for y in chunk_list])
@@ -71,6 +73,7 @@ class _Parallel(TorchFunctionMode):
             x = _Placed.apply(x, positions, torch.empty(0, requires_grad=True))
         return x, positions + offset, offset + length
 
+    @torch.compiler.disable(reason=_MESSAGES)
     def _layout(self, x: Tensor) -> tuple[list[range], int]:
         """The positions of this rank's shard x (..., length, features), and the length of the whole sequence."""
         lengths = [x.size(-2)]
@@ -85,6 +88,7 @@ class _Parallel(TorchFunctionMode):
             held, whole = layout("x", of_ring, self.groups["balanced"])[dist.get_rank(group)], sum(of_ring)
         return part_of(held, sum(lengths[:place]), lengths[place]), whole
 
+    @torch.compiler.disable(reason=_MESSAGES)
     def _operator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As the layers of this package call it."""
         given = {x.name: argument(ops.attention, args, kwargs, x.name) for x in ops.attention.default._schema.arguments}
@@ -161,6 +165,7 @@ def context_parallel(
     balanced = balanced and (ring_group is not None or ulysses_group is None)
     whole = [buffer.detach().clone() for buffer in buffers]
     parts = [_part(x, dim, ring_group, ulysses_group, balanced) for x, dim in zip(whole, buffer_seq_dims, strict=True)]
+    positional.blocks.active += 1
     try:
         with torch.no_grad():
             for buffer, part in zip(buffers, parts, strict=True):
@@ -168,6 +173,7 @@ def context_parallel(
         with _Parallel({"ring_group": ring_group, "ulysses_group": ulysses_group, "balanced": balanced}):
             yield
     finally:
+        positional.blocks.active -= 1
         with torch.no_grad():
             for buffer, original in zip(buffers, whole, strict=True):
                 buffer.resize_(original.shape).copy_(original)

@@ -11,6 +11,7 @@ from attention_ext.distributed.call import Call, Inputs
 from attention_ext.distributed.exchange import group_of
 
 
+@torch.compiler.disable(reason="ranks exchange messages that depend on the lengths of all shards")
 def attention(
     query: Tensor,
     key: Tensor,

@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 from attention_ext.arguments import Window, check_tensors, window_sides
 from attention_ext.modules.cache import KVCache
 from attention_ext.modules.fx import recorded
-from attention_ext.modules.positional import RotaryPositions, excess
+from attention_ext.modules.positional import RotaryPositions, ask_block, blocks, excess
 from attention_ext.ops.sharding import beside, is_dtensor, register, rng_state_of_heads, share_of, shared_by
 
 ops = torch.ops.attention_ext

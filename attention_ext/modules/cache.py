@@ -4,9 +4,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from attention_ext.arguments import takes_over
+from attention_ext.modules.positional import ask_block, blocks
 
 __all__ = ["KVCache"]
 
@@ -44,8 +43,9 @@ class KVCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends (..., H, L, D) and (..., H, L, Dv); returns views (..., H, length, D) of all keys and values."""
-        if has_torch_function_variadic(key, value) and not takes_over(key, value):
-            return handle_torch_function(KVCache.append, (key, value), self, key, value)
+        answer = ask_block(KVCache.append, (key, value), self, key, value) if blocks.active else None
+        if answer is not None:
+            return answer
         self._check_writable("append")
         _check(key, value)
         for name, buffer, new in (("key", self._key, key), ("value", self._value, value)):
@@ -66,8 +66,10 @@ class KVCache:
         """
         if self._key is None or self._value is None:
             raise RuntimeError("KVCache: expected keys and values, got none: append some first")
-        if has_torch_function_variadic(self._key, self._value) and not takes_over(self._key, self._value):
-            return handle_torch_function(KVCache.contents, (self._key, self._value), self)
+        stored = (self._key, self._value)
+        answer = ask_block(KVCache.contents, stored, self) if blocks.active else None
+        if answer is not None:
+            return answer
         return self._key[..., : self.length, :], self._value[..., : self.length, :]
 
     def reorder(self, indices: Tensor) -> None:

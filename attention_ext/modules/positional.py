@@ -4,11 +4,13 @@ Each takes `offset`, the position of the first token, for decoding with a cache.
 token has its position in the whole sequence.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function
 
-from attention_ext.arguments import takes_over
 from attention_ext.ops.sharding import beside
 
 __all__ = ["LearnedPositions", "RotaryPositions", "SinusoidalPositions"]
@@ -118,24 +120,36 @@ class RotaryPositions(nn.Module):
         return f"{self.head_dim}, base={self.base}, interleaved={self.interleaved}"
 
 
-def placed(x: Tensor, offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """x (..., L, features), the positions (L,) of its tokens, and the end of the whole sequence.
+class Blocks:
+    """Counts the active blocks of `context_parallel`, in any thread. torch.compile guards on it, and not on modes."""
 
-    Blocks of `context_parallel` answer this function, and the next one, for a shard of a sequence.
-    """
+    def __init__(self) -> None:
+        self.active = 0
+
+
+blocks = Blocks()
+
+
+@torch.compiler.disable(reason="ranks exchange the lengths of their shards")
+def ask_block(function: Callable[..., Any], tensors: tuple[Tensor, ...], *args: Any) -> Any:
+    """What the block that is active in this thread answers to a call of the function; None without one."""
+    return handle_torch_function(function, tensors, *args) if has_torch_function(tensors) else None
+
+
+def placed(x: Tensor, offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """x (..., L, features), the positions (L,) of its tokens, and the end of the whole sequence."""
     if not torch.jit.is_scripting():
-        is_answered = has_torch_function_unary(x) and not takes_over(x)
-        if is_answered:
-            return handle_torch_function(placed, (x,), x, offset, dtype)
+        answer = ask_block(placed, (x,), x, offset, dtype) if blocks.active else None
+        if answer is not None:
+            return answer
     end = offset + x.size(-2)
     return x, torch.arange(offset, end, dtype=dtype, device=x.device), end
 
 
 def excess(key: Tensor, query: Tensor) -> int:
     """How many more keys than queries the whole sequences have, of (..., length, features)."""
-    if has_torch_function_variadic(key, query) and not takes_over(key, query):
-        return handle_torch_function(excess, (key, query), key, query)
-    return key.size(-2) - query.size(-2)
+    answer = ask_block(excess, (key, query), key, query) if blocks.active else None
+    return key.size(-2) - query.size(-2) if answer is None else answer
 
 
 def _angle_dtype(x: Tensor) -> torch.dtype:
