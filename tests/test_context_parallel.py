@@ -55,6 +55,10 @@ def check_blocks() -> None:
     with pytest.raises(KeyError), context_parallel(buffers=[x], buffer_seq_dims=[2]):
         raise KeyError
     assert torch.equal(x, before)
+    expected = calls["attention"](x)
+    with context_parallel(), context_parallel(ulysses_group=dist.group.WORLD):  # the innermost makes the call
+        out = calls["attention"](shard(x, 2))
+    torch.testing.assert_close(unshard(out, 2), expected)
     with torch.no_grad():
         memory = own.cross_cache(x[:, 0])
     refused: dict[str, Callable[[], object]] = {

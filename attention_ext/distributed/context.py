@@ -39,6 +39,13 @@ _multi_head_attention_forward: Any = FunctionType(
 )
 
 
+@torch.compiler.disable(reason=_MESSAGES)
+def _attention(*args: Any, **options: Any) -> Any:
+    """Of blocks within each other the innermost one makes the call."""
+    with torch._C.DisableTorchFunction():
+        return attention(*args, **options)
+
+
 class _Parallel(TorchFunctionMode):
     def __init__(self, groups: dict[str, Any]) -> None:
         super().__init__()
@@ -47,7 +54,7 @@ class _Parallel(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (F.scaled_dot_product_attention, attention_ext.attention):
-            return attention(*args, **{**kwargs, **self.groups})
+            return _attention(*args, **{**kwargs, **self.groups})
         if func in (ops.attention, ops.attention.default):
             return self._operator(args, kwargs)
         if func in (ops.attention_weights, ops.attention_weights.default, attention_ext.attention_weights):
@@ -102,7 +109,7 @@ class _Parallel(TorchFunctionMode):
             raise RuntimeError("context_parallel: expected no `query_offset` or `key_offset`, got one")
         if given.pop("block_mask") is not None or given.pop("block_mask_bits") is not None:
             raise RuntimeError("context_parallel: expected no `block_mask`, got one: `attn_mask` takes a dense one")
-        out, logsumexp = attention(**{**given, **self.groups}, window=window, return_logsumexp=True)
+        out, logsumexp = _attention(**{**given, **self.groups}, window=window, return_logsumexp=True)
         return out, logsumexp, out.new_empty(0, dtype=torch.int64)
 
 
