@@ -202,6 +202,12 @@ def check_layers() -> None:
         out = checkpoint(model, shard(whole_x, 1, balanced=True), use_reentrant=False)
         with pytest.raises(CheckpointError):
             out.square().sum().backward()
+        for call in (model, attention_ext.SinusoidalPositions(8)):
+            x = shard(whole_x, 1, balanced=True).requires_grad_()
+            with pytest.raises(
+                RuntimeError, match=r"expected torch.utils.checkpoint with use_reentrant=False, or with"
+            ):
+                checkpoint(call, x, use_reentrant=True)
 
 
 def test_blocks_and_layers() -> None:

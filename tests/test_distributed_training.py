@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -54,7 +55,7 @@ class Model(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def trained(call: nn.Module, model: nn.Module, block: dict[str, Any] | None) -> list[Tensor]:
+def trained(call: Callable[..., Tensor], model: nn.Module, block: dict[str, Any] | None) -> list[Tensor]:
     """The losses of the whole sequence, and the parameters."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses, generator = [], torch.Generator().manual_seed(7)
@@ -85,7 +86,7 @@ def check(wrapper: str, block: dict[str, Any], compiler: str | None = None, reen
     if reentrant is not None:  # what is computed again contains the blocks
         style = ContextParallel(ulysses="ulysses_group" in block)
         parallelize_module(model, mesh, {"block.attention": style, "block.layer.self_attn": style})
-    call = model
+    call: Any = model
     if wrapper == "fully_shard":
         for part in (model.block, model):
             fully_shard(part, mesh=mesh)  # type: ignore[arg-type]
@@ -93,7 +94,7 @@ def check(wrapper: str, block: dict[str, Any], compiler: str | None = None, reen
         call = DistributedDataParallel(model)
     if compiler is not None:
         torch._dynamo.reset()
-        call = torch.compile(call, backend=compiler)  # type: ignore[assignment]
+        call = torch.compile(call, backend=compiler)
     message = partial("{}, {}, {}, reentrant={}: {}".format, wrapper, block, compiler, reentrant)
     torch.testing.assert_close(trained(call, model, block), expected, rtol=1e-9, atol=1e-9, msg=message)
 
@@ -121,7 +122,7 @@ def check_both_dimensions() -> None:
     model, style = Model(), HeadParallel()
     parallelize_module(model, mesh["tp"], {"block.attention": style, "block.layer.self_attn": style})
     for part in (model.block, model):
-        fully_shard(part, mesh=mesh["cp"])  # type: ignore[arg-type]
+        fully_shard(part, mesh=mesh["cp"])
     found = trained(model, model, {"ring_group": mesh["cp"]})
     torch.testing.assert_close(found[:STEPS], expected[:STEPS], rtol=1e-9, atol=1e-9)
 

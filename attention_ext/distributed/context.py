@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 import attention_ext
 from attention_ext.distributed.exchange import gather_number, group_of
@@ -39,22 +40,27 @@ _multi_head_attention_forward: Any = FunctionType(
 )
 
 
-@torch.compiler.disable(reason=_MESSAGES)
-def _attention(*args: Any, **options: Any) -> Any:
-    """Of blocks within each other the innermost one makes the call."""
-    with torch._C.DisableTorchFunction():
-        return attention(*args, **options)
+def _reentrant_checkpoints() -> int:
+    """How many functions are running that torch.utils.checkpoint will call again, unnoticed by torch's own checks."""
+    if torch.is_grad_enabled():
+        return 0
+    frame, count = inspect.currentframe(), 0
+    while frame is not None:
+        count += frame.f_code is CheckpointFunction.forward.__code__
+        frame = frame.f_back
+    return count
 
 
 class _Parallel(TorchFunctionMode):
     def __init__(self, groups: dict[str, Any]) -> None:
         super().__init__()
         self.groups = groups
+        self.checkpoints = _reentrant_checkpoints()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (F.scaled_dot_product_attention, attention_ext.attention):
-            return _attention(*args, **{**kwargs, **self.groups})
+            return self._attention(*args, **kwargs)
         if func in (ops.attention, ops.attention.default):
             return self._operator(args, kwargs)
         if func in (ops.attention_weights, ops.attention_weights.default, attention_ext.attention_weights):
@@ -73,7 +79,22 @@ class _Parallel(TorchFunctionMode):
         return func(*args, **kwargs)
 
     @torch.compiler.disable(reason=_MESSAGES)
+    def _attention(self, *args: Any, **options: Any) -> Any:
+        self._check_checkpoints()
+        with torch._C.DisableTorchFunction():  # of blocks within each other the innermost one makes the call
+            return attention(*args, **{**options, **self.groups})
+
+    def _check_checkpoints(self) -> None:
+        if _reentrant_checkpoints() > self.checkpoints:
+            raise RuntimeError(
+                "context_parallel: expected torch.utils.checkpoint with use_reentrant=False, or with the block inside "
+                "of the function that it calls again, got use_reentrant=True within the block, which the second call "
+                "would not see"
+            )
+
+    @torch.compiler.disable(reason=_MESSAGES)
     def _placed(self, x: Tensor, offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+        self._check_checkpoints()
         chunk_list, length = self._layout(x)
         positions = torch.cat([torch.arange(y.start, y.stop, dtype=dtype, device=x.device) for y in chunk_list])
         if torch.is_grad_enabled():
@@ -109,7 +130,7 @@ class _Parallel(TorchFunctionMode):
             raise RuntimeError("context_parallel: expected no `query_offset` or `key_offset`, got one")
         if given.pop("block_mask") is not None or given.pop("block_mask_bits") is not None:
             raise RuntimeError("context_parallel: expected no `block_mask`, got one: `attn_mask` takes a dense one")
-        out, logsumexp = _attention(**{**given, **self.groups}, window=window, return_logsumexp=True)
+        out, logsumexp = self._attention(**given, window=window, return_logsumexp=True)
         return out, logsumexp, out.new_empty(0, dtype=torch.int64)
 
 
@@ -149,8 +170,8 @@ def context_parallel(
     sequence, for which ranks exchange the lengths of their shards. Everything else sees this rank's shard of the
     sequence, so what depends on positions has to be sharded too: give such tensors as buffers, or use :func:`shard`.
     Backward passes may run outside the block. Functions that torch.utils.checkpoint calls again in the backward pass,
-    where torch hides the block from them, have to contain the block, as modules with :class:`ContextParallel` do: torch
-    raises a CheckpointError otherwise.
+    where torch hides the block from them, have to contain the block, as modules with :class:`ContextParallel` do:
+    otherwise torch raises a CheckpointError, and the block an error with ``use_reentrant=True``.
 
     Args:
         ring_group: as for :func:`attention`; ulysses_group likewise.
@@ -160,7 +181,8 @@ def context_parallel(
         buffer_seq_dims: the dimension of the sequence of each.
 
     Raises:
-        RuntimeError: for attention weights, packed sequences and a :class:`attention_ext.KVCache` within the block.
+        RuntimeError: for attention weights, packed sequences, a :class:`attention_ext.KVCache` and
+            ``torch.utils.checkpoint`` with ``use_reentrant=True`` within the block.
 
     Source: the block of ``torch.distributed.tensor.experimental.context_parallel``.
     """
