@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import statistics
+import sys
 import tempfile
 import time
 from functools import partial
@@ -115,22 +116,7 @@ def draw(results: dict[str, Result], title: str, axes: Any) -> None:
     axes.legend()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="how many processes to start, in turn")
-    parser.add_argument("--budget", type=int, default=112, help="MiB that a rank may take")
-    for name, default in {"threads": 1, "steps": 10, "length": 8192, "width": 64, "heads": 4, "layers": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=Path("out/long_context.png"))
-    options = parser.parse_args()
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
-        results, rank = {f"ranks: {dist.get_world_size()}": train(options)}, dist.get_rank()
-        dist.destroy_process_group()
-        if rank > 0:
-            return
-    else:
-        results = {f"ranks: {ranks}": run(ranks, options) for ranks in options.ranks}
+def show(results: dict[str, Result], options: argparse.Namespace) -> None:
     rows = []
     for name, x in results.items():
         peak = max(x["peak"])
@@ -144,6 +130,25 @@ def main() -> None:
     print(f"largest relative difference between the losses: {worst:.1e}")
     if not worst <= 1e-3:
         raise SystemExit("the losses differ by more than rounding explains")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="how many processes to start, in turn")
+    parser.add_argument("--budget", type=int, default=112, help="MiB that a rank may take")
+    for name, default in {"threads": 1, "steps": 10, "length": 8192, "width": 64, "heads": 4, "layers": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=Path("out/long_context.png"))
+    options = parser.parse_args()
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+        results, is_first = {f"ranks: {dist.get_world_size()}": train(options)}, dist.get_rank() == 0
+        dist.destroy_process_group()
+        if is_first:
+            show(results, options)
+        sys.stdout.flush()
+        os._exit(0)  # at interpreter shutdown threads of Gloo may abort (pytorch/pytorch#190489)
+    show({f"ranks: {ranks}": run(ranks, options) for ranks in options.ranks}, options)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,15 @@ def test_long_context_has_equal_losses_and_less_memory_per_rank(tmp_path: Path) 
     assert "no picture" in text or picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_long_context_starts_by_torchrun(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    sizes = ["--steps", "1", "--length", "512", "--layers", "1", "--out", str(tmp_path / "picture.png")]
+    command = [*launcher, str(ROOT / "examples" / "long_context.py"), *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("largest relative difference between the losses") == 1
+
+
 def test_torchscript_trains_in_python_without_the_package() -> None:
     assert "Python: loss" in run("torchscript/main.py", "--no-cpp")
 

@@ -86,6 +86,15 @@ def test_varlen() -> None:
     assert signature(attention_ext.attention_varlen) == expected
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_distributed() -> None:
+    from attention_ext import distributed
+
+    own = ("ring_group", "ulysses_group", "balanced")
+    expected = without(python_options(), "query_offset", "key_offset")
+    assert without(signature(distributed.attention), *own) == expected
+
+
 @pytest.mark.parametrize("function", [attention_ext.attention, attention_ext.attention_varlen])
 @pytest.mark.parametrize("flag", [True, False])
 def test_script_forms_have_the_signature(function: Callable[..., Any], flag: bool) -> None:
