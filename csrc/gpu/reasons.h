@@ -35,13 +35,12 @@ inline const char* not_tf32(const AttentionProblem& p) {
   return p.allow_tf32 ? nullptr : "torch.backends.cuda.matmul.allow_tf32 is off";
 }
 
-// Keys of a split: fixed, or the last bits would depend on the rest of the batch.
-constexpr int64_t kKeysPerPart = 512;
+constexpr int64_t kMostDecoding = 16;  // queries of a sequence: a tile of the kernel
 
-// Few queries leave most of a GPU without work unless the keys are split.
+// Of the lengths of packed sequences a GPU's host knows only the total.
 inline const char* not_decoding(const AttentionProblem& p) {
-  if (p.max_seqlen_q > 16) return "serves at most 16 queries a sequence";
-  if (p.max_seqlen_k <= kKeysPerPart) return "serves more than 512 keys";
+  const bool many = !p.cu_seqlens_q || p.seqlen_q > kMostDecoding * p.batch;
+  if (p.max_seqlen_q > kMostDecoding && many) return "serves at most 16 queries a sequence, on average where packed";
   return not_in_buckets(p);
 }
 

@@ -114,7 +114,9 @@ std::vector<KernelRow> kernels() {
   return rows;
 }
 
-const RegisterDevice kRegistered({at::kCPU, run, kernels});
+int64_t no_multiprocessors() { return 0; }
+
+const RegisterDevice kRegistered({at::kCPU, run, kernels, no_multiprocessors});
 
 TORCH_LIBRARY_IMPL(attention_ext, CPU, m) { implement_operators(m); }
 

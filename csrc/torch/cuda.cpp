@@ -25,6 +25,8 @@ int compute_capability() {
   return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
+int64_t multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
 void run(Pass pass, const AttentionProblem& problem) {
   const GpuKernel* kernel = select_gpu_kernel(pass, problem, compute_capability(), forced_kernel(pass));
   TORCH_CHECK_NOT_IMPLEMENTED(kernel, "attention_ext: no CUDA kernel serves this call:\n",
@@ -51,7 +53,7 @@ std::vector<KernelRow> kernels() {
   return rows;
 }
 
-const RegisterDevice kRegistered({at::kCUDA, run, kernels});
+const RegisterDevice kRegistered({at::kCUDA, run, kernels, multiprocessors});
 
 TORCH_LIBRARY_IMPL(attention_ext, CUDA, m) { implement_operators(m); }
 

@@ -1,6 +1,8 @@
 #include "torch/device.h"
 
 #include <atomic>
+#include <charconv>
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
 
@@ -10,6 +12,20 @@ namespace {
 
 std::atomic<const char*> forced_kernels[std::size(kPassNames)];
 std::atomic<int64_t> call_counts[std::size(kPassNames)];
+
+constexpr int64_t kMostKeyParts = 1024;
+
+// -1 where the variable holds anything else than a number of parts.
+int64_t key_parts_of_environment() {
+  const char* const text = std::getenv("ATTENTION_EXT_KEY_PARTS");
+  if (text == nullptr || *text == '\0') return 0;
+  const char* const end = text + std::strlen(text);
+  int64_t parts = 0;
+  const auto [stop, error] = std::from_chars(text, end, parts);
+  return error == std::errc() && stop == end && parts >= 1 && parts <= kMostKeyParts ? parts : -1;
+}
+
+std::atomic<int64_t> chosen_key_parts{key_parts_of_environment()};
 
 std::vector<Device>& registered_devices() {
   static std::vector<Device> devices;
@@ -67,6 +83,19 @@ void force_kernel(Pass pass, const std::string& name) {
 }
 
 const char* forced_kernel(Pass pass) { return forced_kernels[static_cast<int>(pass)].load(std::memory_order_relaxed); }
+
+void set_key_parts(int64_t parts) {
+  TORCH_CHECK(parts >= 0 && parts <= kMostKeyParts, "attention_ext: expected the number of key parts to be from 1 to ",
+              kMostKeyParts, ", or 0 to leave it to the kernel, got ", parts);
+  chosen_key_parts = parts;
+}
+
+int64_t key_parts() {
+  const int64_t parts = chosen_key_parts.load(std::memory_order_relaxed);
+  TORCH_CHECK(parts >= 0, "attention_ext: expected ATTENTION_EXT_KEY_PARTS to be a number from 1 to ", kMostKeyParts,
+              ", got \"", std::getenv("ATTENTION_EXT_KEY_PARTS"), "\"");
+  return parts;
+}
 
 int64_t call_count(Pass pass) { return call_counts[static_cast<int>(pass)]; }
 

@@ -28,6 +28,7 @@ struct Device {
   // On the current stream where there are streams. Throws with every row's reason where no kernel serves the problem.
   void (*run)(Pass pass, const AttentionProblem& problem);
   std::vector<KernelRow> (*kernels)();  // best first
+  int64_t (*multiprocessors)();         // of the current GPU; 0 on a CPU
 };
 
 // Each device that the library was built for registers itself when the library is loaded.
@@ -44,6 +45,12 @@ std::string explain_kernels(c10::DeviceType device, Pass pass, const AttentionPr
 // From now on only this kernel is used for the pass; an empty name lifts it. For tests.
 void force_kernel(Pass pass, const std::string& name);
 const char* forced_kernel(Pass pass);  // or null
+
+// From now on forward passes on a GPU cut the keys of every tile of queries into so many parts; 0 leaves the number to
+// the kernel. Before, it is that of ATTENTION_EXT_KEY_PARTS. key_parts() raises where that is not a number from 1 to
+// 1024.
+void set_key_parts(int64_t parts);
+int64_t key_parts();
 
 // How often the operator of this pass has run in this process, on any device.
 int64_t call_count(Pass pass);

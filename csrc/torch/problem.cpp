@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "torch/device.h"
 #include "torch/numbers.h"
 
 namespace attention_ext {
@@ -182,6 +183,8 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   problem.head_dim_v = sizes.head_dim_v.expect_int();
   problem.dtype = dtype_of(query);
   problem.allow_tf32 = query.is_cuda() && allows_tf32();
+  problem.multiprocessors = device_for(query.device().type()).multiprocessors();
+  problem.key_parts = key_parts();
   problem.query = view_of(query);
   problem.key = view_of(key);
   if (value) problem.value = view_of(*value);

@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "gpu/kernels/backward.h"
+#include "gpu/kernels/decode.h"
 #include "gpu/kernels/forward.h"
 #include "gpu/kernels/jvp.h"
 #include "gpu/kernels/simt/mask_gradient.h"
@@ -94,6 +95,7 @@ void run(int64_t queries, int64_t keys) {
   auto forward = problem_of<ForwardProblem>(x, queries, keys);
   forward.out = of_heads(x.out);
   run_kernel<Forward<C, kBucket, ScoreMode::kAll>>(forward, nullptr);
+  run_kernel<Decode<C, kBucket, ScoreMode::kAll>>(forward, nullptr);
 
   auto weights = problem_of<WeightsProblem>(x, queries, keys);
   weights.row_end = queries;

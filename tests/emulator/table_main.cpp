@@ -43,11 +43,18 @@ struct Case {
   int64_t head_dim, head_dim_v;
   const char* row;
   bool allow_tf32 = false;
+  int64_t queries = 64;
+  int64_t packed = 0;  // sequences, of so many queries altogether
 };
 
 const Case kCases[] = {
     {Pass::kForward, DType::kFloat32, 256, 256, "sm80/forward"},
     {Pass::kForward, DType::kFloat32, 264, 8, "simt/forward"},
+    {Pass::kForward, DType::kFloat16, 256, 8, "sm80/decode", false, 16},
+    {Pass::kForward, DType::kFloat16, 256, 8, "sm80/forward", false, 17},
+    {Pass::kForward, DType::kFloat16, 264, 8, "simt/forward", false, 1},
+    {Pass::kForward, DType::kFloat16, 64, 64, "sm80/decode", false, 512, 32},
+    {Pass::kForward, DType::kFloat16, 64, 64, "sm80/forward", false, 513, 32},
     {Pass::kForward, DType::kFloat16, 8, 264, "simt/forward"},
     {Pass::kForward, DType::kFloat32, 256, 8, "sm80_tf32/forward", true},
     {Pass::kForward, DType::kFloat32, 257, 8, "simt/forward", true},
@@ -101,7 +108,11 @@ int main() {
     problem.head_dim_v = c.head_dim_v;
     problem.dtype = c.dtype;
     problem.allow_tf32 = c.allow_tf32;
-    problem.max_seqlen_q = problem.max_seqlen_k = 64;
+    problem.seqlen_q = problem.max_seqlen_q = c.queries;
+    problem.max_seqlen_k = 64;
+    const int64_t unread = 0;
+    if (c.packed > 0) problem.cu_seqlens_q = &unread;
+    problem.batch = c.packed;
     for (const int capability : {80, 90}) {
       const attention_ext::GpuKernel* kernel = attention_ext::select_gpu_kernel(c.pass, problem, capability);
       if (kernel && std::strcmp(kernel->name, c.row) == 0) continue;

@@ -1,34 +1,17 @@
 // softmax(scores) value by online softmax: a block of threads loops over the keys for a tile of queries, a warp for
-// some of its rows. With few queries the keys are split over several blocks, whose sums decode.h merges.
+// some of its rows. Where tiles are few, several blocks share the keys of each (key_parts.h).
 #pragma once
 
 #include "gpu/kernels/dropout.h"
-#include "gpu/kernels/softmax.h"
+#include "gpu/kernels/key_parts.h"
 #include "gpu/kernels/sources.h"
-#include "gpu/reasons.h"
 
 namespace attention_ext {
 namespace {
 
-enum class Part : uint8_t { kWhole, kSplit };
+enum class Keys : uint8_t { kWhole, kInParts };
 
-// Per split and query, (split, batch, head, query): the softmax state and the unnormalised out.
-template <class T>
-struct SplitKvWorkspace {
-  T *maximum, *sum, *sums;
-
-  ATTENTION_DEVICE SplitKvWorkspace(const AttentionProblem& p, void* workspace)
-      : maximum(static_cast<T*>(workspace)), sum(maximum + rows(p)), sums(sum + rows(p)) {}
-
-  ATTENTION_INLINE static int64_t parts(const AttentionProblem& p) { return ceil_div(p.max_seqlen_k, kKeysPerPart); }
-  ATTENTION_INLINE static int64_t rows_of_part(const AttentionProblem& p) { return p.batch * p.heads * p.max_seqlen_q; }
-  ATTENTION_INLINE static int64_t rows(const AttentionProblem& p) { return parts(p) * rows_of_part(p); }
-  static size_t bytes(const AttentionProblem& p) {
-    return static_cast<size_t>(rows(p) * (2 + p.head_dim_v)) * sizeof(T);
-  }
-};
-
-template <class C, int kDim, ScoreMode kMode, Part kPart = Part::kWhole>
+template <class C, int kDim, ScoreMode kMode, Keys kKeys = Keys::kWhole>
 class Forward {
   using T = typename C::Scalar;
   using E = typename C::Element;
@@ -43,20 +26,21 @@ class Forward {
 
  public:
   using Problem = ForwardProblem;
+  using Tiles = QueryTiles<kQueries>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes = QueryTile::kBytes + Shape::kStages * KeyTiles::kBytes;
   static_assert(kSharedBytes <= (Shape::kRowBytes <= 1024 ? kFewSharedBytes : kMostSharedBytes));
 
   static int64_t blocks(const AttentionProblem& p) {
-    return QueryTileIndex::count(p, kQueries) * (kPart == Part::kSplit ? SplitKvWorkspace<T>::parts(p) : 1);
+    return Tiles::count(p) * (kKeys == Keys::kInParts ? Tiles::parts(p) : 1);
   }
 
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void* workspace) {
-    const int64_t whole = QueryTileIndex::count(p, kQueries);
-    const QueryTileIndex at(p, kQueries, block_index() % whole);
-    const Head head = head_of(p, at);
+    const int64_t tiles = Tiles::count(p);
+    const QueryTileIndex at(p, kQueries, block_index() % tiles);
+    const Head head = folded_head(p, at.batch, at.head);
     const Range q = at.queries(head.sequence, kQueries);
-    if (!q.empty()) Forward(p, head, q, block_index() / whole).mainloop(workspace);
+    if (!q.empty()) Forward(p, head, q, block_index() / tiles).mainloop(workspace);
   }
 
  private:
@@ -66,19 +50,7 @@ class Forward {
         q_(q),
         part_(part),
         row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows),
-        exponential_(exponential_of(p)) {}
-
-  // The scale is folded into the exponential wherever it can be, so that dropout, which alone calls for ScoreMode::kAll
-  // too, changes no bit of logsumexp.
-  ATTENTION_DEVICE static Head head_of(const ForwardProblem& p, const QueryTileIndex& at) {
-    Head head(p, at.batch, at.head);
-    if (score_mods_of(p).folds_scale_into_exp()) head.mods.scale = 1.0;
-    return head;
-  }
-  ATTENTION_DEVICE static Exponential<T> exponential_of(const ForwardProblem& p) {
-    const bool folds_scale = kMode == ScoreMode::kMask || score_mods_of(p).folds_scale_into_exp();
-    return {folds_scale ? static_cast<T>(p.scale) : T(1), !folds_scale};
-  }
+        exponential_(exponential_of<kMode, T>(p)) {}
 
   ATTENTION_DEVICE void mainloop(void* workspace) {
     const TileSet<QueryTile, 1> query(shared_memory());
@@ -91,8 +63,8 @@ class Forward {
     };
     stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
                                                    add_tiles);
-    if constexpr (kPart == Part::kSplit) {
-      store_part(SplitKvWorkspace<T>(p_, workspace));
+    if constexpr (kKeys == Keys::kInParts) {
+      store_part(PartsWorkspace<T>(p_, Tiles::parts(p_), workspace));
     } else {
       epilogue();
     }
@@ -100,8 +72,7 @@ class Forward {
 
   ATTENTION_DEVICE Range keys() const {
     const Range seen = visible_keys(p_, head_.sequence, q_);
-    if (kPart == Part::kWhole) return seen;
-    return {maximum(seen.begin, part_ * kKeysPerPart), minimum(seen.end, (part_ + 1) * kKeysPerPart)};
+    return kKeys == Keys::kWhole ? seen : part_of_keys(seen, KeyTile::kRows, part_, Tiles::parts(p_));
   }
 
   ATTENTION_DEVICE void prologue() {
@@ -170,9 +141,8 @@ class Forward {
     }
   }
 
-  ATTENTION_DEVICE void store_part(const SplitKvWorkspace<T>& memory) {
-    const int64_t head = (part_ * p_.batch + head_.sequence.batch) * p_.heads + head_.head,
-                  first = head * p_.max_seqlen_q;
+  ATTENTION_DEVICE void store_part(const PartsWorkspace<T>& memory) {
+    const int64_t first = part_ * memory.queries(p_) + row_of(p_, head_.sequence, head_.head);
     const Rows<T> sums{memory.sums + first * p_.head_dim_v, p_.head_dim_v, 1, static_cast<int>(p_.head_dim_v)};
     const T factor[2] = {T(1), T(1)};
     ATTENTION_UNROLL
@@ -202,9 +172,15 @@ class Forward {
 template <class C>
 KernelPlan plan_forward_by_shape(const AttentionProblem& p) {
   return with_shape<FirstOrderDims<C>>(p, [&](auto dim, auto mode) {
-    using Kernel = Forward<C, dim, mode>;
+    using Whole = Forward<C, dim, mode>;
+    using InParts = Forward<C, dim, mode, Keys::kInParts>;
     KernelPlan plan;
-    add_launch<Kernel>(plan, Kernel::blocks(p));
+    if (Whole::Tiles::parts(p) == 1) {
+      add_launch<Whole>(plan, Whole::blocks(p));
+    } else {
+      add_launch<InParts>(plan, InParts::blocks(p));
+      add_merging<C, typename InParts::Tiles>(plan, p);
+    }
     return plan;
   });
 }

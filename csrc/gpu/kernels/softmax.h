@@ -50,6 +50,19 @@ class Exponential {
   T scale_, early_, late_;
 };
 
+// The exponential and the mods of a forward pass. The scale is folded into the exponential wherever it can be, so that
+// dropout, which alone calls for ScoreMode::kAll too, changes no bit of logsumexp.
+template <ScoreMode kMode, class T>
+ATTENTION_DEVICE Exponential<T> exponential_of(const AttentionProblem& p) {
+  const bool folds_scale = kMode == ScoreMode::kMask || score_mods_of(p).folds_scale_into_exp();
+  return {folds_scale ? static_cast<T>(p.scale) : T(1), !folds_scale};
+}
+ATTENTION_DEVICE Head folded_head(const AttentionProblem& p, int64_t batch, int64_t h) {
+  Head head(p, batch, h);
+  if (score_mods_of(p).folds_scale_into_exp()) head.mods.scale = 1.0;
+  return head;
+}
+
 template <ScoreMode kMode, class T>
 ATTENTION_DEVICE T weight_of(T score, T scale, T base) {
   return Exponential<T>(scale, kMode == ScoreMode::kAll)(score, base);

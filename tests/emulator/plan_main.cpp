@@ -1,0 +1,117 @@
+// How many blocks of threads and how much memory forward passes plan, on any number of multiprocessors.
+#include <cstdio>
+
+#include "gpu/kernels/decode.h"
+#include "gpu/kernels/forward.h"
+#include "gpu/reasons.h"
+
+namespace {
+
+using namespace attention_ext;
+
+int wrong = 0;
+
+void expect(bool holds, const char* what, const AttentionProblem& p) {
+  if (holds) return;
+  std::printf("%s: batch %lld, heads %lld/%lld, %lld queries, %lld keys, %lld multiprocessors\n", what,
+              static_cast<long long>(p.batch), static_cast<long long>(p.heads), static_cast<long long>(p.kv_heads),
+              static_cast<long long>(p.seqlen_q), static_cast<long long>(p.seqlen_k),
+              static_cast<long long>(p.multiprocessors));
+  ++wrong;
+}
+
+AttentionProblem problem_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys,
+                            int64_t multiprocessors) {
+  AttentionProblem p;
+  p.batch = batch;
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.seqlen_q = p.max_seqlen_q = queries;
+  p.seqlen_k = p.max_seqlen_k = keys;
+  p.head_dim = p.head_dim_v = 128;
+  p.dtype = DType::kBFloat16;
+  p.multiprocessors = multiprocessors;
+  return p;
+}
+
+// All that is known of the lengths is their totals: a plan that reads cu_seqlens would crash.
+AttentionProblem packed(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys,
+                        int64_t multiprocessors) {
+  AttentionProblem p = problem_of(batch, heads, kv_heads, batch * queries, batch * keys, multiprocessors);
+  p.cu_seqlens_q = p.cu_seqlens_k = reinterpret_cast<const int64_t*>(sizeof(int64_t));
+  return p;
+}
+
+Plan plan_of(const AttentionProblem& p) {
+  using C = Compute16<BFloat16>;
+  return not_decoding(p) ? plan_forward_by_shape<C>(p) : plan_decode_by_shape<C>(p);
+}
+
+int64_t blocks_of(const AttentionProblem& p) { return plan_of(p).phases[0].jobs; }
+
+AttentionProblem in_parts(AttentionProblem p, int64_t parts) {
+  p.key_parts = parts;
+  return p;
+}
+
+// Keys are split if and only if the tiles are fewer than 0.8 of the multiprocessors, and never into more blocks than
+// run at once, two on each.
+void check_split(const AttentionProblem& p) {
+  const Plan plan = plan_of(p);
+  const int64_t tiles = blocks_of(in_parts(p, 1)), blocks = plan.phases[0].jobs;
+  const bool few = static_cast<double>(tiles) < 0.8 * static_cast<double>(p.multiprocessors);
+  expect((blocks > tiles) == few, "keys are split where tiles are enough, or are not where they are few", p);
+  expect(plan.phase_count == (few ? 2 : 1), "parts are merged by a second launch, if there are any", p);
+  expect((plan.shared_bytes > 0) == few, "parts have a workspace, if there are any", p);
+  expect(blocks % tiles == 0 && (!few || blocks <= 2 * p.multiprocessors), "more blocks than run at once", p);
+  expect(blocks >= minimum(p.multiprocessors, tiles * (p.max_seqlen_k / kLeastKeysOfPart)),
+         "multiprocessors without a block", p);
+  expect(blocks_of(in_parts(p, 5)) == 5 * tiles, "not the number of parts that was asked for", p);
+}
+
+void check_all(int64_t multiprocessors) {
+  for (const int64_t batch : {1, 3, 16}) {
+    for (const int64_t kv_heads : {1, 8}) {
+      for (const int64_t group : {1, 3, 8, 24}) {
+        for (const int64_t queries : {1, 4, 16, 17, 128, 1000}) {
+          for (const int64_t keys : {257, 1000, 8192, 65536}) {
+            check_split(problem_of(batch, kv_heads * group, kv_heads, queries, keys, multiprocessors));
+            check_split(packed(batch, kv_heads * group, kv_heads, queries, keys, multiprocessors));
+          }
+        }
+      }
+    }
+  }
+}
+
+// The workspace grows with the queries that there are, not with the batch times all of them.
+void check_workspace(int64_t multiprocessors) {
+  for (const int64_t kv_heads : {1, 4, 8, 32}) {
+    for (const int64_t queries : {1, 4}) {
+      const AttentionProblem p = packed(16, 32, kv_heads, queries, 8192, multiprocessors);
+      expect(plan_of(p).shared_bytes < 80e6, "more than 80 MB", p);
+    }
+  }
+}
+
+void check_windows() {
+  AttentionProblem p = problem_of(1, 8, 8, 1, 65536, 132);
+  p.window_left = 500;
+  p.window_right = 0;
+  expect(blocks_of(p) == 2 * 8, "parts of a window are cut from all keys", p);
+}
+
+}  // namespace
+
+int main() {
+  for (const int64_t multiprocessors : {1, 16, 108, 132, 148}) check_all(multiprocessors);
+  for (const int64_t multiprocessors : {16, 108, 132, 148, 1000}) check_workspace(multiprocessors);
+  check_windows();
+  const AttentionProblem few_tiles = problem_of(1, 8, 8, 128, 65536, 132);
+  expect(blocks_of(few_tiles) >= 132, "multiprocessors without a block", few_tiles);
+  const AttentionProblem group = problem_of(1, 32, 4, 1, 8192, 4);
+  expect(blocks_of(group) == 4, "keys are read more than once a group", group);
+  const AttentionProblem none = problem_of(0, 8, 8, 1, 8192, 132);
+  expect(blocks_of(none) == 0, "blocks without a tile", none);
+  return wrong > 0;
+}
