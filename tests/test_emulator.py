@@ -66,6 +66,13 @@ def emulate(emulated: dict[str, Any]) -> Iterator[Any]:
         _C.force_kernel(row["pass"], "")
 
 
+@pytest.fixture
+def split_keys() -> Iterator[Callable[[int], None]]:
+    """Sets the number of parts of the keys, which a CPU without multiprocessors would leave at one."""
+    yield _C.set_key_parts
+    _C.set_key_parts(0)
+
+
 def without_keys(head_dims: tuple[int, int]) -> Spec:
     """The first tile of queries sees no key."""
     causal: dict[str, Any] = {"lengths": (100, 8), "causal": "bottom_right", "alibi": "heads"}
@@ -90,21 +97,89 @@ def test_forward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: A
 
 
 DECODE = [
-    Spec("few", lengths=(3, 1100), head_dims=(16, 24), batch=1, heads=(4, 2)),
+    Spec("one", lengths=(1, 600), head_dims=(128, 128), batch=1, heads=(2, 1)),
+    Spec("few", lengths=(3, 1100), head_dims=(16, 24), batch=1, heads=(6, 2)),
     Spec("causal", lengths=(16, 600), head_dims=(32, 32), batch=1, causal="bottom_right", window=(530, None)),
-    Spec("lengths", lengths=(1, 1030), head_dims=(33, 8), key_lengths=(1025, 0), sinks="heads"),
+    Spec("lengths", lengths=(1, 1030), head_dims=(33, 8), key_lengths=(1025, 0), sinks="heads", heads=(3, 1)),
     Spec("mods", lengths=(2, 700), head_dims=(8, 8), mask="float 1hqk inf", alibi="heads", softcap=3.0, dropout_p=0.2),
+    Spec(
+        "group", lengths=(3, 200), head_dims=(8, 8), heads=(10, 2), mask="float 1hqk inf", alibi="heads", sinks="heads"
+    ),
     Spec("long", lengths=(16, 4096), head_dims=(16, 16), batch=1, heads=(4, 1)),
+    Spec("many_heads", lengths=(2, 70), head_dims=(64, 64), batch=1, heads=(19, 1), alibi="heads", dropout_p=0.2),
+    Spec("widest", lengths=(2, 300), head_dims=(193, 256), batch=1, heads=(3, 1), layout="offset"),
+    Spec(
+        "hidden", lengths=(9, 140), head_dims=(16, 16), batch=1, window=(3, 4), alignment="bottom_right", heads=(2, 1)
+    ),
+    without_keys((24, 16)),
+]
+IN_PARTS = [
+    *(NAMED[name] for name in ("everything", "varlen", "varlen_causal", "varlen_bias", "key_lengths", "sinks")),
+    Spec("causal", lengths=(130, 300), head_dims=(64, 64), causal="bottom_right", heads=(2, 1), batch=1),
+    Spec("top_left", lengths=(130, 300), head_dims=(16, 24), causal="top_left", batch=1),
+    Spec("window", lengths=(130, 300), head_dims=(32, 32), window=(40, 3), batch=1, sinks="heads"),
+    Spec("mods", lengths=(40, 300), head_dims=(8, 8), mask="float 1hqk inf", alibi="heads", dropout_p=0.2, batch=1),
+    Spec("wide", lengths=(35, 270), head_dims=(256, 193), batch=1, heads=(1, 1)),
+    without_keys((24, 16)),
 ]
 
 
-@pytest.mark.parametrize("spec", DECODE, ids=lambda x: x.name)
-def test_decode(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: Any) -> None:
-    sample = spec.build(dtype)
+@pytest.mark.parametrize(
+    ("row", "spec", "parts"),
+    [
+        *(("decode", spec, parts) for spec, parts in itertools.product([*DECODE, *IN_PARTS[:5]], [1, 3])),
+        *(("forward", spec, parts) for spec, parts in itertools.product(IN_PARTS, [2, 5])),
+    ],
+    ids=lambda x: x.name if isinstance(x, Spec) else str(x),
+)
+def test_keys_in_parts(
+    row: str, spec: Spec, parts: int, dtype: torch.dtype, emulate: Any, split_keys: Any, check_accuracy: Any
+) -> None:
+    sample = spec.build(dtype, "small" if row == "decode" else "large")
     emulate()
-    _C.force_kernel("forward", "emulated_sm80/decode")
+    _C.force_kernel("forward", f"emulated_sm80/{row}")
+    split_keys(parts)
     rng_state = sample.call(operator)[2]
     check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator, backward=False))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decoding_packed_sequences(
+    dtype: torch.dtype, parts: int, emulate: Any, split_keys: Any, check_accuracy: Any
+) -> None:
+    spec = Spec(
+        "packed", varlen=True, padding=3, lengths="more_keys", causal="bottom_right", heads=(6, 2), alibi="heads"
+    )
+    lengths = torch.tensor([(1, 40, 0, 2, 1, 1, 3, 0), (2, 70, 4, 0, 0, 300, 130, 1)], dtype=torch.int32)
+    cu_seqlens_q, cu_seqlens_k = torch.nn.functional.pad(lengths, (1, 0)).cumsum(1, dtype=torch.int32)
+    sample = spec.build(dtype, "large").replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    emulate()
+    _C.force_kernel("forward", "emulated_sm80/decode")
+    split_keys(parts)
+    check_accuracy(sample, evaluate(sample, operator, backward=False))
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("row", ["decode", "forward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nonfinite_numbers_in_parts(
+    row: str, name: str, number: float, dtype: torch.dtype, emulate: Any, split_keys: Any
+) -> None:
+    sample = Spec("plain", lengths=(3, 300), head_dims=(16, 24), heads=(2, 1)).build(dtype)
+    x = getattr(sample, name).clone()
+    x[0, 0, 1, 5] = number
+    sample = sample.replace(**{name: x})
+    emulate()
+    _C.force_kernel("forward", f"emulated_sm80/{row}")
+    (out, logsumexp, _) = sample.call(operator)
+    split_keys(3)
+    (out_in_parts, logsumexp_in_parts, _) = sample.call(operator)
+    assert not out.isfinite().all()
+    tolerance = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out_in_parts, out, rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(logsumexp_in_parts, logsumexp, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("spec", [*SINGLE, *HARD, *SIZES], ids=lambda x: x.name)
@@ -146,13 +221,20 @@ def test_empty_tf32(spec: Spec, emulate: Any) -> None:
         torch.testing.assert_close(x, expected[name], rtol=1e-2, atol=1e-2, msg=name)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("row", ["decode", "forward"])
 @pytest.mark.parametrize(
-    "sizes", [{"batch": 0}, {"heads": (0, 0)}, {"lengths": (0, 600)}, {"head_dims": (8, 0)}], ids=str
+    "sizes",
+    [{"batch": 0}, {"heads": (0, 0)}, {"lengths": (0, 600)}, {"lengths": (3, 0)}, {"head_dims": (8, 0)}],
+    ids=str,
 )
-def test_empty_decode(sizes: dict[str, Any], emulate: Any, check_accuracy: Any) -> None:
+def test_empty_in_parts(
+    sizes: dict[str, Any], row: str, parts: int, emulate: Any, split_keys: Any, check_accuracy: Any
+) -> None:
     sample = Spec("empty", **{"lengths": (3, 600), "head_dims": (8, 8), **sizes}).build(torch.float32)
     emulate()
-    _C.force_kernel("forward", "emulated_sm80/decode")
+    _C.force_kernel("forward", f"emulated_sm80/{row}")
+    split_keys(parts)
     check_accuracy(sample, evaluate(sample, operator, backward=False))
 
 
@@ -292,17 +374,24 @@ def weights_of(sample: Sample) -> torch.Tensor:
     return torch.ops.attention_ext.attention_weights(sample.query, sample.key, logsumexp, rng_state, **options)
 
 
-@pytest.mark.parametrize("row", ["emulated_sm80/decode", "emulated_sm80_tf32/forward"])
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [("sm80/decode", 1), ("sm80/decode", 2), ("sm80/forward", 2), ("sm80_tf32/forward", 1)],
+    ids=str,
+)
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
-def test_forward_beyond_two_to_the_31(row: str, dim: int, emulate: Any, far_apart: Any) -> None:
+def test_forward_beyond_two_to_the_31(
+    row: str, parts: int, dim: int, emulate: Any, split_keys: Any, far_apart: Any
+) -> None:
     """The rows that the test above leaves out."""
     near = Spec("far", lengths=(2, 530), heads=(2, 2), head_dims=(16, 16)).build(torch.float32)
     far = {name: far_apart(x, dim) for name, x in near.inputs().items()}
     emulate("emulated_sm80_tf32")
-    _C.force_kernel("forward", row)
+    _C.force_kernel("forward", f"emulated_{row}")
+    split_keys(parts)
     actual, expected = near.replace(**far).call(operator), near.call(operator)
     assert all(torch.equal(x, y) for x, y in zip(actual[:2], expected[:2], strict=True))
-    if row.startswith("emulated_sm80_tf32"):
+    if row.startswith("sm80_tf32"):
         grads, expected_grads = evaluate(near.replace(**far), operator), evaluate(near, operator)
         assert [name for name, x in grads.items() if not torch.equal(x, expected_grads[name])] == []
 
@@ -434,13 +523,14 @@ def test_simt_serves_head_dims_beyond_tiles(emulate: Any) -> None:
     sample.call(operator)
 
 
-@pytest.mark.parametrize("name", ["table_main", "tiles_main"])
+@pytest.mark.parametrize("name", ["table_main", "tiles_main", "plan_main"])
 def test_program(name: str, tmp_path: Path) -> None:
     """Each program's first line says what it checks."""
     program = CSRC.parent / "tests" / "emulator" / f"{name}.cpp"
+    machine = (CSRC / "gpu" / "emulation" / f"{part}.cpp" for part in ("access_log", "block", "tensor_core"))
     compiler = os.environ.get("CXX", "g++").split()
     flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
-    subprocess.run([*compiler, *flags, str(program), "-o", str(tmp_path / name)], check=True)
+    subprocess.run([*compiler, *flags, program, *machine, "-o", tmp_path / name], check=True)
     subprocess.run([tmp_path / name], check=True)
 
 
@@ -480,23 +570,25 @@ def test_dropout_mask_equals_the_cpus(rows: str, emulate: Any) -> None:
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize(
-    ("row", "changes"),
+    ("row", "changes", "parts"),
     [
-        ("sm80/forward", {"lengths": (70, 97)}),
-        ("sm80/forward", {"lengths": (70, 150), "window": (40, 3), "sinks": "heads"}),
-        ("sm80/decode", {"lengths": (3, 600)}),
-        ("simt/forward", {"lengths": (5, 40)}),
+        ("sm80/forward", {"lengths": (70, 97)}, 1),
+        ("sm80/forward", {"lengths": (70, 150), "window": (40, 3), "sinks": "heads"}, 2),
+        ("sm80/decode", {"lengths": (3, 200)}, 1),
+        ("sm80/decode", {"lengths": (3, 400)}, 3),
+        ("simt/forward", {"lengths": (5, 40)}, 1),
     ],
-    ids=["forward", "window", "decode", "simt"],
+    ids=["forward", "window", "decode", "decode_in_parts", "simt"],
 )
 def test_logsumexp_ignores_dropout(
-    row: str, changes: dict[str, Any], head_dim: int, dtype: torch.dtype, emulate: Any
+    row: str, changes: dict[str, Any], parts: int, head_dim: int, dtype: torch.dtype, emulate: Any, split_keys: Any
 ) -> None:
     """Kernel instances with and without dropout give bit-equal logsumexp."""
     spec = Spec("dropped", head_dims=(head_dim, head_dim), batch=1, heads=(1, 1), dropout_p=0.5, **changes)
     sample = spec.build(dtype)
     emulate()
     _C.force_kernel("forward", f"emulated_{row}")
+    split_keys(parts)
     _, logsumexp, _ = sample.call(operator)
     assert torch.equal(logsumexp, sample.replace(dropout_p=0.0).call(operator)[1])
 
@@ -511,12 +603,13 @@ def test_logsumexp_ignores_dropout(
     ],
     ids=["causal", "window", "key_lengths"],
 )
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "parts"), [("emulated_sm80", 1), ("emulated_sm80", 2), ("emulated_simt", 1)])
 def test_hidden_keys_are_ignored(
-    changes: dict[str, Any], unread: slice, dtype: torch.dtype, rows: str, emulate: Any
+    changes: dict[str, Any], unread: slice, dtype: torch.dtype, rows: str, parts: int, emulate: Any, split_keys: Any
 ) -> None:
     sample = Spec("unread", head_dims=(33, 40), **changes).build(dtype)
     emulate(rows)
+    split_keys(parts)
     expected = evaluate(sample, operator)
     key, value = sample.key.clone(), sample.value.clone()
     key[:, :, unread] = value[:, :, unread] = torch.nan

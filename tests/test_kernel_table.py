@@ -142,9 +142,9 @@ def test_calls_are_counted(device: str) -> None:
     assert after["weights"] == before["weights"]
 
 
-def run_python(*arguments: str, isa: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment["ATTENTION_EXT_ISA"] = isa
+    environment |= {f"ATTENTION_EXT_{name.upper()}": value for name, value in variables.items()}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
@@ -154,6 +154,20 @@ def test_unknown_instruction_set_raises() -> None:
     result = run_python("-c", code, isa="avx9000")
     assert result.returncode != 0
     assert "ATTENTION_EXT_ISA" in result.stderr
+
+
+@pytest.mark.parametrize("parts", ["0", "-1", "1025", "2x", "many"])
+def test_wrong_number_of_key_parts_raises(parts: str) -> None:
+    code = "import torch, attention_ext; x = torch.randn(1, 1, 2, 4); attention_ext.attention(x, x, x)"
+    result = run_python("-c", code, key_parts=parts)
+    assert result.returncode != 0
+    assert f'expected ATTENTION_EXT_KEY_PARTS to be a number from 1 to 1024, got "{parts}"' in result.stderr
+
+
+def test_number_of_key_parts_is_read_from_the_environment() -> None:
+    result = run_python("-c", "from attention_ext import _C; print(_C.key_parts())", key_parts="7")
+    assert result.stdout.strip() == "7"
+    assert _C.key_parts() == int(os.environ.get("ATTENTION_EXT_KEY_PARTS", "0"))
 
 
 MARKED = """

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "gpu/kernels/dropout.h"
-#include "gpu/kernels/key_parts.h"
+#include "gpu/kernels/group_tiles.h"
 #include "gpu/kernels/sources.h"
 
 namespace attention_ext {
@@ -18,66 +18,6 @@ struct DecodeShape : Width<C, kDim> {
   static constexpr int kColumns = kRowBytes <= 128 ? 32 : 16;
   static constexpr int kRows = kWarps * kColumns;
   static constexpr int kStages = kRowBytes <= 512 ? 2 : 1;
-};
-
-// How the queries of a group of heads are cut into tiles of up to 16 rows: row r is query r / heads of head r % heads
-// of the tile. Groups of more heads are cut into runs of 16 heads.
-struct GroupTiles {
-  int heads, queries;   // of a tile
-  int64_t group, runs;  // of heads
-
-  ATTENTION_INLINE explicit GroupTiles(const AttentionProblem& p) : group(p.kv_heads > 0 ? p.group_size() : 1) {
-    heads = static_cast<int>(minimum<int64_t>(group, kFragmentRows));
-    queries = kFragmentRows / heads;
-    runs = ceil_div(group, heads);
-  }
-
-  ATTENTION_INLINE static int64_t count(const AttentionProblem& p) {
-    const GroupTiles tiles(p);
-    return SequenceTiles::of_queries(p, tiles.queries).count() * p.kv_heads * tiles.runs;
-  }
-  ATTENTION_INLINE static int64_t parts(const AttentionProblem& p) {
-    return count_of_parts(p, count(p), GroupTiles(p).queries);
-  }
-};
-
-// One of them; the last ones, the longest of a causal call, come first.
-struct GroupTile {
-  int64_t batch, first_head, last_head;
-  int heads;
-  Range queries;  // may be empty
-
-  ATTENTION_DEVICE GroupTile(const AttentionProblem& p, int64_t index) {
-    const GroupTiles cut(p);
-    const SequenceTiles tiles = SequenceTiles::of_queries(p, cut.queries);
-    const int64_t runs = p.kv_heads * cut.runs, run = index % runs;
-    const SequenceTile own = tiles.at(tiles.count() - 1 - index / runs);
-    batch = own.batch;
-    heads = cut.heads;
-    first_head = run / cut.runs * cut.group + run % cut.runs * heads;
-    last_head = minimum(first_head + heads, (run / cut.runs + 1) * cut.group) - 1;
-    queries = {own.index * cut.queries, (own.index + 1) * cut.queries};
-  }
-
-  // Rows past the last query or head are not rows of `out`; they take the last head's mods.
-  ATTENTION_DEVICE int64_t query(int row) const { return queries.begin + row / heads; }
-  ATTENTION_DEVICE int64_t head(int row) const { return minimum(first_head + row % heads, last_head); }
-  ATTENTION_DEVICE bool has(int row) const { return query(row) < queries.end && first_head + row % heads <= last_head; }
-};
-
-// As ScoreBlock, of rows that are queries of several heads: one for each of the two rows of a lane.
-template <class T, ScoreMode kMode>
-struct GroupScoreBlock {
-  ScoreBlock<T, kMode> of_row[2];
-
-  ATTENTION_DEVICE int query(int m, int n, int i) const { return of_row[i / 2].query(m, n, i); }
-  ATTENTION_DEVICE int key(int m, int n, int i) const { return of_row[0].key(m, n, i); }
-  ATTENTION_DEVICE int octet(int m, int n, int i) const { return of_row[0].octet(m, n, i); }
-  ATTENTION_DEVICE const Head& head_of(int i) const { return of_row[i / 2].head; }
-  ATTENTION_DEVICE bool changes_scores() const { return kMode == ScoreMode::kAll || of_row[0].partial; }
-  ATTENTION_DEVICE T score(T dot, int n, int i) const {
-    return of_row[i / 2].score(dot, query(0, n, i), key(0, n, i)).score;
-  }
 };
 
 template <class C, int kDim, ScoreMode kMode>
