@@ -111,7 +111,7 @@ DECODE = [
     Spec(
         "hidden", lengths=(9, 140), head_dims=(16, 16), batch=1, window=(3, 4), alignment="bottom_right", heads=(2, 1)
     ),
-    without_keys((24, 16)),
+    Spec("without_keys", lengths=(16, 8), head_dims=(24, 16), batch=1, heads=(16, 1), causal="bottom_right"),
 ]
 IN_PARTS = [
     *(NAMED[name] for name in ("everything", "varlen", "varlen_causal", "varlen_bias", "key_lengths", "sinks")),
@@ -151,7 +151,7 @@ def test_decoding_packed_sequences(
     spec = Spec(
         "packed", varlen=True, padding=3, lengths="more_keys", causal="bottom_right", heads=(6, 2), alibi="heads"
     )
-    lengths = torch.tensor([(1, 40, 0, 2, 1, 1, 3, 0), (2, 70, 4, 0, 0, 300, 130, 1)], dtype=torch.int32)
+    lengths = torch.tensor([(1, 40, 0, 2, 1, 1, 3, 0, 2), (2, 70, 4, 0, 0, 130, 64, 1, 2)], dtype=torch.int32)
     cu_seqlens_q, cu_seqlens_k = torch.nn.functional.pad(lengths, (1, 0)).cumsum(1, dtype=torch.int32)
     sample = spec.build(dtype, "large").replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     emulate()
