@@ -70,8 +70,33 @@ JVP = {
     "score tangent without the scale": ("tangent.h", "dot_tangent * static_cast<T>(p.scale)", "dot_tangent"),
     "a sum over half a group": FORWARD["a sum over half a group"],
 }
+DECODE = {
+    "one warp's sums left out": ("decode.h", "merged_number(Shape::kWarps,", "merged_number(Shape::kWarps - 1,"),
+    "one warp's state left out": ("decode.h", "merged_state<T>(Shape::kWarps,", "merged_state<T>(Shape::kWarps - 1,"),
+    "no barrier before warps are merged": ("decode.h", "store(found);\n    synchronize_block();", "store(found);"),
+    "warps that share one row of keys": (
+        "decode.h",
+        "add_block(query, k + row, tiles, row)",
+        "add_block(query, k + row * 0, tiles, row * 0)",
+    ),
+    "sums of one head alone": ("group_tiles.h", "minimum(first_head + row % heads, last_head)", "first_head + row * 0"),
+    "rows of other queries": ("group_tiles.h", "queries.begin + row / heads", "queries.begin + row % heads"),
+    "parts that overlap": ("key_parts.h", "(first + tiles * part / parts) * rows", "first * rows"),
+    "parts that leave a tile out": (
+        "key_parts.h",
+        "(first + tiles * (part + 1) / parts)",
+        "(first + tiles * part / parts)",
+    ),
+    "sums not rescaled": (
+        "key_parts.h",
+        "number(i), rescaling(state(i).maximum, all)",
+        "number(i), rescaling(all.maximum, all)",
+    ),
+    "states not rescaled": ("key_parts.h", "state(i).sum * rescaling(state(i).maximum, all)", "state(i).sum"),
+    "a part of another query": ("key_parts.h", "memory.state(i * queries + query)", "memory.state(i * queries)"),
+}
 SITE = re.compile(r"\b(?:synchronize_block\(\)|wait_copies<[^;]*>\(\)|commit_copies\(\));")
-PROGRAMS = {"forward_main": FORWARD, "gradients_main": {**BACKWARD, **JVP}}
+PROGRAMS = {"forward_main": FORWARD, "decode_main": DECODE, "gradients_main": {**BACKWARD, **JVP}}
 MUTATIONS = [(program, mutation) for program, mutations in PROGRAMS.items() for mutation in mutations]
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="GPU kernels are emulated on x86-64 only")
