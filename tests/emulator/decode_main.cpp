@@ -78,7 +78,7 @@ bool run(int64_t queries, int64_t parts) {
 int main() {
   using namespace attention_ext;
   using Few = Decode<C, kDim, ScoreMode::kMask>;
-  using Many = Forward<C, kDim, ScoreMode::kMask, Keys::kInParts>;
+  using Many = Forward<C, kDim, ScoreMode::kMask, Part::kSplit>;
   return status(run<Few, GroupTiles>(7, 1) && run<Few, GroupTiles>(7, kParts) &&
                 run<Many, Many::Tiles>(kQueries, kParts));
 }

@@ -73,7 +73,7 @@ class Decode {
     const int row = warp() * Shape::kColumns;
     stream_rows<kThreads, Shape::kStages, KeyTile>(
         memory, key_sources<E>(p_, head_), keys,
-        [&](int k, const KeyTiles& tiles) { add_block(query, k + row, tiles, row); });
+        [&](int k, const KeyTiles& tiles, int) { add_block(query, k + row, tiles, row); });
     T* const found = reinterpret_cast<T*>(memory);
     store(found);
     synchronize_block();
@@ -108,7 +108,7 @@ class Decode {
         {{p_, heads_[0], corner(0, k), partial}, {p_, heads_[1], corner(1, k), partial}}};
     Scores score;
     score.clear();
-    multiply_rows<C>(score, query, 0, tiles.tile[0], row);
+    multiply_rows<C>(score, TileRows<C, QueryTile>{query, 0}, tiles.tile[0], row);
     if (block.changes_scores()) {
       for_each_number<kKeyTiles>([&](int n, int i) {
         T& s = score.tile[0][n].number[i];
@@ -117,9 +117,11 @@ class Decode {
     }
     T rescale[2];
     const bool any = softmax_rows(score.tile[0], exponential_, rows_, rescale);
-    for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[0][n].number[i] *= rescale[i / 2]; });
+    if (any_in_warp(rescale[0] != T(1) || rescale[1] != T(1))) {
+      for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[0][n].number[i] *= rescale[i / 2]; });
+    }
     // Keys that are hidden from all these rows may hold anything.
-    if (!any_in_warp(any)) return;
+    if (block.changes_scores() && !any_in_warp(any)) return;
     if constexpr (kMode == ScoreMode::kAll) {
       const Dropout dropout = dropout_of(p_);
       for_each_kept<1, kKeyTiles>(block, dropout, [&](int, int n, int i, bool kept) {

@@ -9,9 +9,9 @@
 namespace attention_ext {
 namespace {
 
-enum class Keys : uint8_t { kWhole, kInParts };
+enum class Part : uint8_t { kWhole, kSplit };
 
-template <class C, int kDim, ScoreMode kMode, Keys kKeys = Keys::kWhole>
+template <class C, int kDim, ScoreMode kMode, Part kPart = Part::kWhole>
 class Forward {
   using T = typename C::Scalar;
   using E = typename C::Element;
@@ -32,7 +32,7 @@ class Forward {
   static_assert(kSharedBytes <= (Shape::kRowBytes <= 1024 ? kFewSharedBytes : kMostSharedBytes));
 
   static int64_t blocks(const AttentionProblem& p) {
-    return Tiles::count(p) * (kKeys == Keys::kInParts ? Tiles::parts(p) : 1);
+    return Tiles::count(p) * (kPart == Part::kSplit ? Tiles::parts(p) : 1);
   }
 
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void* workspace) {
@@ -63,7 +63,7 @@ class Forward {
     };
     stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
                                                    add_tiles);
-    if constexpr (kKeys == Keys::kInParts) {
+    if constexpr (kPart == Part::kSplit) {
       store_part(PartsWorkspace<T>(p_, Tiles::parts(p_), workspace));
     } else {
       epilogue();
@@ -72,7 +72,7 @@ class Forward {
 
   ATTENTION_DEVICE Range keys() const {
     const Range seen = visible_keys(p_, head_.sequence, q_);
-    return kKeys == Keys::kWhole ? seen : part_of_keys(seen, KeyTile::kRows, part_, Tiles::parts(p_));
+    return kPart == Part::kWhole ? seen : part_of_keys(seen, KeyTile::kRows, part_, Tiles::parts(p_));
   }
 
   ATTENTION_DEVICE void prologue() {
@@ -173,13 +173,13 @@ template <class C>
 KernelPlan plan_forward_by_shape(const AttentionProblem& p) {
   return with_shape<FirstOrderDims<C>>(p, [&](auto dim, auto mode) {
     using Whole = Forward<C, dim, mode>;
-    using InParts = Forward<C, dim, mode, Keys::kInParts>;
+    using Split = Forward<C, dim, mode, Part::kSplit>;
     KernelPlan plan;
     if (Whole::Tiles::parts(p) == 1) {
       add_launch<Whole>(plan, Whole::blocks(p));
     } else {
-      add_launch<InParts>(plan, InParts::blocks(p));
-      add_merging<C, typename InParts::Tiles>(plan, p);
+      add_launch<Split>(plan, Split::blocks(p));
+      add_merging<C, typename Split::Tiles>(plan, p);
     }
     return plan;
   });

@@ -23,7 +23,8 @@ template <class C, int kDim, ScoreMode kMode>
 struct ForwardShape : Width<C, kDim> {
   using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes;
   static constexpr int kWarps = kRowBytes <= 512 ? 4 : 2;
-  static constexpr int kRowTiles = kNarrow && kDim <= 128 && kMode == ScoreMode::kMask ? 2 : 1;  // of 16 queries, a warp
+  static constexpr int kRowTiles =
+      kNarrow && kDim <= 128 && kMode == ScoreMode::kMask ? 2 : 1;  // of 16 queries, a warp
   static constexpr int kRows = kNarrow ? (kDim <= 128 ? 64 : 32) : kDim <= 64 ? 32 : 16;
   // The same for all modes: other blocks of keys would be summed in another order, so that dropout, which alone calls
   // for ScoreMode::kAll too, would change bits of logsumexp.
@@ -43,7 +44,7 @@ struct GradientShape : Width<C, kDim> {
   static constexpr int kWarps = kRowBytes <= (kFirst ? 1024 : 256) ? 4 : !kFirst && kRowBytes <= 512 ? 2 : 1;
   static constexpr int kRows = kRowBytes >= 512 ? 16 : kNarrow && kRowBytes <= (kFirst ? 256 : 128) ? 64 : 32;
   static constexpr int kColumns = kWide || kRows < 32 || !kFirst || (!kNarrow && kDim >= 128) ? 16 : 32;
-  static constexpr int kKeyColumns = kDim > 64 ? 16 : kColumns;  // where both gradients are held
+  static constexpr int kKeyColumns = kDim > 64 ? 16 : kColumns;        // where both gradients are held
   static constexpr bool kHoldsOwn = kNarrow && kFirst && kDim <= 128;  // rows of the block's own, in registers
   static constexpr int kStages = kFirst && kRowBytes <= 512 ? 2 : 1;
   static constexpr bool kBothGradients = kRowRegisters <= 64;  // of keys and values at once
