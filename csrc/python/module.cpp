@@ -80,9 +80,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "call_count", [](const std::string& pass) { return call_count(pass_of(pass)); }, py::arg("pass"),
       "How often the operator of a pass has computed in this process.");
-  m.def("set_key_parts", set_key_parts, py::arg("parts"),
-        "Forward passes on a GPU, or on its emulation, cut the keys of every tile of queries into so many parts, in the "
-        "whole process; 0 leaves the number to the kernel. For tests: users set ATTENTION_EXT_KEY_PARTS.");
+  m.def(
+      "set_key_parts", set_key_parts, py::arg("parts"),
+      "Forward passes on a GPU, or on its emulation, cut the keys of every tile of queries into so many parts, in the "
+      "whole process; 0 leaves the number to the kernel. For tests: users set ATTENTION_EXT_KEY_PARTS.");
   m.def("key_parts", key_parts, "The number set, by ATTENTION_EXT_KEY_PARTS or set_key_parts; 0 without one.");
   m.def(
       "force_kernel", [](const std::string& pass, const std::string& name) { force_kernel(pass_of(pass), name); },
