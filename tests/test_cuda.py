@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_ext import explain, reference
+from attention_ext import _C, explain, reference
 from attention_ext.testing import PAIRS, SINGLE, Sample, Spec, evaluate, operator, with_keep
 
 NAMED = {spec.name: spec for spec in SINGLE}
@@ -145,6 +145,22 @@ def test_device_that_is_not_current() -> None:
     assert all(x.device == sample.query.device for x in actual)
     with torch.cuda.device(1):
         assert all_equal(actual, attend(sample))
+
+
+@pytest.mark.parametrize("queries", [1, 128])
+def test_parts_of_keys_are_merged(queries: int, device: str) -> None:
+    """With one tile per head, which leaves most multiprocessors to others."""
+    spec = Spec("few tiles", lengths=(queries, 4096), heads=(8, 2), head_dims=(128, 128), batch=1)
+    sample = spec.build(torch.float64, device=device)
+    out, logsumexp, _ = sample.call(operator)
+    _C.set_key_parts(1)
+    try:
+        whole, whole_logsumexp, _ = sample.call(operator)
+    finally:
+        _C.set_key_parts(0)
+    assert not torch.equal(out, whole), "the keys were not split"
+    torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logsumexp, whole_logsumexp, rtol=1e-12, atol=1e-12)
 
 
 def test_repeats_are_bit_equal(device: str) -> None:
