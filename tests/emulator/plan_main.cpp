@@ -54,6 +54,8 @@ AttentionProblem in_parts(AttentionProblem p, int64_t parts) {
   return p;
 }
 
+int64_t parts_of(const AttentionProblem& p) { return blocks_of(p) / blocks_of(in_parts(p, 1)); }
+
 // Keys are split if and only if the tiles are fewer than 0.8 of the multiprocessors, and never into more blocks than
 // run at once, two on each.
 void check_split(const AttentionProblem& p) {
@@ -67,6 +69,9 @@ void check_split(const AttentionProblem& p) {
   expect(!few || blocks >= minimum(p.multiprocessors, tiles * (p.max_seqlen_k / kLeastKeysOfPart)),
          "multiprocessors without a block", p);
   expect(blocks_of(in_parts(p, 5)) == 5 * tiles, "not the number of parts that was asked for", p);
+  AttentionProblem dropping = p;
+  dropping.dropout_p = 0.1;
+  expect(parts_of(dropping) == parts_of(p), "dropout changes the parts, and with them logsumexp", p);
 }
 
 void check_all(int64_t multiprocessors) {

@@ -17,7 +17,7 @@ class Forward {
   using E = typename C::Element;
   using Shape = ForwardShape<C, kDim, kMode>;
   static constexpr int kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kColumns / kFragmentColumns;
-  static constexpr int kQueries = Shape::kWarps * kRowTiles * kFragmentRows;
+  static constexpr int kQueries = Shape::kQueries;
   using QueryTile = SharedTile<E, kQueries, kDim>;
   using KeyTile = SharedTile<E, Shape::kRows, kDim>;
   using KeyTiles = TileSet<KeyTile, 2>;
@@ -26,17 +26,18 @@ class Forward {
 
  public:
   using Problem = ForwardProblem;
-  using Tiles = QueryTiles<kQueries>;
+  // Those that parts are counted by, in all modes: dropout changes no bit of logsumexp.
+  using Tiles = QueryTiles<ForwardShape<C, kDim, ScoreMode::kMask>::kQueries>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes = QueryTile::kBytes + Shape::kStages * KeyTiles::kBytes;
   static_assert(kSharedBytes <= (Shape::kRowBytes <= 1024 ? kFewSharedBytes : kMostSharedBytes));
 
   static int64_t blocks(const AttentionProblem& p) {
-    return Tiles::count(p) * (kPart == Part::kSplit ? Tiles::parts(p) : 1);
+    return QueryTileIndex::count(p, kQueries) * (kPart == Part::kSplit ? Tiles::parts(p) : 1);
   }
 
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void* workspace) {
-    const int64_t tiles = Tiles::count(p);
+    const int64_t tiles = QueryTileIndex::count(p, kQueries);
     const QueryTileIndex at(p, kQueries, block_index() % tiles);
     const Head head = folded_head(p, at.batch, at.head);
     const Range q = at.queries(head.sequence, kQueries);

@@ -25,6 +25,7 @@ struct ForwardShape : Width<C, kDim> {
   static constexpr int kWarps = kRowBytes <= 512 ? 4 : 2;
   static constexpr int kRowTiles =
       kNarrow && kDim <= 128 && kMode == ScoreMode::kMask ? 2 : 1;  // of 16 queries, a warp
+  static constexpr int kQueries = kWarps * kRowTiles * kFragmentRows;
   static constexpr int kRows = kNarrow ? (kDim <= 128 ? 64 : 32) : kDim <= 64 ? 32 : 16;
   // The same for all modes: other blocks of keys would be summed in another order, so that dropout, which alone calls
   // for ScoreMode::kAll too, would change bits of logsumexp.
