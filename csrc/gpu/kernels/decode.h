@@ -30,6 +30,7 @@ class Decode {
   using KeyTile = SharedTile<E, Shape::kRows, kDim>;
   using KeyTiles = TileSet<KeyTile, 2>;
   using Scores = Fragments<T, 1, kKeyTiles>;
+  using Block = ScoreBlock<T, kMode>;  // one for each of a lane's two rows, which may be of different heads
   using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
 
   // What the warps found, in the place of the last tiles of keys: the state of each row, then its sums, in rows that
@@ -104,15 +105,15 @@ class Decode {
 
   ATTENTION_DEVICE void add_block(const QueryTile& query, int k, const KeyTiles& tiles, int row) {
     const bool partial = is_partial(head_, tile_.queries, {k, k + Shape::kColumns});
-    const GroupScoreBlock<T, kMode> block{
-        {{p_, heads_[0], corner(0, k), partial}, {p_, heads_[1], corner(1, k), partial}}};
+    const Block blocks[2] = {{p_, heads_[0], corner(0, k), partial}, {p_, heads_[1], corner(1, k), partial}};
     Scores score;
     score.clear();
     multiply_rows<C>(score, TileRows<C, QueryTile>{query, 0}, tiles.tile[0], row);
-    if (block.changes_scores()) {
+    if (blocks[0].changes_scores()) {
       for_each_number<kKeyTiles>([&](int n, int i) {
         T& s = score.tile[0][n].number[i];
-        s = block.score(s, n, i);
+        const Block& block = blocks[i / 2];
+        s = block.score(s, block.query(0, n, i), block.key(0, n, i)).score;
       });
     }
     T rescale[2];
@@ -121,17 +122,23 @@ class Decode {
       for_each_number<Sums::kTileCount>([&](int n, int i) { sums_.tile[0][n].number[i] *= rescale[i / 2]; });
     }
     // Keys that are hidden from all these rows may hold anything.
-    if (block.changes_scores() && !any_in_warp(any)) return;
-    if constexpr (kMode == ScoreMode::kAll) {
-      const Dropout dropout = dropout_of(p_);
-      for_each_kept<1, kKeyTiles>(block, dropout, [&](int, int n, int i, bool kept) {
-        if (!kept) score.tile[0][n].number[i] = T(0);
-      });
-    }
+    if (blocks[0].changes_scores() && !any_in_warp(any)) return;
+    if constexpr (kMode == ScoreMode::kAll) drop(blocks, score);
     multiply_weights<C>(sums_, score, tiles.tile[1], row);
   }
 
-  // From which ScoreBlock counts to the query of a lane's row.
+  ATTENTION_DEVICE void drop(const Block (&blocks)[2], Scores& weight) const {
+    const Dropout dropout = dropout_of(p_);
+    if (!dropout.present) return;
+    ATTENTION_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      for_each_kept<1, kKeyTiles>(blocks[r], dropout, [&](int, int n, int i, bool kept) {
+        if (i / 2 == r && !kept) weight.tile[0][n].number[i] = T(0);
+      });
+    }
+  }
+
+  // From which a block counts to the query of a lane's row.
   ATTENTION_DEVICE Corner corner(int r, int k) const {
     const int row = lane_group() + r * 8;
     return {static_cast<int>(tile_.query(row)) - row, k};

@@ -32,13 +32,13 @@ ATTENTION_DEVICE void for_each_kept(const Block& block, const Dropout& dropout, 
     }
     return;
   }
+  const uint32_t batch_head = dropout.batch_head(block.head.sequence.batch, block.head.head);
   ATTENTION_UNROLL
   for (int m = 0; m < kRowTiles; ++m) {
     for_each_number<kTiles>([&](int n, int i) {
       const auto q = static_cast<uint32_t>(block.query(m, n, i));
       const uint32_t octet = dropout.first_key / kKeysPerPhilox + static_cast<uint32_t>(block.octet(m, n, i));
-      const Head& head = block.head_of(i);
-      const auto words = dropout.words<WordOps>(q, octet, dropout.batch_head(head.sequence.batch, head.head));
+      const auto words = dropout.words<WordOps>(q, octet, batch_head);
       f(m, n, i, bits_of_key(words, block.key(m, n, i)) >= dropout.threshold);
     });
   }

@@ -124,8 +124,7 @@ class GradientBlock {
   }
 
   // rows(n, i) gives RowNumbers, and each(n, i, x) receives every gradient of a score. Where a weight is 0 so is its
-  // gradient, whatever hidden values hold. False where all gradients of this lane are 0 in a block that hides some
-  // keys.
+  // gradient, whatever hidden values hold. False where all gradients of this lane are 0 in a block that hides some keys.
   template <class RowOf, class Each>
   ATTENTION_DEVICE bool differentiate(const ProblemOf<kOrder>& p, const Block& block, const Dropout& dropout,
                                       RowOf&& rows, Each&& each) {

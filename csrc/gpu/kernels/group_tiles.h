@@ -51,20 +51,5 @@ struct GroupTile {
   ATTENTION_DEVICE bool has(int row) const { return query(row) < queries.end && first_head + row % heads <= last_head; }
 };
 
-// As ScoreBlock, of rows that are queries of several heads: one for each of the two rows of a lane.
-template <class T, ScoreMode kMode>
-struct GroupScoreBlock {
-  ScoreBlock<T, kMode> of_row[2];
-
-  ATTENTION_DEVICE int query(int m, int n, int i) const { return of_row[i / 2].query(m, n, i); }
-  ATTENTION_DEVICE int key(int m, int n, int i) const { return of_row[0].key(m, n, i); }
-  ATTENTION_DEVICE int octet(int m, int n, int i) const { return of_row[0].octet(m, n, i); }
-  ATTENTION_DEVICE const Head& head_of(int i) const { return of_row[i / 2].head; }
-  ATTENTION_DEVICE bool changes_scores() const { return kMode == ScoreMode::kAll || of_row[0].partial; }
-  ATTENTION_DEVICE T score(T dot, int n, int i) const {
-    return of_row[i / 2].score(dot, query(0, n, i), key(0, n, i)).score;
-  }
-};
-
 }  // namespace
 }  // namespace attention_ext

@@ -16,8 +16,7 @@ class KeyGradient {
   using E = typename C::Element;
   using Shape = GradientShape<C, kDim, kOrder>;
   static constexpr bool kOfKey = kResult != KeyResult::kValue, kOfValue = kResult != KeyResult::kKey;
-  static constexpr int kKeys = Shape::kWarps * kFragmentRows, kColumns = Shape::kKeyColumns,
-                       kTiles = kColumns / kFragmentColumns;
+  static constexpr int kKeys = Shape::kWarps * kFragmentRows, kColumns = Shape::kKeyColumns, kTiles = kColumns / kFragmentColumns;
   using KeyTile = SharedTile<E, kKeys, kDim>;
   using KeyTiles = TileSet<KeyTile, kKeySources<kOrder>>;
   using QueryTile = SharedTile<E, Shape::kRows, kDim>;

@@ -76,8 +76,6 @@ struct ScoreBlock {
   ATTENTION_DEVICE int query(int m, int n, int i) const { return corner.q + (kTransposed ? column(n, i) : row(m, i)); }
   ATTENTION_DEVICE int key(int m, int n, int i) const { return corner.k + (kTransposed ? row(m, i) : column(n, i)); }
 
-  ATTENTION_DEVICE const Head& head_of(int /*i*/) const { return head; }
-
   // Corners lie at whole octets of keys.
   ATTENTION_DEVICE int octet(int m, int n, int i) const {
     return corner.k / kKeysPerPhilox + (kTransposed ? m * kFragmentRows / kKeysPerPhilox + i / 2 : n);
