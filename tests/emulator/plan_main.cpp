@@ -66,7 +66,7 @@ void check_split(const AttentionProblem& p) {
   expect(plan.phase_count == (few ? 2 : 1), "parts are merged by a second launch, if there are any", p);
   expect((plan.shared_bytes > 0) == few, "parts have a workspace, if there are any", p);
   expect(blocks % tiles == 0 && (!few || blocks <= 2 * p.multiprocessors), "more blocks than run at once", p);
-  expect(!few || blocks >= minimum(p.multiprocessors, tiles * (p.max_seqlen_k / kLeastKeysOfPart)),
+  expect(!few || blocks >= minimum(p.multiprocessors, tiles * (p.max_seqlen_k / kKeysForPart)),
          "multiprocessors without a block", p);
   expect(blocks_of(in_parts(p, 5)) == 5 * tiles, "not the number of parts that was asked for", p);
   AttentionProblem dropping = p;

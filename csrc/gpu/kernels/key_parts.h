@@ -8,7 +8,7 @@
 namespace attention_ext {
 namespace {
 
-constexpr int64_t kLeastKeysOfPart = 256;  // fewer do not repay the merging
+constexpr int64_t kKeysForPart = 256;  // one more part for fewer does not repay the merging
 
 // How many parts the keys of every tile have, if `tiles` tiles of `queries` queries each share a GPU: two blocks for
 // each of its multiprocessors, which all run at once, unless the tiles alone occupy most of it.
@@ -16,7 +16,7 @@ ATTENTION_INLINE int64_t count_of_parts(const AttentionProblem& p, int64_t tiles
   if (p.key_parts > 0) return p.key_parts;
   if (tiles == 0 || tiles * 5 >= p.multiprocessors * 4) return 1;
   const int64_t seen = minimum(p.max_seqlen_k, minimum(queries, p.max_seqlen_q) + p.window_left + p.window_right);
-  return clamp(p.multiprocessors * 2 / tiles, 1, maximum<int64_t>(1, ceil_div(seen, kLeastKeysOfPart)));
+  return clamp(p.multiprocessors * 2 / tiles, 1, maximum<int64_t>(1, ceil_div(seen, kKeysForPart)));
 }
 
 template <int kQueries>
