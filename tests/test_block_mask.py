@@ -43,9 +43,17 @@ def never(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return q < 0
 
 
+DOCUMENT_OF_VECTORS = torch.arange(4).repeat_interleave(torch.tensor([144, 96, 32, 752]))
+
+
+def whole_vectors(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return (DOCUMENT_OF_VECTORS[q] == DOCUMENT_OF_VECTORS[k]) & (q >= k)
+
+
 MODS = {
     "causal": causal,
     "documents": and_masks(causal, document),
+    "whole_vectors": whole_vectors,
     "window": window,
     "prefix": prefix,
     "scattered": scattered,
@@ -139,9 +147,9 @@ def results(given: Inputs, **options: Any) -> list[Tensor]:
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mod", ["causal", "documents", "window", "prefix", "never"])
+@pytest.mark.parametrize("mod", ["causal", "whole_vectors", "window", "prefix", "never"])
 def test_bits_of_a_dense_mask(mod: str, dtype: torch.dtype) -> None:
-    """Where each query sees one run of blocks, sums are the same in every bit."""
+    """Where a tile sees one run of blocks, and documents begin at whole vectors, sums are the same in every bit."""
     dense = create_mask(MODS[mod], 1, 1, 500, 500, device="cpu")
     made = SparseMask.from_dense(dense, 64)
     given = tensors((1, 2, 500, 32), dtype)
