@@ -252,5 +252,6 @@ def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
     sources += sorted((ROOT / "tests/cpp").glob("*.cpp"))
     program = tmp_path / "cpp_tests"
     flags = ["-std=c++20", "-O1", "-static", "-pthread"]
-    call(CROSS_COMPILER, *flags, "-I", ROOT / "csrc", "-I", ROOT / "tests/cpp", *sources, "-o", program)
+    folders = ("csrc", "attention_ext/include", "tests/cpp")
+    call(CROSS_COMPILER, *flags, *(f"-I{ROOT / folder}" for folder in folders), *sources, "-o", program)
     call(QEMU, program, 4)  # every fourth case

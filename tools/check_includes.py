@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # The rule of the longest matching folder applies. Headers are relative to csrc.
 CPP_RULES = {
     "csrc/core": ["core/"],
-    "csrc/cpu": ["core/", "cpu/"],
+    "csrc/cpu": ["core/", "cpu/", "attention_ext/score_block.h"],
     "csrc/gpu": ["core/", "gpu/"],
     "csrc/torch": ["core/", "cpu/", "gpu/", "torch/", "attention_ext/"],
     "csrc/python": ["core/", "cpu/", "torch/", "attention_ext/", "build_facts.h"],
     "attention_ext/include": ["attention_ext/"],
-    "tests/cpp": ["core/", "cpu/"],
+    "tests/cpp": ["core/", "cpu/", "attention_ext/score_block.h"],
     "tests/emulator": ["core/", "gpu/", "guarded.h"],
 }
 MAY_USE_TORCH = ("csrc/torch", "csrc/python", "attention_ext/include")

@@ -66,12 +66,13 @@ def clang_tidy_torch() -> bool:
     headers = [word for path in (include, include / "torch/csrc/api/include") for word in ("-isystem", str(path))]
     binding = tracked("csrc/torch/cuda*.cpp")
     files = [path for path in tracked("csrc/torch/*.cpp") if path not in binding]
-    return tidy(files, "-Iattention_ext/include", *headers)
+    return tidy(files, *headers)
 
 
 def tidy(files: list[str], *flags: str) -> bool:
+    folders = ("-Icsrc", "-Iattention_ext/include")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        passed = pool.map(lambda file: call("clang-tidy", "--quiet", file, "--", "-std=c++20", "-Icsrc", *flags), files)
+        passed = pool.map(lambda file: call("clang-tidy", "--quiet", file, "--", "-std=c++20", *folders, *flags), files)
         return all([*passed])
 
 

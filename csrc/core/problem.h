@@ -42,7 +42,9 @@ struct View {
   ATTENTION_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
-// score = softcap(scale * query . key) + attn_mask - alibi_slope * |diagonal - k|, then masks.
+struct ScoreModCall;  // attention_ext/score_block.h
+
+// score = softcap(score_mod(scale * query . key)) + attn_mask - alibi_slope * |diagonal - k|, then masks.
 struct AttentionProblem {
   int64_t batch = 0;  // sequences: with cu_seqlens their number, while the tensors have batch 1
   int64_t heads = 0, kv_heads = 0;
@@ -65,6 +67,7 @@ struct AttentionProblem {
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // of one sequence, or a bound of it
 
   double scale = 1.0;
+  const ScoreModCall* score_mod = nullptr;                      // compiled from a function of the user, CPUs only
   double softcap = 0.0;                                         // 0: none
   int64_t window_left = kUnlimited, window_right = kUnlimited;  // causal is window_right = 0
   bool bottom_right = false;                 // the diagonal ends in the last corner, not starts in the first
@@ -89,7 +92,8 @@ struct AttentionProblem {
 // (double for float64, else float), natural logarithm, sink included, -inf for a row without a visible key.
 struct ForwardProblem : AttentionProblem {
   View out;                   // (b, h, q, d_v)
-  void* logsumexp = nullptr;  // (b, h, q)
+  void* logsumexp = nullptr;   // (b, h, q)
+  void* max_scores = nullptr;  // (b, h, q) or null, written by the kernels that have a score_mod
 
   // Packed sequences of fewer or more queries are left to another run, so that each has the kernel that it would have
   // alone. For CPUs: a GPU's lengths are not known before the launch.

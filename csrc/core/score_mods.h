@@ -212,7 +212,7 @@ struct ScoreMods {
 // Of any head: all but the slope, which differs between heads and which a GPU's host cannot read.
 ATTENTION_INLINE ScoreMods score_mods_of(const AttentionProblem& p) {
   ScoreMods mods;
-  mods.scale = p.scale;
+  mods.scale = p.score_mod ? 1.0 : p.scale;  // a compiled score_mod has applied it
   mods.softcap.cap = p.softcap;
   mods.bias.present = static_cast<bool>(p.attn_mask);
   mods.alibi.present = p.alibi_slopes != nullptr;

@@ -73,44 +73,49 @@ const char* not_decoding(const AttentionProblem& problem) {
   return unavailable<kSet>(problem);
 }
 
+template <const char* (*kReason)(const AttentionProblem&)>
+const char* without_score_mod(const AttentionProblem& problem) {
+  return problem.score_mod ? "has no compiled score_mod" : kReason(problem);
+}
+
 #if defined(__x86_64__)
 const char* not_bfloat16(const AttentionProblem& problem) {
   return problem.dtype == DType::kBFloat16 ? unavailable<kAvx512Bf16>(problem) : "serves bfloat16 only";
 }
 
 const CpuKernel kKernels[] = {
-    {"avx512/decode", Pass::kForward, not_decoding<kAvx512>, kAvx512Unit.decode},
+    {"avx512/decode", Pass::kForward, without_score_mod<not_decoding<kAvx512>>, kAvx512Unit.decode},
     {"avx512_bf16/forward", Pass::kForward, not_bfloat16, kAvx512Bf16Unit.forward},
     {"avx512_bf16/backward", Pass::kBackward, not_bfloat16, kAvx512Bf16Unit.backward},
-    {"avx512_bf16/weights", Pass::kWeights, not_bfloat16, kAvx512Bf16Unit.weights},
-    {"avx512_bf16/jvp", Pass::kJvp, not_bfloat16, kAvx512Bf16Unit.jvp},
-    {"avx512_bf16/double_backward", Pass::kDoubleBackward, not_bfloat16, kAvx512Bf16Unit.double_backward},
+    {"avx512_bf16/weights", Pass::kWeights, without_score_mod<not_bfloat16>, kAvx512Bf16Unit.weights},
+    {"avx512_bf16/jvp", Pass::kJvp, without_score_mod<not_bfloat16>, kAvx512Bf16Unit.jvp},
+    {"avx512_bf16/double_backward", Pass::kDoubleBackward, without_score_mod<not_bfloat16>, kAvx512Bf16Unit.double_backward},
     {"avx512/forward", Pass::kForward, unavailable<kAvx512>, kAvx512Unit.forward},
     {"avx512/backward", Pass::kBackward, unavailable<kAvx512>, kAvx512Unit.backward},
-    {"avx512/weights", Pass::kWeights, unavailable<kAvx512>, kAvx512Unit.weights},
-    {"avx512/jvp", Pass::kJvp, unavailable<kAvx512>, kAvx512Unit.jvp},
-    {"avx512/double_backward", Pass::kDoubleBackward, unavailable<kAvx512>, kAvx512Unit.double_backward},
-    {"avx2/decode", Pass::kForward, not_decoding<kAvx2>, kAvx2Unit.decode},
+    {"avx512/weights", Pass::kWeights, without_score_mod<unavailable<kAvx512>>, kAvx512Unit.weights},
+    {"avx512/jvp", Pass::kJvp, without_score_mod<unavailable<kAvx512>>, kAvx512Unit.jvp},
+    {"avx512/double_backward", Pass::kDoubleBackward, without_score_mod<unavailable<kAvx512>>, kAvx512Unit.double_backward},
+    {"avx2/decode", Pass::kForward, without_score_mod<not_decoding<kAvx2>>, kAvx2Unit.decode},
     {"avx2/forward", Pass::kForward, unavailable<kAvx2>, kAvx2Unit.forward},
     {"avx2/backward", Pass::kBackward, unavailable<kAvx2>, kAvx2Unit.backward},
-    {"avx2/weights", Pass::kWeights, unavailable<kAvx2>, kAvx2Unit.weights},
-    {"avx2/jvp", Pass::kJvp, unavailable<kAvx2>, kAvx2Unit.jvp},
-    {"avx2/double_backward", Pass::kDoubleBackward, unavailable<kAvx2>, kAvx2Unit.double_backward},
-    {"baseline/decode", Pass::kForward, not_decoding<kBaseline>, kBaselineUnit.decode},
+    {"avx2/weights", Pass::kWeights, without_score_mod<unavailable<kAvx2>>, kAvx2Unit.weights},
+    {"avx2/jvp", Pass::kJvp, without_score_mod<unavailable<kAvx2>>, kAvx2Unit.jvp},
+    {"avx2/double_backward", Pass::kDoubleBackward, without_score_mod<unavailable<kAvx2>>, kAvx2Unit.double_backward},
+    {"baseline/decode", Pass::kForward, without_score_mod<not_decoding<kBaseline>>, kBaselineUnit.decode},
     {"baseline/forward", Pass::kForward, unavailable<kBaseline>, kBaselineUnit.forward},
     {"baseline/backward", Pass::kBackward, unavailable<kBaseline>, kBaselineUnit.backward},
-    {"baseline/weights", Pass::kWeights, unavailable<kBaseline>, kBaselineUnit.weights},
-    {"baseline/jvp", Pass::kJvp, unavailable<kBaseline>, kBaselineUnit.jvp},
-    {"baseline/double_backward", Pass::kDoubleBackward, unavailable<kBaseline>, kBaselineUnit.double_backward},
+    {"baseline/weights", Pass::kWeights, without_score_mod<unavailable<kBaseline>>, kBaselineUnit.weights},
+    {"baseline/jvp", Pass::kJvp, without_score_mod<unavailable<kBaseline>>, kBaselineUnit.jvp},
+    {"baseline/double_backward", Pass::kDoubleBackward, without_score_mod<unavailable<kBaseline>>, kBaselineUnit.double_backward},
 };
 #else
 const CpuKernel kKernels[] = {
-    {"neon/decode", Pass::kForward, not_decoding<kNeon>, kNeonUnit.decode},
+    {"neon/decode", Pass::kForward, without_score_mod<not_decoding<kNeon>>, kNeonUnit.decode},
     {"neon/forward", Pass::kForward, unavailable<kNeon>, kNeonUnit.forward},
     {"neon/backward", Pass::kBackward, unavailable<kNeon>, kNeonUnit.backward},
-    {"neon/weights", Pass::kWeights, unavailable<kNeon>, kNeonUnit.weights},
-    {"neon/jvp", Pass::kJvp, unavailable<kNeon>, kNeonUnit.jvp},
-    {"neon/double_backward", Pass::kDoubleBackward, unavailable<kNeon>, kNeonUnit.double_backward},
+    {"neon/weights", Pass::kWeights, without_score_mod<unavailable<kNeon>>, kNeonUnit.weights},
+    {"neon/jvp", Pass::kJvp, without_score_mod<unavailable<kNeon>>, kNeonUnit.jvp},
+    {"neon/double_backward", Pass::kDoubleBackward, without_score_mod<unavailable<kNeon>>, kNeonUnit.double_backward},
 };
 #endif
 

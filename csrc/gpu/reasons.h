@@ -15,6 +15,7 @@ inline const char* has_block_mask(const AttentionProblem& p) {
 }
 
 inline const char* beyond_count(const AttentionProblem& p) {
+  if (p.score_mod) return "has no compiled score_mod";
   if (maximum(p.max_seqlen_q, p.max_seqlen_k) > kMostRows) return "serves sequences of up to 2^30 - 1 queries and keys";
   if (maximum(p.head_dim, p.head_dim_v) > kMostRows) return "serves head_dim and head_dim_v up to 2^30 - 1";
   return nullptr;

@@ -5,6 +5,7 @@
 
 #include "build_facts.h"
 #include "torch/device.h"
+#include "torch/score_mods.h"
 
 namespace py = pybind11;
 
@@ -85,6 +86,15 @@ PYBIND11_MODULE(_C, m) {
       "Forward passes on a GPU, or on its emulation, cut the keys of every tile of queries into so many parts, in the "
       "whole process; 0 leaves the number to the kernel. For tests: users set ATTENTION_EXT_KEY_PARTS.");
   m.def("key_parts", key_parts, "The number set, by ATTENTION_EXT_KEY_PARTS or set_key_parts; 0 without one.");
+  m.def(
+      "register_score_mod",
+      [](const std::string& key, uintptr_t function, uintptr_t gradient, bool is_double, int64_t captured) {
+        register_score_mod(key, {reinterpret_cast<ScoreModFunction>(function),
+                                 reinterpret_cast<ScoreModGradient>(gradient), is_double, captured});
+      },
+      py::arg("key"), py::arg("function"), py::arg("gradient"), py::arg("is_double"), py::arg("captured"),
+      "Gives the operators of flex_attention the compiled functions of a score_mod, by their addresses; gradient is 0 "
+      "where the derivative is 1.");
   m.def(
       "force_kernel", [](const std::string& pass, const std::string& name) { force_kernel(pass_of(pass), name); },
       py::arg("pass"), py::arg("name"),

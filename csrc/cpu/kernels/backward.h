@@ -19,6 +19,9 @@ ATTENTION_INLINE GradientJobs backward_jobs(const BackwardProblem& p) {
   return {p, p.max_seqlen_k, p.grad_attn_mask.stride_col};
 }
 
+// Of the gradients of captured tensors, 0 where none are wanted.
+inline int64_t sum_copies(const BackwardProblem& p) { return p.score_mod ? p.score_mod->copies : 0; }
+
 template <class C>
 struct BackwardShared {
   using T = typename C::Scalar;
@@ -61,13 +64,18 @@ class BackwardBlocks {
     Arena shared_arena(shared_memory), scratch_arena(scratch_memory);
     const BackwardShared<C> shared(shared_arena, p, shape, jobs.groups);
     const BackwardScratch<C> scratch(scratch_arena, p, shape);
-    BackwardBlocks(p, shape, shared, scratch).mainloop(jobs, job);
+    if (sum_copies(p) == 0) return BackwardBlocks(p, shape, shared, scratch, 0).mainloop(jobs, job);
+    // Jobs that add to the same copy of sums run one after another.
+    const int64_t copies = sum_copies(p);
+    for (int64_t part = job * jobs.count / copies; part < (job + 1) * jobs.count / copies; ++part) {
+      BackwardBlocks(p, shape, shared, scratch, job).mainloop(jobs, part);
+    }
   }
 
  private:
   BackwardBlocks(const BackwardProblem& p, const BackwardShape<C>& shape, const BackwardShared<C>& shared,
-                 const BackwardScratch<C>& scratch)
-      : p_(p), shape_(shape), shared_(shared), scratch_(scratch), dropout_(dropout_of(p)) {}
+                 const BackwardScratch<C>& scratch, int64_t copy)
+      : p_(p), shape_(shape), shared_(shared), scratch_(scratch), dropout_(dropout_of(p)), copy_(copy) {}
 
   void mainloop(const GradientJobs& jobs, int64_t job) {
     group_ = jobs.group_of(job);
@@ -195,8 +203,13 @@ class BackwardBlocks {
   // From dot products in `weight` and grad_out . value in `grad_score`.
   GradientOperands<C> score_gradients(const Block<T>& block, const Tile& tile, Matrix<T> weight, Matrix<T> grad_score) {
     const Range k = block.k;
+    const Matrix<T> dot{scratch_.dot, kQueries<T>};
+    if (p_.score_mod) {
+      if (dot.data) copy_block(weight, dot, k.size(), tile.vectors);
+      apply_score_mod(p_, tile, k, weight);
+    }
     GradientOperands<C> operands;
-    if (!dropout_.present && !p_.grad_attn_mask && !p_.grad_alibi_slopes) {
+    if (!dropout_.present && !p_.grad_attn_mask && !p_.grad_alibi_slopes && !dot.data) {
       with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
         operands = plain_gradient_operands<C, vectors, mode>(block, scratch_.logsumexp, scratch_.delta, weight,
                                                              grad_score, scratch_.pairs);
@@ -214,6 +227,7 @@ class BackwardBlocks {
           slope_gradient(block, tile.vectors, as_operand(grad_score));
     }
     if (softcap_grad.data) multiply_elements(softcap_grad, grad_score, k.size(), tile.vectors);
+    if (dot.data) score_mod_gradient(p_, tile, k, dot, grad_score, copy_);
     return gradient_operands<C>(weight, grad_score, k.size(), tile.vectors, scratch_.pairs);
   }
 
@@ -236,6 +250,7 @@ class BackwardBlocks {
   const BackwardShared<C>& shared_;
   const BackwardScratch<C>& scratch_;
   Dropout dropout_;
+  int64_t copy_;  // of the gradients of captured tensors
   Sequence sequence_{};
   int64_t group_ = 0, kv_head_ = 0;
   Range rows_{};              // the block's keys
@@ -285,7 +300,7 @@ Plan plan_backward(const AttentionProblem& problem) {
   Plan plan;
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_backward_rows<C>};
   add_delta_phase(p, plan);
-  plan.phases[plan.phase_count++] = {jobs.count, BackwardBlocks<C>::run};
+  plan.phases[plan.phase_count++] = {sum_copies(p) == 0 ? jobs.count : sum_copies(p), BackwardBlocks<C>::run};
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_backward_queries<C>};
   plan.shared_bytes = shared.used();
   plan.scratch_bytes = maximum(plan.scratch_bytes, scratch.used());

@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/probability.h"
 #include "cpu/kernels/query_operand.h"
+#include "cpu/kernels/score_mod.h"
 
 namespace attention_ext {
 namespace {
@@ -188,7 +189,7 @@ struct BackwardScratch {
   using T = typename C::Scalar;
   using Element = typename C::Element;
   Element *key_rows, *key_lanes, *value_rows;
-  T *weight, *grad_score, *softcap_grad, *bias, *grad_query, *grad_key, *grad_value, *logsumexp, *delta;
+  T *weight, *grad_score, *softcap_grad, *dot, *bias, *grad_query, *grad_key, *grad_value, *logsumexp, *delta;
   BothWaysMemory<C> query, grad_out;
   GradientPairs<C> pairs;
 
@@ -202,6 +203,7 @@ struct BackwardScratch {
     weight = arena.take<T>(block);
     grad_score = arena.take<T>(block);
     softcap_grad = arena.take<T>(score_mods_of(p).is_nonlinear() ? block : 0);
+    dot = arena.take<T>(p.score_mod && p.score_mod->gradient ? block : 0);
     bias = arena.take<T>(p.has_tensor_mask() ? block : 0);
     grad_query = arena.take<T>(shape.adds_queries ? 0 : kQueries<T> * shape.columns);
     grad_key = arena.take<T>((shape.keys + 1) * shape.columns);

@@ -5,6 +5,7 @@
 #include "cpu/kernels/dropout.h"
 #include "cpu/kernels/query_operand.h"
 #include "cpu/kernels/query_runs.h"
+#include "cpu/kernels/score_mod.h"
 #include "cpu/kernels/softmax.h"
 
 namespace attention_ext {
@@ -105,6 +106,7 @@ class SoftmaxRun : protected QueryRun<C, Job> {
     const Matrix<T> score{scratch_.score, kQueries<T>};
     multiply_queries<C>(rows_from(key_, skip), query(i, tile).from(lane), tile, score, round_up(k.size(), 2),
                         Start::kZero, next_mask_rows(p_.attn_mask, tile, k));
+    if (p_.score_mod) apply_score_mod(p_, tile, k, score);
     // Weights go straight into pairs, unless some must be dropped first.
     Matrix<Element> pairs{dropout_.present ? nullptr : scratch_.weight, kQueries<T>};
     with_constants(tile.vectors, block.mode, [&](auto vectors, auto mode) {
@@ -158,13 +160,15 @@ class ForwardJob : SoftmaxRun<C, ForwardJob<C>> {
     const Tile& tile = this->tiles_[i];
     const Sequence& s = this->sequence_;
     const int64_t row = row_of(p_, s, tile.head) + tile.q.begin;
-    T *logsumexp = static_cast<T*>(p_.logsumexp) + row, *low = static_cast<T*>(p_.logsumexp_low);
+    T *logsumexp = static_cast<T*>(p_.logsumexp) + row, *low = static_cast<T*>(p_.logsumexp_low),
+      *max_scores = static_cast<T*>(p_.max_scores);
     const RowState<T> state = this->row_state(i);
     for (int64_t lane = 0; lane < tile.q.size(); lane += kLanes<T>) {
       const Vec<T> maximum = load(state.maximum + lane), sum = load(state.sum + lane);
       const int64_t count = tile.q.size() - lane;
       store_first<T>(logsumexp + lane, logsumexp_of<T>(maximum, sum), count);
       if (low) store_first<T>(low + row + lane, logsumexp_low_of<T>(maximum, sum), count);
+      if (max_scores) store_first<T>(max_scores + row + lane, maximum, count);
     }
     this->finish_sums(i);
     write_rows(out_rows(tile), tile.q.size(), p_.head_dim_v, as_operand(this->sums(i)), this->scratch_.factor);

@@ -141,6 +141,15 @@ void multiply_elements(Matrix<T> factor, Matrix<T> m, int64_t rows, int64_t vect
   }
 }
 
+template <class T>
+void copy_block(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t vectors) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) {
+      store(to.row(r) + lane, load(from.row(r) + lane));
+    }
+  }
+}
+
 // Rows of the accumulate type, each times its factor, into a tensor. With factor_step 0 they share one.
 template <class T>
 void write_rows(const Source& to, int64_t rows, int64_t columns, Matrix<const T> from, const T* factor,
