@@ -91,7 +91,7 @@ struct AttentionProblem {
 // logsumexp, delta and everything else that has one number per query: (b, h, q), contiguous, in the accumulate type
 // (double for float64, else float), natural logarithm, sink included, -inf for a row without a visible key.
 struct ForwardProblem : AttentionProblem {
-  View out;                   // (b, h, q, d_v)
+  View out;                    // (b, h, q, d_v)
   void* logsumexp = nullptr;   // (b, h, q)
   void* max_scores = nullptr;  // (b, h, q) or null, written by the kernels that have a score_mod
 

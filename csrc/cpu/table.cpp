@@ -89,12 +89,14 @@ const CpuKernel kKernels[] = {
     {"avx512_bf16/backward", Pass::kBackward, not_bfloat16, kAvx512Bf16Unit.backward},
     {"avx512_bf16/weights", Pass::kWeights, without_score_mod<not_bfloat16>, kAvx512Bf16Unit.weights},
     {"avx512_bf16/jvp", Pass::kJvp, without_score_mod<not_bfloat16>, kAvx512Bf16Unit.jvp},
-    {"avx512_bf16/double_backward", Pass::kDoubleBackward, without_score_mod<not_bfloat16>, kAvx512Bf16Unit.double_backward},
+    {"avx512_bf16/double_backward", Pass::kDoubleBackward, without_score_mod<not_bfloat16>,
+     kAvx512Bf16Unit.double_backward},
     {"avx512/forward", Pass::kForward, unavailable<kAvx512>, kAvx512Unit.forward},
     {"avx512/backward", Pass::kBackward, unavailable<kAvx512>, kAvx512Unit.backward},
     {"avx512/weights", Pass::kWeights, without_score_mod<unavailable<kAvx512>>, kAvx512Unit.weights},
     {"avx512/jvp", Pass::kJvp, without_score_mod<unavailable<kAvx512>>, kAvx512Unit.jvp},
-    {"avx512/double_backward", Pass::kDoubleBackward, without_score_mod<unavailable<kAvx512>>, kAvx512Unit.double_backward},
+    {"avx512/double_backward", Pass::kDoubleBackward, without_score_mod<unavailable<kAvx512>>,
+     kAvx512Unit.double_backward},
     {"avx2/decode", Pass::kForward, without_score_mod<not_decoding<kAvx2>>, kAvx2Unit.decode},
     {"avx2/forward", Pass::kForward, unavailable<kAvx2>, kAvx2Unit.forward},
     {"avx2/backward", Pass::kBackward, unavailable<kAvx2>, kAvx2Unit.backward},
@@ -106,7 +108,8 @@ const CpuKernel kKernels[] = {
     {"baseline/backward", Pass::kBackward, unavailable<kBaseline>, kBaselineUnit.backward},
     {"baseline/weights", Pass::kWeights, without_score_mod<unavailable<kBaseline>>, kBaselineUnit.weights},
     {"baseline/jvp", Pass::kJvp, without_score_mod<unavailable<kBaseline>>, kBaselineUnit.jvp},
-    {"baseline/double_backward", Pass::kDoubleBackward, without_score_mod<unavailable<kBaseline>>, kBaselineUnit.double_backward},
+    {"baseline/double_backward", Pass::kDoubleBackward, without_score_mod<unavailable<kBaseline>>,
+     kBaselineUnit.double_backward},
 };
 #else
 const CpuKernel kKernels[] = {

@@ -24,10 +24,11 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // o
 constexpr const char* kForward = "flex_attention_forward";
 constexpr const char* kBackward = "flex_attention_backward";
 
-constexpr int64_t kMostCopies = 32;                // of gradients of captured tensors: the jobs that make them
+constexpr int64_t kMostCopies = 32;                   // of gradients of captured tensors: the jobs that make them
 constexpr int64_t kCopiedNumbers = int64_t{1} << 23;  // in all of the copies, unless one has more
 
-Sizes check(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+Sizes check(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+            const AttentionOptions& options) {
   TORCH_CHECK(options.dropout_p == 0, op, ": expected `dropout_p` to be 0 with a score_mod, got ", options.dropout_p);
   return check_attention(op, query, key, &value, options);
 }
@@ -46,9 +47,9 @@ class Call {
     TORCH_CHECK(static_cast<int64_t>(captured.size()) == compiled.captured, op, ": expected `captured` to be ",
                 compiled.captured, " tensors, got ", captured.size());
     int64_t numbers = 0;
-    for (size_t i = 0; i < std::min(wanted.size(), captured.size()); ++i) numbers += wanted.get(i) ? captured[i].numel() : 0;
-    const int64_t copies =
-        numbers == 0 ? 0 : std::clamp(kCopiedNumbers / numbers, int64_t{1}, kMostCopies);
+    for (size_t i = 0; i < std::min(wanted.size(), captured.size()); ++i)
+      numbers += wanted.get(i) ? captured[i].numel() : 0;
+    const int64_t copies = numbers == 0 ? 0 : std::clamp(kCopiedNumbers / numbers, int64_t{1}, kMostCopies);
     for (size_t i = 0; i < captured.size(); ++i) {
       TORCH_CHECK(captured[i].is_cpu(), op, ": expected `captured` to be on the CPU, got a tensor on ",
                   captured[i].device());
@@ -58,8 +59,7 @@ class Call {
     for (int64_t copy = 0; copy < std::max<int64_t>(copies, 1); ++copy) {
       for (size_t i = 0; i < captured.size(); ++i) {
         const Tensor& tensor = captured[i];
-        double* grad =
-            grads_[i].defined() ? grads_[i].mutable_data_ptr<double>() + copy * tensor.numel() : nullptr;
+        double* grad = grads_[i].defined() ? grads_[i].mutable_data_ptr<double>() + copy * tensor.numel() : nullptr;
         captured_.push_back({tensor.const_data_ptr(), tensor.sizes().data(), tensor.strides().data(), grad});
       }
     }
@@ -109,7 +109,7 @@ Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, std
   problem.out = view_of(out);
   problem.logsumexp = logsumexp.mutable_data_ptr();
   if (compute_max_scores) problem.max_scores = max_scores.mutable_data_ptr();
-  Call(kForward, problem, score_mod, captured, {}).run(Pass::kForward, problem);
+  Call(kForward, problem, score_mod, captured, c10::List<bool>()).run(Pass::kForward, problem);
   return {out, logsumexp, max_scores};
 }
 

@@ -79,11 +79,14 @@ TORCH_LIBRARY(attention_ext, m) {
 
   // score_mod: the key of a compiled function, which reads the captured tensors; gradients in the order of query, key,
   // value, captured, of which wanted[i] asks for that of captured[i]
-  define("flex_attention_forward(Tensor query, Tensor key, Tensor value, str score_mod, Tensor[] captured, "
-         "bool compute_max_scores, " + kOptions + ") -> (Tensor out, Tensor logsumexp, Tensor max_scores)");
-  define("flex_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
-         "Tensor out, Tensor logsumexp, str score_mod, Tensor[] captured, bool[] wanted, " + kOptions +
-         ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor[] grad_captured)");
+  define(
+      "flex_attention_forward(Tensor query, Tensor key, Tensor value, str score_mod, Tensor[] captured, "
+      "bool compute_max_scores, " +
+      kOptions + ") -> (Tensor out, Tensor logsumexp, Tensor max_scores)");
+  define(
+      "flex_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
+      "Tensor out, Tensor logsumexp, str score_mod, Tensor[] captured, bool[] wanted, " +
+      kOptions + ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor[] grad_captured)");
 
   // which: "forward", "backward", "weights", "jvp" or "double_backward"
   define("attention_explain(Tensor query, Tensor key, Tensor value, " + kOptions + ", str which=\"forward\") -> str");

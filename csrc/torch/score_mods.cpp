@@ -29,8 +29,9 @@ void register_score_mod(const std::string& key, const CompiledScoreMod& compiled
 CompiledScoreMod compiled_score_mod(const char* op, std::string_view key) {
   const std::lock_guard<std::mutex> lock(registry().mutex);
   const auto found = registry().compiled.find(key);
-  TORCH_CHECK(found != registry().compiled.end(), op, ": expected `score_mod` to be one that this process compiled, got ",
-              key, ": call attention_ext.flex_attention with the function, here too");
+  TORCH_CHECK(found != registry().compiled.end(), op,
+              ": expected `score_mod` to be one that this process compiled, got ", key,
+              ": call attention_ext.flex_attention with the function, here too");
   return found->second;
 }
 

@@ -1,5 +1,5 @@
-// Blocks of scores as kernels hand them to a compiled score_mod, and the functions that attention_ext.flex generates for
-// them.
+// Blocks of scores as kernels hand them to a compiled score_mod, and the functions that attention_ext.flex generates
+// for them.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,8 @@ struct ScoreModCall {
   ScoreModGradient gradient;       // null where the derivative is 1 and captured tensors want none
   const CapturedTensor* captured;  // (copies, count)
   int64_t count;
-  int64_t copies;  // of the gradients of captured tensors, to be summed: as many jobs add to them; 0 where none are wanted
+  int64_t
+      copies;  // of the gradients of captured tensors, to be summed: as many jobs add to them; 0 where none are wanted
   bool* index_error;
 };
 

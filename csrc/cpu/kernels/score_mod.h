@@ -11,8 +11,9 @@ namespace {
 template <class T>
 ScoreBlock score_block(const AttentionProblem& p, const Tile& tile, Range k, Matrix<T> score, int64_t copy) {
   const ScoreModCall& mod = *p.score_mod;
-  return {tile.sequence.batch, tile.head, p.query_offset + tile.q.begin,
-          p.key_offset + k.begin, tile.q.size(), k.size(), score.stride, p.scale, mod.captured + copy * mod.count};
+  return {tile.sequence.batch,    tile.head,     p.query_offset + tile.q.begin,
+          p.key_offset + k.begin, tile.q.size(), k.size(),
+          score.stride,           p.scale,       mod.captured + copy * mod.count};
 }
 
 inline void note_index_error(const ScoreModCall& mod) { __atomic_store_n(mod.index_error, true, __ATOMIC_RELAXED); }

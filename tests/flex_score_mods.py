@@ -1,0 +1,166 @@
+"""score_mods of torch's documentation and tests, and what they capture, for the tests of flex_attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEADS, LENGTH = 4, 96
+ScoreMod = Callable[..., Tensor]
+
+
+def _random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def alibi(dtype: torch.dtype) -> ScoreMod:
+    slopes = _random(HEADS, dtype=dtype)
+    return lambda score, b, h, q, k: score - slopes[h] * (q - k).abs()
+
+
+def alibi_of_head_number(_: torch.dtype) -> ScoreMod:
+    return lambda score, b, h, q, k: score + torch.exp2(-((h + 1) * 8.0 / HEADS)) * (k - q)
+
+
+def relative(_: torch.dtype) -> ScoreMod:
+    return lambda score, b, h, q, k: score + (q - k)
+
+
+def relative_table(dtype: torch.dtype) -> ScoreMod:
+    table = _random(HEADS, 2 * LENGTH - 1, dtype=dtype)
+    return lambda score, b, h, q, k: score + table[h, q - k + LENGTH - 1]
+
+
+def t5_buckets(dtype: torch.dtype) -> ScoreMod:
+    table, buckets, farthest = _random(32, HEADS, dtype=dtype), 32, 64
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        half = buckets // 2
+        position = k - q
+        bucket = torch.where(position > 0, half, 0)
+        distance = position.abs()
+        near = half // 2
+        far = near + (
+            torch.log(distance.clamp(min=1).to(torch.float32) / near) / torch.log(torch.tensor(farthest / near)) * near
+        ).to(torch.int64)
+        bucket = bucket + torch.where(distance < near, distance, far.clamp(max=half - 1))
+        return score + table[bucket, h]
+
+    return score_mod
+
+
+def softcap(_: torch.dtype) -> ScoreMod:
+    return lambda score, b, h, q, k: 2.0 * torch.tanh(score / 2.0)
+
+
+def captured_cap(dtype: torch.dtype) -> ScoreMod:
+    cap = torch.tensor(2.5, dtype=dtype, requires_grad=True)
+    return lambda score, b, h, q, k: cap * torch.tanh(score / cap)
+
+
+def head_scale(dtype: torch.dtype) -> ScoreMod:
+    factor = _random(HEADS, dtype=dtype)
+    return lambda score, b, h, q, k: score * factor[h]
+
+
+def head_gate(dtype: torch.dtype) -> ScoreMod:
+    gate = _random(HEADS, dtype=dtype)
+    return lambda score, b, h, q, k: score * torch.sigmoid(gate)[h]
+
+
+def batch_bias(dtype: torch.dtype) -> ScoreMod:
+    bias = _random(2, HEADS, LENGTH, LENGTH, dtype=dtype)
+    return lambda score, b, h, q, k: score + bias[b, h, q, k]
+
+
+def bias_by_rows(dtype: torch.dtype) -> ScoreMod:
+    bias = _random(HEADS, LENGTH, LENGTH, dtype=dtype)
+    return lambda score, b, h, q, k: score + bias[h][q][k] + bias[h, q, 0]
+
+
+def strided_bias(dtype: torch.dtype) -> ScoreMod:
+    bias = _random(LENGTH, HEADS, dtype=dtype)
+    return lambda score, b, h, q, k: score + bias.T[h, q] * bias[k, h]
+
+
+def position_factor(dtype: torch.dtype) -> ScoreMod:
+    of_query, of_key = _random(LENGTH, dtype=dtype), _random(LENGTH, dtype=dtype)
+    return lambda score, b, h, q, k: score * of_query[q] + of_key[k]
+
+
+def causal_by_score(_: torch.dtype) -> ScoreMod:
+    return lambda score, b, h, q, k: torch.where(q >= k, score, -1e4)
+
+
+def document(_: torch.dtype) -> ScoreMod:
+    ids = torch.arange(LENGTH) // 11
+    return lambda score, b, h, q, k: torch.where(ids[q] == ids[k], score, score - 3.0)
+
+
+def document_table(dtype: torch.dtype) -> ScoreMod:
+    ids, bias = torch.arange(LENGTH, dtype=torch.int32) % 3, _random(3, 3, dtype=dtype)
+    return lambda score, b, h, q, k: score + bias[ids[q], ids[k]]
+
+
+def even_heads(_: torch.dtype) -> ScoreMod:
+    return lambda score, b, h, q, k: torch.where(h % 2 == 0, score, score * 0.5 + 0.1 * torch.remainder(q, 7))
+
+
+def grid(dtype: torch.dtype) -> ScoreMod:
+    rows = _random(2 * 12, dtype=dtype)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        row = torch.div(q, 8, rounding_mode="floor") - k // 8
+        return score + rows[row + 12] - 0.1 * ((q % 8) - (k % 8)).abs()
+
+    return score_mod
+
+
+def bent(dtype: torch.dtype) -> ScoreMod:
+    weight = _random(3, dtype=dtype)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        low = torch.maximum(score, weight[0] - 1.0)
+        high = torch.minimum(low, torch.sigmoid(score * weight[1]) + 2.0)
+        return high + torch.exp(-score.abs()) * weight[2] + torch.log1p(score.square())
+
+    return score_mod
+
+
+def activations(_: torch.dtype) -> ScoreMod:
+    functional = torch.nn.functional
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        smooth = functional.gelu(score) + functional.silu(score) + functional.softplus(score)
+        return smooth + functional.relu(score) + functional.leaky_relu(score, 0.1) + torch.clamp(score, -1, 1)
+
+    return score_mod
+
+
+def transcendental(_: torch.dtype) -> ScoreMod:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        wave = torch.sin(score) * torch.cos(q * 0.1) + torch.atan(score) + torch.erf(score)
+        return wave + torch.sqrt(score**2 + 1) + torch.expm1(score * 0.1) + torch.log(score.abs() + 1) + 1.5 ** (h + 1.0)
+
+    return score_mod
+
+
+def constant(_: torch.dtype) -> ScoreMod:
+    return lambda score, b, h, q, k: torch.zeros_like(score) + 0.5 * h
+
+
+SCORE_MODS: dict[str, Callable[[torch.dtype], ScoreMod]] = {
+    x.__name__: x
+    for x in (
+        alibi, alibi_of_head_number, relative, relative_table, t5_buckets, softcap, captured_cap, head_scale, head_gate,
+        batch_bias, bias_by_rows, strided_bias, position_factor, causal_by_score, document, document_table, even_heads,
+        grid, bent, activations, transcendental, constant,
+    )
+}  # fmt: skip
+
+
+def captured_by(score_mod: Any) -> list[Tensor]:
+    """The tensors in the closure that require a gradient."""
+    cells = [x.cell_contents for x in score_mod.__closure__ or ()]
+    return [x for x in cells if isinstance(x, Tensor) and x.requires_grad]

@@ -1,0 +1,118 @@
+"""Generated functions of a score_mod, on blocks of scores, against torch."""
+
+import ctypes
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+from attention_ext.flex.codegen import generate
+from attention_ext.flex.compile import compiled, functions
+from attention_ext.flex.trace import ScoreModError, trace
+from tests.flex_score_mods import SCORE_MODS, captured_by
+
+BATCH, HEAD, QUERY, KEY, QUERIES, KEYS, STRIDE = 1, 3, 5, 2, 83, 70, 96
+SCALE = 0.75
+
+
+class Captured(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("sizes", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("grad", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class Block(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "head", "query", "key", "queries", "keys", "stride")),
+        ("scale", ctypes.c_double),
+        ("captured", ctypes.c_void_p),
+    ]
+
+
+def block_of(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Block, list[object]]:
+    alive: list[object] = []
+    rows = (Captured * max(len(tensors), 1))()
+    for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
+        numbers = [(ctypes.c_int64 * max(tensor.dim(), 1))(*x) for x in (tensor.shape, tensor.stride())]
+        alive.append(numbers)
+        addresses = [ctypes.addressof(x) for x in numbers]
+        rows[i] = Captured(tensor.data_ptr(), *addresses, grad.data_ptr() if grad is not None else None)
+    alive.append(rows)
+    return Block(BATCH, HEAD, QUERY, KEY, QUERIES, KEYS, STRIDE, SCALE, ctypes.addressof(rows)), alive
+
+
+def by_torch(score_mod, score: Tensor) -> Tensor:
+    """Of (keys, queries)."""
+    mapped = torch.vmap(torch.vmap(score_mod, (0, None, None, 0, None)), (0, None, None, None, 0))
+    queries, keys = QUERY + torch.arange(QUERIES), KEY + torch.arange(KEYS)
+    with TransformGetItemToIndex():
+        return mapped(score, torch.tensor(BATCH), torch.tensor(HEAD), queries, keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", SCORE_MODS)
+def test_functions_of_a_block(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    score_mod = SCORE_MODS[name](dtype)
+    traced = trace(score_mod, dtype)
+    source = generate(traced)
+    library = functions(compiled(source, dtype, len(traced.dtypes)))
+    tensors = traced.tensors()
+    grads = [torch.zeros(x.shape, dtype=torch.double) if x.requires_grad else None for x in tensors]
+    block, _alive = block_of([x.detach() for x in tensors], grads)
+
+    dot, grad = 3 * torch.randn(KEYS, STRIDE, dtype=dtype), torch.randn(KEYS, STRIDE, dtype=dtype)
+    grad[3, 5:9] = 0
+    made, made_grad = dot.clone(), grad.clone()
+    assert library.score_mod(ctypes.byref(block), ctypes.c_void_p(made.data_ptr())) & 1
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (dot, made_grad)]
+    if source.has_gradient:
+        assert library.score_mod_gradient(ctypes.byref(block), *pointers) & 1
+
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    score = (dot[:, :QUERIES] * SCALE).requires_grad_()
+    expected = by_torch(score_mod, score).to(dtype)
+    torch.testing.assert_close(made[:, :QUERIES], expected.detach(), **tolerance)
+    torch.testing.assert_close(made[:, QUERIES:], dot[:, QUERIES:], rtol=0, atol=0)
+    captured = captured_by(score_mod)
+    if not expected.requires_grad:
+        expected = expected + 0 * score
+    expected_grads = torch.autograd.grad(expected, [score, *captured], grad[:, :QUERIES], materialize_grads=True, allow_unused=True)
+    torch.testing.assert_close(made_grad[:, :QUERIES], expected_grads[0], **tolerance)
+    needed = [(x, g) for x, g in zip(tensors, grads, strict=True) if g is not None]
+    actual = torch.autograd.grad([x for x, _ in needed], captured, [g.to(x.dtype) for x, g in needed]) if needed else ()
+    loose = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    for got, wanted in zip(actual, expected_grads[1:], strict=True):
+        torch.testing.assert_close(got, wanted, **loose)
+
+
+def test_derivative_of_one_has_no_function() -> None:
+    ids = torch.arange(100)
+    assert not generate(trace(lambda score, b, h, q, k: score + ids[q] - k, torch.float32)).has_gradient
+    assert generate(trace(lambda score, b, h, q, k: 2 * score, torch.float32)).has_gradient
+
+
+def test_values_of_captured_tensors_are_read_at_each_call() -> None:
+    cap = torch.tensor(2.0)
+    traced = trace(lambda score, b, h, q, k: score * cap, torch.float32)
+    cap.fill_(7.0)
+    assert traced.tensors()[0] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("score_mod", "message"),
+    [
+        (lambda score, b, h, q, k: score if q >= k else score - 1, r"reads the value of a tensor.*torch\.where"),
+        (lambda score, b, h, q, k: score + torch.rand(()), "random operator aten.rand"),
+        (lambda score, b, h, q, k: score.add_(1), "in-place operator aten.add_"),
+        (lambda score, b, h, q, k: score + torch.ones(3), r"a tensor of shape \(3,\)"),
+        (lambda score, b, h, q, k: 1.0, "a result that is float"),
+        (lambda score, b, h, q, k: score + torch.arange(3)[torch.stack([q, k])].sum(), "aten.stack"),
+        (lambda score, b, h, q, k: score + torch.special.i0(score), "special_i0"),
+    ],
+)
+def test_what_cannot_be_served_is_named(score_mod, message: str) -> None:
+    with pytest.raises(ScoreModError, match=message):
+        generate(trace(score_mod, torch.float32))
