@@ -42,7 +42,7 @@ def t5_buckets(dtype: torch.dtype) -> ScoreMod:
         distance = position.abs()
         near = half // 2
         far = near + (
-            torch.log(distance.clamp(min=1).to(torch.float32) / near) / torch.log(torch.tensor(farthest / near)) * near
+            torch.log(distance.clamp(min=1).to(score.dtype) / near) / torch.log(torch.tensor(farthest / near)) * near
         ).to(torch.int64)
         bucket = bucket + torch.where(distance < near, distance, far.clamp(max=half - 1))
         return score + table[bucket, h]
@@ -76,7 +76,7 @@ def batch_bias(dtype: torch.dtype) -> ScoreMod:
 
 def bias_by_rows(dtype: torch.dtype) -> ScoreMod:
     bias = _random(HEADS, LENGTH, LENGTH, dtype=dtype)
-    return lambda score, b, h, q, k: score + bias[h][q][k] + bias[h, q, 0]
+    return lambda score, b, h, q, k: score + bias[h, q, k] + bias[h, q, 0]
 
 
 def strided_bias(dtype: torch.dtype) -> ScoreMod:
@@ -140,7 +140,7 @@ def activations(_: torch.dtype) -> ScoreMod:
 
 def transcendental(_: torch.dtype) -> ScoreMod:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        wave = torch.sin(score) * torch.cos(q * 0.1) + torch.atan(score) + torch.erf(score)
+        wave = torch.sin(score) * torch.cos(q.to(score.dtype) * 0.1) + torch.atan(score) + torch.erf(score)
         return wave + torch.sqrt(score**2 + 1) + torch.expm1(score * 0.1) + torch.log(score.abs() + 1) + 1.5 ** (h + 1.0)
 
     return score_mod

@@ -4,6 +4,7 @@ Both loop over the keys of a block, and within over its queries, which are neigh
 compiler vectorises. What depends on neither, or on one of the two, is computed outside of it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -142,9 +143,22 @@ def _run(score_mod: ScoreMod, score: Tensor, position: Sequence[Tensor], numbers
 
 
 def _graph_of(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.Graph:
-    made: fx.GraphModule = make_fx(function, core_aten_decompositions(), tracing_mode="fake")(*arguments)
+    without_mutations = torch.func.functionalize(function, remove="mutations_and_views")
+    made: fx.GraphModule = make_fx(without_mutations, _decompositions(), tracing_mode="fake")(*arguments)
     made.graph.eliminate_dead_code()
     return made.graph
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Any]:
+    more = (
+        "celu", "elu", "frac", "gelu", "hardsigmoid", "hardswish", "hardtanh", "huber_loss", "leaky_relu", "lerp",
+        "log_sigmoid_forward", "logaddexp", "logaddexp2", "logit", "mish", "relu6", "selu", "sgn", "silu", "sinc",
+        "softplus", "softshrink", "hardshrink", "special_log_ndtr", "square", "threshold", "xlogy",
+    )  # fmt: skip
+    operators = [getattr(aten, name) for name in more]
+    operators += [getattr(aten, f"{name}_backward") for name in more if hasattr(aten, f"{name}_backward")]
+    return {**core_aten_decompositions(), **get_decompositions([x for x in operators if x])}
 
 
 def _flat(score_mod: ScoreMod, reads: Sequence[_Read]) -> fx.Graph:
@@ -160,15 +174,13 @@ def _joint(score_mod: ScoreMod, reads: Sequence[_Read], wanted: Sequence[int]) -
     numbers = [torch.zeros((), dtype=x.dtype) for x in reads]
 
     def gradients(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> list[Tensor]:
-        s = s.detach().requires_grad_()
-        given = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(rest[:-1])]
-        with torch.enable_grad():
-            out, *indices = _run(score_mod, s, (b, h, q, k), given)
-        leaves = [s, *(given[i] for i in wanted)]
-        if not out.requires_grad:
-            return [*(torch.zeros_like(x) for x in leaves), *indices]
-        made = torch.autograd.grad(out, leaves, rest[-1], allow_unused=True, materialize_grads=True)
-        return [*made, *indices]
+        def modified(s: Tensor, *given: Tensor) -> tuple[Tensor, list[Tensor]]:
+            read = dict(zip(wanted, given, strict=True))
+            out, *indices = _run(score_mod, s, (b, h, q, k), [read.get(i, x) for i, x in enumerate(rest[:-1])])
+            return out, indices
+
+        _, pull, indices = torch.func.vjp(modified, s, *(rest[i] for i in wanted), has_aux=True)
+        return [*pull(rest[-1]), *indices]
 
     return _graph_of(gradients, [score, *position, *numbers, torch.zeros_like(score)])
 
@@ -276,10 +288,12 @@ class _Function:
             names = [self._as(x, of) for x in operands]
             return self.define(ctype, expression.replace("T(", f"{of}(").replace("<T>", f"<{of}>"), names)
 
+        if packet is aten.copy:
+            return self._as(args[1], ctype)
         if packet in _CASTS:
             return self._as(args[0], ctype)
         if packet in _CONSTANTS:
-            return _literal(_CONSTANTS[packet](args), ctype)
+            return self.define(ctype, _literal(_CONSTANTS[packet](args), ctype), [])
         if packet is aten.abs:
             return define("std::fabs({0})" if value.is_floating_point() else "{0} < 0 ? -{0} : {0}", args[:1])
         if packet in _ROUNDING:
