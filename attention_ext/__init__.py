@@ -8,7 +8,7 @@ from attention_ext import ops  # loads the operator library, so it comes first  
 
 from attention_ext import inspect as inspect  # not in __all__: it would hide the standard library's
 from attention_ext._C import build_info
-from attention_ext.flex import SparseMask
+from attention_ext.flex import SparseMask, flex_attention
 from attention_ext.functional import attention, attention_varlen, attention_weights
 from attention_ext.integrations.replace import Replacement, replace_, restore_
 from attention_ext.integrations.sdpa import Routed, UnroutedWarning, sdpa
@@ -45,6 +45,7 @@ __all__ = [
     "attention_weights",
     "cmake_prefix",
     "explain",
+    "flex_attention",
     "include_path",
     "kernels",
     "library_path",

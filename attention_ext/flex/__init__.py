@@ -1,5 +1,6 @@
-"""FlexAttention's arguments, for kernels that are there already."""
+"""FlexAttention: its function, and its masks by blocks."""
 
 from attention_ext.flex.block_mask import SparseMask
+from attention_ext.flex.function import flex_attention, prepare
 
-__all__ = ["SparseMask"]
+__all__ = ["SparseMask", "flex_attention", "prepare"]

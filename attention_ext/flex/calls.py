@@ -1,0 +1,44 @@
+"""A call of flex_attention with a score_mod, from the function to the operators."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from attention_ext.flex.autograd import Attend
+from attention_ext.flex.codegen import generate
+from attention_ext.flex.compile import compiled
+from attention_ext.flex.composed import Call
+from attention_ext.flex.trace import ScoreMod, trace
+
+
+def attend_modified(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor],
+    block_mask: tuple[Any, Any],
+    scale: float,
+    enable_gqa: bool,
+    max_scores: bool,
+) -> Any:
+    query, key, value = (_autocast(x) for x in (query, key, value))
+    with _disable_current_modes():
+        traced = trace(score_mod, torch.promote_types(query.dtype, torch.float32))
+    call = Call(key_of(traced), traced, scale, enable_gqa, block_mask)
+    return Attend.apply(call, max_scores, query, key, value, *traced.tensors())
+
+
+def key_of(traced: ScoreMod) -> str:
+    """Of the compiled functions."""
+    with _disable_current_modes():
+        return compiled(generate(traced), traced.dtype, len(traced.dtypes))
+
+
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

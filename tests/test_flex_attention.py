@@ -1,0 +1,373 @@
+"""`flex_attention` against torch's own, evaluated densely in float64."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import math_attention
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    noop_mask,
+    or_masks,
+)
+from torch.nn.attention.flex_attention import flex_attention as torchs
+
+from attention_ext import SparseMask, flex_attention
+from attention_ext.flex import prepare
+from tests.flex_score_mods import HEADS, LENGTH, SCORE_MODS, captured_by
+
+BATCH = 2
+
+
+def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return q >= k
+
+
+def window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return (q - k).abs() <= 9
+
+
+def padded(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return k < 50 - 17 * b
+
+
+def by_head(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return (q + k) % (h + 2) == 0
+
+
+DOCUMENT = (torch.arange(LENGTH) * 7 // LENGTH) ** 2 // 5
+
+
+def documents(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return DOCUMENT[q] == DOCUMENT[k]
+
+
+def prefix(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return k < 20
+
+
+MASKS: dict[str, Callable[..., Tensor]] = {
+    "none": noop_mask,
+    "causal": causal,
+    "window": and_masks(causal, window),
+    "prefix": or_masks(causal, prefix),
+    "documents": and_masks(causal, documents),
+    "padded": padded,
+    "by_head": by_head,
+}
+
+
+def tensors(
+    lengths: tuple[int, int] = (LENGTH - 5, LENGTH), kv_heads: int = HEADS, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    torch.manual_seed(1)
+    shapes = [(BATCH, HEADS, lengths[0], 16), (BATCH, kv_heads, lengths[1], 16), (BATCH, kv_heads, lengths[1], 8)]
+    return [torch.randn(x, dtype=dtype, requires_grad=True) for x in shapes]
+
+
+def mask_of(name: str, query: Tensor, key: Tensor, block: int = 32) -> BlockMask | None:
+    if name == "none":
+        return None
+    return create_block_mask(MASKS[name], BATCH, HEADS, query.shape[2], key.shape[2], device="cpu", BLOCK_SIZE=block)
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask: str) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's, outside of its operator, which refuses to train on a CPU."""
+    score_mod = score_mod or (lambda score, b, h, q, k: score)
+    scale = 1 / math.sqrt(query.shape[-1])
+    out, lse, largest = math_attention(query, key, value, score_mod, (None, MASKS[mask]), scale, {})
+    return out, lse * math.log(2), largest * math.log(2)
+
+
+def check(inputs: list[Tensor], score_mod: Any, mask: str, rtol: float = 1e-9, **options: Any) -> None:
+    query, key, value = inputs
+    out, aux = flex_attention(
+        *inputs, score_mod, mask_of(mask, query, key), return_aux=AuxRequest(lse=True, max_scores=True), **options
+    )
+    expected, lse, largest = dense(*(x.double() for x in inputs), score_mod, mask)
+    seen = lse.isfinite()
+    grad_out, grad_lse = torch.randn_like(expected), torch.randn_like(lse).where(seen, 0)
+    leaves = [*inputs, *(captured_by(score_mod) if score_mod else [])]
+    grads = torch.autograd.grad((out, aux.lse), leaves, (grad_out.to(out.dtype), grad_lse.to(aux.lse.dtype)))
+    wanted = torch.autograd.grad((expected, lse), leaves, (grad_out, grad_lse), allow_unused=True, materialize_grads=True)
+    close = {"rtol": rtol, "atol": rtol, "check_dtype": False}
+    torch.testing.assert_close(out, expected, **close)
+    torch.testing.assert_close(aux.lse, lse, **close)
+    torch.testing.assert_close(aux.max_scores, largest, **close)
+    for name, got, want in zip(("query", "key", "value", *("captured",) * 9), grads, wanted, strict=False):
+        torch.testing.assert_close(got, want, **close, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", SCORE_MODS)
+def test_score_mods(name: str) -> None:
+    check(tensors(), SCORE_MODS[name](torch.float64), "causal")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", ["alibi", "bent"])
+def test_masks(mask: str, name: str) -> None:
+    check(tensors((LENGTH, LENGTH - 3)), SCORE_MODS[name](torch.float64), mask)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads(kv_heads: int) -> None:
+    inputs = tensors(kv_heads=kv_heads)
+    check(inputs, SCORE_MODS["relative_table"](torch.float64), "window", enable_gqa=True)
+
+
+@pytest.mark.parametrize("lengths", [(1, 40), (5, 90), (70, 3)])
+def test_lengths(lengths: tuple[int, int]) -> None:
+    check(tensors(lengths), SCORE_MODS["bent"](torch.float64), "none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["bent", "t5_buckets"])
+def test_narrower_dtypes(name: str, dtype: torch.dtype) -> None:
+    rtol = 1e-4 if dtype == torch.float32 else 4e-2
+    score_mod = SCORE_MODS[name](torch.float32)
+    check(tensors(dtype=dtype), score_mod, "causal", rtol=rtol)
+
+
+def test_captured_tensors_of_16_bits() -> None:
+    inputs, bias = tensors(dtype=torch.bfloat16), torch.randn(HEADS, dtype=torch.bfloat16, requires_grad=True)
+    check(inputs, lambda score, b, h, q, k: score * bias[h], "none", rtol=4e-2)
+
+
+def test_without_a_score_mod() -> None:
+    inputs = tensors()
+    query, key, _ = inputs
+    out, lse = flex_attention(*inputs, None, mask_of("documents", query, key), return_lse=True)
+    expected, expected_lse, _ = dense(*inputs, None, "documents")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    assert type(flex_attention(*inputs)) is Tensor
+
+
+def test_a_score_mod_may_hide_keys() -> None:
+    inputs = tensors()
+    check(inputs, lambda score, b, h, q, k: torch.where((q - k) % 3 == 1, score, -float("inf")), "causal")
+
+
+def test_hidden_scores_have_no_gradient_where_the_derivative_is_infinite() -> None:
+    inputs = tensors()
+    out = flex_attention(*inputs, lambda score, b, h, q, k: torch.where(k <= q, score.abs().sqrt(), -torch.inf))
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), inputs))
+
+
+def small() -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(1, 2, 5, 3), (1, 2, 7, 3), (1, 2, 7, 4), (2, 3)]
+    return [torch.randn(x, dtype=torch.float64, requires_grad=True) for x in shapes]
+
+
+def small_call(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Any:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.tanh(score * table[h, 0]) + torch.sigmoid(table)[h, (q + k) % 3] * score
+
+    mask = SparseMask.from_mask_mod(lambda b, h, q, k: k <= q + 1, None, None, 5, 7)
+    return flex_attention(query, key, value, score_mod, mask, return_lse=True)
+
+
+def test_derivatives() -> None:
+    inputs = small()
+    assert gradcheck(small_call, inputs, check_forward_ad=True)
+    assert gradgradcheck(small_call, inputs, check_fwd_over_rev=True)
+
+
+def test_derivatives_of_a_function_without_captured_tensors() -> None:
+    inputs = small()[:3]
+    call = lambda *x: flex_attention(*x, lambda score, b, h, q, k: 2 * torch.tanh(score / 2) + q)
+    assert gradcheck(call, inputs, check_forward_ad=True)
+    assert gradgradcheck(call, inputs)
+
+
+def test_third_derivatives_raise() -> None:
+    inputs = small()
+    out, _ = small_call(*inputs)
+    (first,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="third-order derivatives"):
+        second.sum().backward()
+
+
+def test_functional_transforms() -> None:
+    query, key, value, table = small()
+    loss = lambda query: small_call(query, key, value, table)[0].square().sum()
+    expected = torch.autograd.grad(loss(query), query)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(query.detach()), expected)
+    _, tangent = torch.func.jvp(loss, (query.detach(),), (key.detach()[:, :, :5],))
+    torch.testing.assert_close(tangent, (expected * key[:, :, :5]).sum())
+
+
+def test_results_do_not_depend_on_threads_or_runs() -> None:
+    table = torch.randn(HEADS, 2 * LENGTH - 1, requires_grad=True)
+    inputs = [*tensors(dtype=torch.float32)]
+    score_mod = lambda score, b, h, q, k: score + table[h, q - k + LENGTH - 1]
+
+    def run(threads: int) -> tuple[Tensor, ...]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        out = flex_attention(*inputs, score_mod)
+        grads = torch.autograd.grad(out.sum() + out.square().sum(), [*inputs, table])
+        torch.set_num_threads(before)
+        return out.detach(), *grads
+
+    for first, second, third in zip(run(1), run(3), run(3), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        torch.testing.assert_close(second, third, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mask", ["none", "documents"])
+@pytest.mark.parametrize("name", ["alibi", "bent", "document_table", "captured_cap", "head_gate"])
+def test_compiled(name: str, mask: str) -> None:
+    score_mod = SCORE_MODS[name](torch.float64)
+    inputs = tensors()
+    block_mask = mask_of(mask, *inputs[:2])
+    if block_mask is not None:
+        prepare(block_mask)
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return flex_attention(query, key, value * 1.0, score_mod, block_mask, return_aux=AuxRequest(lse=True))
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        out, aux = function(*inputs)
+        leaves = [*inputs, *captured_by(score_mod)]
+        results.append((out, aux.lse, *torch.autograd.grad(out.square().sum() + aux.lse.sum(), leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-12, atol=1e-12)
+
+
+class Biased(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = torch.nn.Parameter(torch.rand(HEADS))
+        self.project = torch.nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, block_mask: BlockMask) -> Tensor:
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score - self.slopes[h] * (q - k).abs()
+
+        heads = self.project(x)
+        return flex_attention(heads, x, x, score_mod, block_mask)
+
+
+def test_a_module_trains_compiled_by_inductor() -> None:
+    torch.manual_seed(0)
+    model, x = Biased(), torch.randn(BATCH, HEADS, 48, 16)
+    block_mask = prepare(create_block_mask(causal, None, None, 48, 48, device="cpu"))
+    grads = []
+    for function in (model, torch.compile(model, fullgraph=True)):
+        function(x, block_mask).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    for eager, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast() -> None:
+    inputs = tensors(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flex_attention(*inputs, lambda score, b, h, q, k: score * 0.5)
+    assert out.dtype == torch.bfloat16
+
+
+def test_key_and_value_broadcast_along_the_batch_of_a_mask() -> None:
+    query, key, value = tensors()
+    out = flex_attention(query, key[:1], value[:1], SCORE_MODS["relative"](torch.float64), mask_of("causal", query, key))
+    expected, *_ = dense(query, key[:1], value[:1], SCORE_MODS["relative"](torch.float64), "causal")
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_block_mask_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = tensors()
+    block_mask = mask_of("documents", query, key)
+    first = flex_attention(query, key, value, None, block_mask)
+    monkeypatch.setattr(SparseMask, "from_block_mask", None)
+    torch.testing.assert_close(flex_attention(query, key, value, None, block_mask), first, rtol=0, atol=0)
+
+
+def test_dense_fallback_serves_what_cannot_be_compiled() -> None:
+    inputs, vectors = tensors((20, 20)), torch.randn(LENGTH, 3, dtype=torch.float64, requires_grad=True)
+    score_mod = lambda score, b, h, q, k: score + torch.dot(vectors[q], vectors[k])
+    with pytest.raises(RuntimeError, match='"fallback": "dense"'):
+        flex_attention(*inputs, score_mod)
+    out = flex_attention(*inputs, score_mod, mask_of("causal", *inputs[:2]), kernel_options={"fallback": "dense"})
+    expected, *_ = dense(*inputs, score_mod, "causal")
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(
+        torch.autograd.grad(out.sum(), [*inputs, vectors]),
+        torch.autograd.grad(expected.sum(), [*inputs, vectors]),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_indices_outside_raise_and_read_nothing() -> None:
+    inputs, table = tensors(), torch.randn(3)
+    for index in (3, -4, 1 << 40):
+        with pytest.raises(IndexError, match="index outside"):
+            flex_attention(*inputs, lambda score, b, h, q, k, index=torch.tensor(index): score + table[index + 0 * q])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"key": torch.randn(BATCH, HEADS, 9, 8)}, ValueError, "same embedding dimension"),
+        ({"key": torch.randn(BATCH, 2, 9, 16), "value": torch.randn(BATCH, 2, 9, 8)}, ValueError, "enable_gqa=True"),
+        ({"query": torch.randn(HEADS, 9, 16)}, NotImplementedError, "4D"),
+        ({"return_lse": True, "return_aux": AuxRequest(lse=True)}, ValueError, "Cannot specify both"),
+        ({"kernel_options": {"fallback": "eager"}}, ValueError, 'expected `fallback` to be "dense"'),
+        ({"block_mask": torch.ones(3, 3)}, TypeError, "BlockMask of torch or an attention_ext.SparseMask, got Tensor"),
+        ({"block_mask": create_block_mask(causal, None, None, 7, 7, device="cpu")}, ValueError, "q_len=9 and kv_len=9"),
+        ({"score_mod": lambda score, b, h, q, k: score if q > k else -score}, RuntimeError, "torch.where"),
+    ],
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    query, key = torch.randn(2, BATCH, HEADS, 9, 16)
+    with pytest.raises(error, match=message):
+        flex_attention(**{"query": query, "key": key, "value": key, **change})
+
+
+def test_the_operator_names_a_function_that_it_does_not_know() -> None:
+    query = torch.randn(1, 1, 4, 4)
+    with pytest.raises(RuntimeError, match="one that this process compiled, got nonsense"):
+        torch.ops.attention_ext.flex_attention_forward(query, query, query, "nonsense", [], False)
+
+
+CALL = "import torch, attention_ext; x = torch.ones(1, 1, 4, 4); "
+CALL += "print(attention_ext.flex_attention(x, x, x, lambda s, b, h, q, k: s * 3 - q).sum().item())"
+
+
+def run_python(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    changed = {**os.environ, "ATTENTION_EXT_CACHE_DIR": str(folder), **environment}
+    return subprocess.run([sys.executable, "-c", CALL], env=changed, capture_output=True, text=True, check=False)
+
+
+def test_libraries_are_kept_on_disk_and_a_compiler_is_asked_for(tmp_path: Path) -> None:
+    missing = run_python(tmp_path, CXX="no-such-compiler")
+    assert "expected a C++ compiler" in missing.stderr and "no-such-compiler" in missing.stderr
+    counting = tmp_path / "counting"
+    counting.write_text('#!/bin/sh\necho x >> "$0.calls"\nexec g++ "$@"\n')
+    counting.chmod(0o755)
+    for _ in range(2):
+        assert run_python(tmp_path, CXX=str(counting)).stdout == "16.0\n"
+    assert (tmp_path / "counting.calls").read_text() == "x\n"
+    assert not list((tmp_path / "score_mods").glob("tmp*"))
+
+
+def test_torchs_own_function_still_refuses_to_train() -> None:
+    """When it does not any more, this package says so in its documentation."""
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        torchs(*tensors())
