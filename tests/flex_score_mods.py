@@ -141,7 +141,9 @@ def activations(_: torch.dtype) -> ScoreMod:
 def transcendental(_: torch.dtype) -> ScoreMod:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         wave = torch.sin(score) * torch.cos(q.to(score.dtype) * 0.1) + torch.atan(score) + torch.erf(score)
-        return wave + torch.sqrt(score**2 + 1) + torch.expm1(score * 0.1) + torch.log(score.abs() + 1) + 1.5 ** (h + 1.0)
+        return (
+            wave + torch.sqrt(score**2 + 1) + torch.expm1(score * 0.1) + torch.log(score.abs() + 1) + 1.5 ** (h + 1.0)
+        )
 
     return score_mod
 

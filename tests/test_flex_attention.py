@@ -91,7 +91,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask: str) 
 
 
 def check(inputs: list[Tensor], score_mod: Any, mask: str, rtol: float = 1e-9, **options: Any) -> None:
-    query, key, value = inputs
+    query, key, _ = inputs
     out, aux = flex_attention(
         *inputs, score_mod, mask_of(mask, query, key), return_aux=AuxRequest(lse=True, max_scores=True), **options
     )
@@ -100,7 +100,9 @@ def check(inputs: list[Tensor], score_mod: Any, mask: str, rtol: float = 1e-9, *
     grad_out, grad_lse = torch.randn_like(expected), torch.randn_like(lse).where(seen, 0)
     leaves = [*inputs, *(captured_by(score_mod) if score_mod else [])]
     grads = torch.autograd.grad((out, aux.lse), leaves, (grad_out.to(out.dtype), grad_lse.to(aux.lse.dtype)))
-    wanted = torch.autograd.grad((expected, lse), leaves, (grad_out, grad_lse), allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(
+        (expected, lse), leaves, (grad_out, grad_lse), allow_unused=True, materialize_grads=True
+    )
     close = {"rtol": rtol, "atol": rtol, "check_dtype": False}
     torch.testing.assert_close(out, expected, **close)
     torch.testing.assert_close(aux.lse, lse, **close)
@@ -187,7 +189,10 @@ def test_derivatives() -> None:
 
 def test_derivatives_of_a_function_without_captured_tensors() -> None:
     inputs = small()[:3]
-    call = lambda *x: flex_attention(*x, lambda score, b, h, q, k: 2 * torch.tanh(score / 2) + q)
+
+    def call(*x):
+        return flex_attention(*x, lambda score, b, h, q, k: 2 * torch.tanh(score / 2) + q)
+
     assert gradcheck(call, inputs, check_forward_ad=True)
     assert gradgradcheck(call, inputs)
 
@@ -203,7 +208,10 @@ def test_third_derivatives_raise() -> None:
 
 def test_functional_transforms() -> None:
     query, key, value, table = small()
-    loss = lambda query: small_call(query, key, value, table)[0].square().sum()
+
+    def loss(query):
+        return small_call(query, key, value, table)[0].square().sum()
+
     expected = torch.autograd.grad(loss(query), query)[0]
     torch.testing.assert_close(torch.func.grad(loss)(query.detach()), expected)
     _, tangent = torch.func.jvp(loss, (query.detach(),), (key.detach()[:, :, :5],))
@@ -213,7 +221,9 @@ def test_functional_transforms() -> None:
 def test_results_do_not_depend_on_threads_or_runs() -> None:
     table = torch.randn(HEADS, 2 * LENGTH - 1, requires_grad=True)
     inputs = [*tensors(dtype=torch.float32)]
-    score_mod = lambda score, b, h, q, k: score + table[h, q - k + LENGTH - 1]
+
+    def score_mod(score, b, h, q, k):
+        return score + table[h, q - k + LENGTH - 1]
 
     def run(threads: int) -> tuple[Tensor, ...]:
         before = torch.get_num_threads()
@@ -285,7 +295,9 @@ def test_autocast() -> None:
 
 def test_key_and_value_broadcast_along_the_batch_of_a_mask() -> None:
     query, key, value = tensors()
-    out = flex_attention(query, key[:1], value[:1], SCORE_MODS["relative"](torch.float64), mask_of("causal", query, key))
+    out = flex_attention(
+        query, key[:1], value[:1], SCORE_MODS["relative"](torch.float64), mask_of("causal", query, key)
+    )
     expected, *_ = dense(query, key[:1], value[:1], SCORE_MODS["relative"](torch.float64), "causal")
     torch.testing.assert_close(out, expected)
 
@@ -300,7 +312,10 @@ def test_a_block_mask_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_dense_fallback_serves_what_cannot_be_compiled() -> None:
     inputs, vectors = tensors((20, 20)), torch.randn(LENGTH, 3, dtype=torch.float64, requires_grad=True)
-    score_mod = lambda score, b, h, q, k: score + torch.dot(vectors[q], vectors[k])
+
+    def score_mod(score, b, h, q, k):
+        return score + torch.dot(vectors[q], vectors[k])
+
     with pytest.raises(RuntimeError, match='"fallback": "dense"'):
         flex_attention(*inputs, score_mod)
     out = flex_attention(*inputs, score_mod, mask_of("causal", *inputs[:2]), kernel_options={"fallback": "dense"})
@@ -316,9 +331,9 @@ def test_dense_fallback_serves_what_cannot_be_compiled() -> None:
 
 def test_indices_outside_raise_and_read_nothing() -> None:
     inputs, table = tensors(), torch.randn(3)
-    for index in (3, -4, 1 << 40):
+    for index in (torch.tensor(3), torch.tensor(-4), torch.tensor(1 << 40)):
         with pytest.raises(IndexError, match="index outside"):
-            flex_attention(*inputs, lambda score, b, h, q, k, index=torch.tensor(index): score + table[index + 0 * q])
+            flex_attention(*inputs, lambda score, b, h, q, k, index=index: score + table[index + 0 * q])
 
 
 @pytest.mark.parametrize(
@@ -357,7 +372,8 @@ def run_python(folder: Path, **environment: str) -> subprocess.CompletedProcess[
 
 def test_libraries_are_kept_on_disk_and_a_compiler_is_asked_for(tmp_path: Path) -> None:
     missing = run_python(tmp_path, CXX="no-such-compiler")
-    assert "expected a C++ compiler" in missing.stderr and "no-such-compiler" in missing.stderr
+    assert "expected a C++ compiler" in missing.stderr
+    assert "no-such-compiler" in missing.stderr
     counting = tmp_path / "counting"
     counting.write_text('#!/bin/sh\necho x >> "$0.calls"\nexec g++ "$@"\n')
     counting.chmod(0o755)

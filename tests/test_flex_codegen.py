@@ -2,15 +2,18 @@
 
 import ctypes
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
+from attention_ext.flex import traces
 from attention_ext.flex.codegen import generate
 from attention_ext.flex.compile import compiled, functions
 from attention_ext.flex.trace import ScoreModError, trace
+from attention_ext.flex.traces import traced
 from tests.flex_score_mods import SCORE_MODS, captured_by
 
 BATCH, HEAD, QUERY, KEY, QUERIES, KEYS, STRIDE = 1, 3, 5, 2, 83, 70, 96
@@ -79,7 +82,9 @@ def test_functions_of_a_block(name: str, dtype: torch.dtype) -> None:
     captured = captured_by(score_mod)
     if not expected.requires_grad:
         expected = expected + 0 * score
-    expected_grads = torch.autograd.grad(expected, [score, *captured], grad[:, :QUERIES], materialize_grads=True, allow_unused=True)
+    expected_grads = torch.autograd.grad(
+        expected, [score, *captured], grad[:, :QUERIES], materialize_grads=True, allow_unused=True
+    )
     torch.testing.assert_close(made_grad[:, :QUERIES], expected_grads[0], **tolerance)
     needed = [(x, g) for x, g in zip(tensors, grads, strict=True) if g is not None]
     actual = torch.autograd.grad([x for x, _ in needed], captured, [g.to(x.dtype) for x, g in needed]) if needed else ()
@@ -96,8 +101,8 @@ def test_derivative_of_one_has_no_function() -> None:
 
 def test_rows_of_captured_tensors_are_views() -> None:
     bias = torch.randn(2, 3, 5, requires_grad=True)
-    by_rows = trace(lambda score, b, h, q, k: score * bias[h][:, q][k], torch.float32)
-    at_once = trace(lambda score, b, h, q, k: score * bias[h, k, q], torch.float32)
+    by_rows = trace(lambda score, b, h, q, k: score * bias[h][q][k], torch.float32)
+    at_once = trace(lambda score, b, h, q, k: score * bias[h, q, k], torch.float32)
     assert generate(by_rows) == generate(at_once)
 
 
@@ -123,3 +128,30 @@ def test_values_of_captured_tensors_are_read_at_each_call() -> None:
 def test_what_cannot_be_served_is_named(score_mod, message: str) -> None:
     with pytest.raises(ScoreModError, match=message):
         generate(trace(score_mod, torch.float32))
+
+
+def test_a_function_is_traced_again_only_where_it_sees_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(traces, "trace", lambda *x: calls.append(x) or trace(*x))
+    factor, table, box = 2.0, torch.ones(3), SimpleNamespace(factor=1.0)
+
+    def score_mod(score, b, h, q, k):
+        return torch.tanh(score) * factor + table[h]
+
+    def by_attribute(score, b, h, q, k):
+        return score * box.factor
+
+    first = traced(score_mod, torch.float32)
+    assert traced(score_mod, torch.float32) is first
+    assert len(calls) == 1
+    factor = 3.0
+    assert traced(score_mod, torch.float32) is not first
+    table = torch.zeros(3)
+    assert traced(score_mod, torch.float32).captured[0] is table
+    table.requires_grad_()
+    assert traced(score_mod, torch.float32).differentiable == (True,)
+    assert traced(score_mod, torch.float64).dtype == torch.float64
+    assert len(calls) == 5
+    for _ in range(2):
+        traced(by_attribute, torch.float32)
+    assert len(calls) == 7

@@ -67,7 +67,17 @@ class Gradients(torch.autograd.Function):
     ) -> Any:
         query, key, value, *captured = inputs
         *first, of_captured = ops.flex_attention_backward(
-            grad_out, grad_logsumexp, query, key, value, out, logsumexp, call.key, captured, list(wanted[3:]), **call.options()
+            grad_out,
+            grad_logsumexp,
+            query,
+            key,
+            value,
+            out,
+            logsumexp,
+            call.key,
+            captured,
+            list(wanted[3:]),
+            **call.options(),
         )
         return *first, *of_captured
 
@@ -85,7 +95,8 @@ class Gradients(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> Any:
         grad_out, grad_logsumexp, _, _, *inputs = ctx.saved_tensors
         along = [
-            torch.zeros_like(x) if t is None or not w else t for t, w, x in zip(tangents, ctx.wanted, inputs, strict=True)
+            torch.zeros_like(x) if t is None or not w else t
+            for t, w, x in zip(tangents, ctx.wanted, inputs, strict=True)
         ]
         *by_inputs, by_grad, by_grad_logsumexp = SecondOrder.apply(
             ctx.call, len(inputs), *inputs, grad_out, grad_logsumexp, *along
@@ -93,7 +104,9 @@ class Gradients(torch.autograd.Function):
         return None, None, by_grad, by_grad_logsumexp if ctx.has_logsumexp else None, None, None, *by_inputs
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, __: Any, of_grad: Any, of_grad_logsumexp: Any, ___: Any, ____: Any, *tangents: Any) -> Any:
+    def jvp(
+        ctx: Any, _: Any, __: Any, of_grad: Any, of_grad_logsumexp: Any, ___: Any, ____: Any, *tangents: Any
+    ) -> Any:
         grad_out, grad_logsumexp, out, logsumexp, *inputs = ctx.saved_tensors
         along = _zeros_for(tangents, inputs)
         made = list(SecondOrder.apply(ctx.call, len(inputs), *inputs, grad_out, grad_logsumexp, *along)[: len(inputs)])

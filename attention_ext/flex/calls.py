@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from attention_ext.flex.autograd import Attend
 from attention_ext.flex.codegen import generate
 from attention_ext.flex.compile import compiled
 from attention_ext.flex.composed import Call
-from attention_ext.flex.trace import ScoreMod, trace
+from attention_ext.flex.trace import ScoreMod
+from attention_ext.flex.traces import traced
 
 
 def attend_modified(
@@ -25,16 +27,20 @@ def attend_modified(
     max_scores: bool,
 ) -> Any:
     query, key, value = (_autocast(x) for x in (query, key, value))
-    with _disable_current_modes():
-        traced = trace(score_mod, torch.promote_types(query.dtype, torch.float32))
-    call = Call(key_of(traced), traced, scale, enable_gqa, block_mask)
-    return Attend.apply(call, max_scores, query, key, value, *traced.tensors())
+    graph = traced(score_mod, torch.promote_types(query.dtype, torch.float32))
+    call = Call(key_of(graph), graph, scale, enable_gqa, block_mask)
+    return Attend.apply(call, max_scores, query, key, value, *graph.tensors())
 
 
-def key_of(traced: ScoreMod) -> str:
+_keys = WeakKeyDictionary[ScoreMod, str]()
+
+
+def key_of(score_mod: ScoreMod) -> str:
     """Of the compiled functions."""
-    with _disable_current_modes():
-        return compiled(generate(traced), traced.dtype, len(traced.dtypes))
+    if score_mod not in _keys:
+        with _disable_current_modes():
+            _keys[score_mod] = compiled(generate(score_mod), score_mod.dtype, len(score_mod.dtypes))
+    return _keys[score_mod]
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -179,7 +179,10 @@ def _joint(score_mod: ScoreMod, reads: Sequence[_Read], wanted: Sequence[int]) -
             out, *indices = _run(score_mod, s, (b, h, q, k), [read.get(i, x) for i, x in enumerate(rest[:-1])])
             return out, indices
 
-        _, pull, indices = torch.func.vjp(modified, s, *(rest[i] for i in wanted), has_aux=True)
+        pull: Callable[[Tensor], Sequence[Tensor]]
+        _, pull, indices = torch.func.vjp(  # type: ignore[misc]
+            modified, s, *(rest[i] for i in wanted), has_aux=True
+        )
         return [*pull(rest[-1]), *indices]
 
     return _graph_of(gradients, [score, *position, *numbers, torch.zeros_like(score)])
@@ -305,7 +308,9 @@ class _Function:
                 alpha = args[2]
             if ctype == "bool":
                 return define("{0} | {1}", args[:2])
-            return define(f"{{0}} {sign} {_literal(alpha, ctype)} * {{1}}" if alpha != 1 else f"{{0}} {sign} {{1}}", args[:2])
+            return define(
+                f"{{0}} {sign} {_literal(alpha, ctype)} * {{1}}" if alpha != 1 else f"{{0}} {sign} {{1}}", args[:2]
+            )
         if packet is aten.div:
             mode = node.kwargs.get("rounding_mode")
             by = {None: "{0} / {1}", "floor": "score::divide_down({0}, {1}, wrong)",
@@ -313,7 +318,11 @@ class _Function:
             return define(by[mode], args[:2])  # type: ignore[index]
         if packet is aten.pow:
             exponent = args[1]
-            if not isinstance(exponent, fx.Node) and exponent in _POWERS and (exponent >= 0 or value.is_floating_point()):
+            if (
+                not isinstance(exponent, fx.Node)
+                and exponent in _POWERS
+                and (exponent >= 0 or value.is_floating_point())
+            ):
                 return define(_POWERS[exponent], args[:1])
             return define("score::power({0}, {1})", args[:2])
         if packet is aten.clamp:
@@ -359,7 +368,10 @@ class _Function:
                     self.name_of(node)
             read, places = self.reads[i], self.places[i]
             level = self._level_of(places)
-            terms = [f"{self._at(x, _SCORE) if level & _QUERY else x} * dense_{read.tensor}_{d}" for d, x in enumerate(places)]
+            terms = [
+                f"{self._at(x, _SCORE) if level & _QUERY else x} * dense_{read.tensor}_{d}"
+                for d, x in enumerate(places)
+            ]
             offset = " + ".join(terms) or "0"
             share = self._as(self.outputs[1 + n], "double")
             value = f"(grad == 0 ? 0.0 : {self._at(share, _SCORE)})"
@@ -376,7 +388,9 @@ class _Function:
             else:
                 before.append(f"double share_{i}[kChunk];")
                 stores.append(f"share_{i}[i] = {value};")
-                total = f"#pragma omp simd reduction(+ : total)\nfor (int64_t i = 0; i < lanes; ++i) total += share_{i}[i];"
+                total = (
+                    f"#pragma omp simd reduction(+ : total)\nfor (int64_t i = 0; i < lanes; ++i) total += share_{i}[i];"
+                )
                 add = f"{{ double total = 0;\n{total}\ngrad_{read.tensor}[{offset}] += total; }}"
                 after_row.append(f"if (grad_{read.tensor}) {add}")
         return (

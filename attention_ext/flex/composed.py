@@ -2,7 +2,7 @@
 blocks of queries, and as the fallback that is asked for."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,9 @@ def attend(
     grouped = query.unflatten(1, groups)
     score = scale * (grouped @ key.unsqueeze(2).mT).flatten(1, 2)  # (B, H, L, S)
     position = [
-        (torch.arange(size, device=query.device) + (first if dim == 2 else 0)).view(*(-1 if i == dim else 1 for i in range(4)))
+        (torch.arange(size, device=query.device) + (first if dim == 2 else 0)).view(
+            *(-1 if i == dim else 1 for i in range(4))
+        )
         for dim, size in enumerate(score.shape)
     ]
     score = modify(score, position, captured).to(wide).expand_as(score)
@@ -76,7 +78,12 @@ def mapped(score_mod: Callable[..., Tensor]) -> Modify:
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     nested = score_mod
-    for dims in ((0, None, None, None, 0), (0, None, None, 0, None), (0, None, 0, None, None), (0, 0, None, None, None)):
+    for dims in (
+        (0, None, None, None, 0),
+        (0, None, None, 0, None),
+        (0, None, 0, None, None),
+        (0, 0, None, None, None),
+    ):
         nested = torch.vmap(nested, dims)
 
     def modify(score: Tensor, position: Sequence[Tensor], captured: Sequence[Tensor]) -> Tensor:
@@ -98,7 +105,8 @@ def second_order(
     of out and logsumexp, tangents of the inputs. Memory is that of some rows of scores.
     """
     modify = traced(call.score_mod)
-    mask = None if call.block_mask[0] is None else SparseMask(*call.block_mask)  # type: ignore[arg-type]
+    blocks, bits = call.block_mask
+    mask = None if blocks is None or bits is None else SparseMask(blocks, bits)
     sums = [torch.zeros_like(x) for x in inputs]
     outputs: list[list[Tensor]] = [[], []]
     for rows in _blocks(inputs[0], inputs[1]):
@@ -109,7 +117,8 @@ def second_order(
         leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
         given = [x[:, :, rows].detach().requires_grad_() for x in grads]
         with torch.enable_grad():
-            *made, _ = attend(modify, call.scale, visible, rows.start, *leaves[:3], leaves[3:])  # type: ignore[misc]
+            query, key, value, *captured = leaves
+            *made, _ = attend(modify, call.scale, visible, rows.start, query, key, value, captured)
             wanted = [x for x in leaves if x.requires_grad]
             first = torch.autograd.grad(
                 made, wanted, given, create_graph=True, allow_unused=True, materialize_grads=True
@@ -132,6 +141,3 @@ def _blocks(query: Tensor, key: Tensor) -> Iterator[slice]:
     rows = max(1, _SCORES // max(1, batch * heads * key.shape[2]))
     for begin in range(0, max(length, 1), rows):
         yield slice(begin, min(begin + rows, length))
-
-
-__all__ = ["Call", "attend", "mapped", "replace", "second_order", "traced"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,8 @@ def flex_attention(
             float32 or float64, and four int32; returns the modified score. It may do arithmetic, compare, choose by
             torch.where, and read captured tensors by index at any computed position. What uses captured tensors alone
             may be any code of torch. CPU only.
-        block_mask: torch's BlockMask, converted once and kept with it, or an :class:`attention_ext.SparseMask`. CPU only.
+        block_mask: torch's BlockMask, converted once and kept with it, or an :class:`attention_ext.SparseMask`. CPU
+            only.
         scale: factor on the dot product; None is ``1 / sqrt(D)``.
         enable_gqa: allows Hq to be a multiple of Hkv.
         return_lse: deprecated by torch: ``return_aux=AuxRequest(lse=True)``.
@@ -122,7 +122,7 @@ def _modified(
         return attend(mapped(score_mod), scale, visible, 0, query, key, value, ())
     if query.device.type not in ("cpu", "meta"):
         raise NotImplementedError(
-            f"{_NAME}: expected tensors on the CPU with `score_mod`, got them on {query.device}: torch's flex_attention "
+            f"{_NAME}: expected tensors on the CPU with `score_mod`, got them on {query.device}: torch's function "
             'serves it there, or pass kernel_options={"fallback": "dense"}, which holds all scores in memory'
         )
     blocks, bits = mask or (None, None)
@@ -158,8 +158,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, enable_gq
         )
     if enable_gqa and heads % kv_heads != 0:
         raise ValueError(
-            "Expect number of query heads to be a multiple of kv heads for GQA but got "
-            f"Hq={heads} and Hkv={kv_heads}."
+            f"Expect number of query heads to be a multiple of kv heads for GQA but got Hq={heads} and Hkv={kv_heads}."
         )
     if query.size(0) != key.size(0) and (block_mask is None or key.size(0) != 1):
         raise ValueError(
@@ -172,7 +171,7 @@ def _fallback(kernel_options: dict[str, Any] | None) -> bool:
     if not kernel_options or "fallback" not in kernel_options:
         return False
     if kernel_options["fallback"] != "dense":
-        raise ValueError(f"{_NAME}: expected `fallback` to be \"dense\", got {kernel_options['fallback']!r}")
+        raise ValueError(f'{_NAME}: expected `fallback` to be "dense", got {kernel_options["fallback"]!r}')
     return True
 
 
@@ -201,7 +200,7 @@ def _sparse_mask(block_mask: Any, query: Tensor, key: Tensor) -> SparseMask | No
     if kept is None:
         if torch.compiler.is_dynamo_compiling():
             raise RuntimeError(
-                f"{_NAME}: expected, under torch.compile, a BlockMask that was converted outside, got one that was not: "
+                f"{_NAME}: expected, under torch.compile, a BlockMask that was converted before, got one that was not: "
                 "call attention_ext.flex.prepare(block_mask) after making it, or pass an attention_ext.SparseMask"
             )
         prepare(block_mask)

@@ -46,7 +46,7 @@ class ScoreModError(RuntimeError):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoreMod:
     """A traced score_mod.
 
@@ -157,16 +157,14 @@ class _Split:
                     self._add(node)
         self.body.output(self._number(self.nodes[-1].args[0]))
         self.body.eliminate_dead_code()
-        needed = {x: i for i, x in enumerate(sorted({x.args[0] for x in self._reads()}))}
-        for node in self._reads():
+        reads: list[Any] = [x for x in self.body.nodes if x.target is _read]
+        needed = {x: i for i, x in enumerate(sorted({x.args[0] for x in reads}))}
+        for node in reads:
             node.args = (needed[node.args[0]], *node.args[1:])
         leaves = [self.leaves[i] for i in needed]
         captured, prelude, differentiable = self._prelude(leaves)
         dtypes = tuple(torch.float32 if x.meta["val"].dtype in _HALVES else x.meta["val"].dtype for x in leaves)
         return ScoreMod(captured, prelude, differentiable, dtypes, self.body, self.dtype)
-
-    def _reads(self) -> list[fx.Node]:
-        return [x for x in self.body.nodes if x.target is _read]
 
     def _check_output(self) -> None:
         output = self.nodes[-1].args[0]
