@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn.attention.flex_attention import (
 from torch.nn.attention.flex_attention import flex_attention as torchs
 
 from attention_ext import SparseMask, flex_attention
-from attention_ext.flex import prepare
+from attention_ext.integrations.flex import flex
 from tests.flex_score_mods import HEADS, LENGTH, SCORE_MODS, captured_by
 
 BATCH = 2
@@ -244,19 +245,20 @@ def test_compiled(name: str, mask: str) -> None:
     score_mod = SCORE_MODS[name](torch.float64)
     inputs = tensors()
     block_mask = mask_of(mask, *inputs[:2])
-    if block_mask is not None:
-        prepare(block_mask)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Any:
         return flex_attention(query, key, value * 1.0, score_mod, block_mask, return_aux=AuxRequest(lse=True))
 
     results = []
-    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+    # compiled first, with a mask_mod in the graph, and again with the mask that the eager call converted
+    compile_ = partial(torch.compile, call, fullgraph=True, backend="aot_eager")
+    for function in (compile_(), call, compile_()):
         out, aux = function(*inputs)
         leaves = [*inputs, *captured_by(score_mod)]
         results.append((out, aux.lse, *torch.autograd.grad(out.square().sum() + aux.lse.sum(), leaves)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled, rtol=1e-12, atol=1e-12)
+    for first, eager, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, eager, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(second, eager, rtol=1e-12, atol=1e-12)
 
 
 class Biased(torch.nn.Module):
@@ -276,7 +278,7 @@ class Biased(torch.nn.Module):
 def test_a_module_trains_compiled_by_inductor() -> None:
     torch.manual_seed(0)
     model, x = Biased(), torch.randn(BATCH, HEADS, 48, 16)
-    block_mask = prepare(create_block_mask(causal, None, None, 48, 48, device="cpu"))
+    block_mask = create_block_mask(causal, None, None, 48, 48, device="cpu")
     grads = []
     for function in (model, torch.compile(model, fullgraph=True)):
         function(x, block_mask).square().sum().backward()
@@ -387,3 +389,33 @@ def test_torchs_own_function_still_refuses_to_train() -> None:
     """When it does not any more, this package says so in its documentation."""
     with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
         torchs(*tensors())
+
+
+def test_torchs_function_within_a_block() -> None:
+    inputs = tensors()
+    score_mod = SCORE_MODS["document_table"](torch.float64)
+    block_mask = mask_of("documents", *inputs[:2])
+    expected, *_ = dense(*inputs, score_mod, "documents")
+    leaves = [*inputs, *captured_by(score_mod)]
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torchs(query, key, value, score_mod, block_mask)
+
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        with flex():
+            out = function(*inputs)
+        torch.testing.assert_close(out, expected)
+        for got, want in zip(torch.autograd.grad(out.square().sum(), leaves), wanted, strict=True):
+            torch.testing.assert_close(got, want)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        torchs(*inputs)
+
+
+def test_torchs_function_without_arguments_within_a_block() -> None:
+    query, key, value = tensors(kv_heads=2)
+    with flex():
+        out, aux = torchs(query, key, value, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    expected, lse, _ = dense(query, key, value, None, "none")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(aux.lse, lse)

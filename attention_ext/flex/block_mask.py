@@ -110,11 +110,7 @@ class SparseMask(NamedTuple):
         """
         seqlen_q, seqlen_k = block_mask.seq_lengths
         block_q, block_k = block_mask.BLOCK_SIZE
-        columns = _ceil_div(seqlen_k, block_k)
-        partial = _table(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
-        full = torch.zeros_like(partial)
-        if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-            full = _table(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
+        partial, full = _tables(block_mask)
         by_position = _evaluator(block_mask.mask_mod)
 
         def evaluate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -124,10 +120,18 @@ class SparseMask(NamedTuple):
         wide = math.lcm(block_k, KEYS_PER_BYTE)
         known = torch.where(full, FULL, torch.where(partial, 0, EMPTY))
         if wide != block_k:
-            known = torch.nn.functional.pad(known, (0, -columns % (wide // block_k)), value=EMPTY)
-            known = known.unflatten(-1, (-1, wide // block_k)).ne(EMPTY).any(-1).int() - 1
+            known = _any_of(known != EMPTY, wide // block_k).int() - 1
         shape = (*known.shape[:2], seqlen_q, seqlen_k)
         return _build(evaluate, shape, (block_q, wide), known.device, known)
+
+    @staticmethod
+    def of_shown_blocks(block_mask: BlockMask) -> SparseMask:
+        """Of torch's, with its partial blocks as full ones: a graph can make it, and applies the mask_mod itself."""
+        block_q, block_k = block_mask.BLOCK_SIZE
+        wide = math.lcm(block_k, KEYS_PER_BYTE)
+        partial, full = _tables(block_mask)
+        blocks = torch.where(_any_of(full | partial, wide // block_k), FULL, EMPTY).int()
+        return SparseMask(blocks, blocks.new_empty(0, block_q, wide // KEYS_PER_BYTE, dtype=torch.uint8))
 
     def to_dense(self, seqlen_q: int, seqlen_k: int) -> Tensor:
         """As a bool tensor ``(B or 1, H or 1, seqlen_q, seqlen_k)``, True where a key is seen."""
@@ -191,6 +195,21 @@ def _table(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     table = given.new_zeros(*indices.shape[:-1], columns + 1)
     table.scatter_(-1, torch.where(given, indices, columns).long(), True)
     return table[..., :columns]
+
+
+def _tables(block_mask: BlockMask) -> tuple[Tensor, Tensor]:
+    """Which blocks are partial, and which are full: (B, H, query blocks, key blocks), bool."""
+    columns = _ceil_div(block_mask.seq_lengths[1], block_mask.BLOCK_SIZE[1])
+    partial = _table(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
+    if block_mask.full_kv_num_blocks is None or block_mask.full_kv_indices is None:
+        return partial, torch.zeros_like(partial)
+    return partial, _table(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
+
+
+def _any_of(blocks: Tensor, together: int) -> Tensor:
+    """Whether any of as many neighbouring key blocks is."""
+    padded = torch.nn.functional.pad(blocks, (0, -blocks.shape[-1] % together))
+    return padded.unflatten(-1, (-1, together)).any(-1)
 
 
 def _sizes(block_size: int | tuple[int, int]) -> tuple[int, int]:

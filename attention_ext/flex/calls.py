@@ -26,7 +26,7 @@ def attend_modified(
     enable_gqa: bool,
     max_scores: bool,
 ) -> Any:
-    query, key, value = (_autocast(x) for x in (query, key, value))
+    query, key, value = (autocast(x) for x in (query, key, value))
     graph = traced(score_mod, torch.promote_types(query.dtype, torch.float32))
     call = Call(key_of(graph), graph, scale, enable_gqa, block_mask)
     return Attend.apply(call, max_scores, query, key, value, *graph.tensors())
@@ -43,7 +43,7 @@ def key_of(score_mod: ScoreMod) -> str:
     return _keys[score_mod]
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x

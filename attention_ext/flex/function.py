@@ -80,18 +80,18 @@ def flex_attention(
     fallback = _fallback(kernel_options)
     wants_lse = return_lse or (return_aux is not None and return_aux.lse)
     wants_max = return_aux is not None and return_aux.max_scores
-    mask = _sparse_mask(block_mask, query, key)
+    mask, mask_mod = _masks(block_mask, query, key)
     if query.size(0) != key.size(0):
         key, value = key.expand(query.size(0), -1, -1, -1), value.expand(query.size(0), -1, -1, -1)
     largest = None
-    if score_mod is None and not wants_max and not fallback:
+    if score_mod is None and mask_mod is None and not wants_max and not fallback:
         out, lse = attention(
             query, key, value, None, 0.0, False, scale, enable_gqa, block_mask=mask, return_logsumexp=True
         )
     else:
         factor = 1.0 / math.sqrt(query.size(-1)) if scale is None else float(scale)
         out, lse, largest = _modified(
-            query, key, value, score_mod or _identity, mask, factor, enable_gqa, wants_max, fallback
+            query, key, value, score_mod or _identity, mask, mask_mod, factor, enable_gqa, wants_max, fallback
         )
     if return_aux is not None:
         from torch.nn.attention.flex_attention import AuxOutput
@@ -110,6 +110,7 @@ def _modified(
     value: Tensor,
     score_mod: Callable[..., Tensor],
     mask: SparseMask | None,
+    mask_mod: Callable[..., Tensor] | None,
     scale: float,
     enable_gqa: bool,
     max_scores: bool,
@@ -129,8 +130,8 @@ def _modified(
     if torch.compiler.is_dynamo_compiling():
         from attention_ext.flex.graph import flex_attention_in_graph
 
-        options = {"enable_gqa": enable_gqa, "max_scores": max_scores}
-        return flex_attention_in_graph(query, key, value, score_mod, (blocks, bits, None), scale, options)
+        options = {"enable_gqa": enable_gqa, "max_scores": max_scores, "has_mask_mod": mask_mod is not None}
+        return flex_attention_in_graph(query, key, value, score_mod, (blocks, bits, mask_mod), scale, options)
     from attention_ext.flex.calls import attend_modified
 
     return attend_modified(query, key, value, score_mod, (blocks, bits), scale, enable_gqa, max_scores)
@@ -175,9 +176,10 @@ def _fallback(kernel_options: dict[str, Any] | None) -> bool:
     return True
 
 
-def _sparse_mask(block_mask: Any, query: Tensor, key: Tensor) -> SparseMask | None:
+def _masks(block_mask: Any, query: Tensor, key: Tensor) -> tuple[SparseMask | None, Callable[..., Tensor] | None]:
+    """A mask by blocks, and a mask_mod that counts too: under torch.compile, where partial blocks have no bits."""
     if block_mask is None or isinstance(block_mask, SparseMask):
-        return block_mask
+        return block_mask, None
     from torch.nn.attention.flex_attention import BlockMask
 
     if not isinstance(block_mask, BlockMask):
@@ -197,22 +199,10 @@ def _sparse_mask(block_mask: Any, query: Tensor, key: Tensor) -> SparseMask | No
             f"{block_mask.kv_num_blocks.device}."
         )
     kept = getattr(block_mask, _KEPT, None)
-    if kept is None:
-        if torch.compiler.is_dynamo_compiling():
-            raise RuntimeError(
-                f"{_NAME}: expected, under torch.compile, a BlockMask that was converted before, got one that was not: "
-                "call attention_ext.flex.prepare(block_mask) after making it, or pass an attention_ext.SparseMask"
-            )
-        prepare(block_mask)
-        kept = getattr(block_mask, _KEPT)
-    return kept
-
-
-def prepare(block_mask: BlockMask) -> BlockMask:
-    """Converts a BlockMask of torch ahead of `flex_attention` under torch.compile, and keeps the result with it.
-
-    Returns:
-        The same BlockMask.
-    """
-    setattr(block_mask, _KEPT, SparseMask.from_block_mask(block_mask))
-    return block_mask
+    if kept is not None:
+        return kept, None
+    if torch.compiler.is_dynamo_compiling():
+        return SparseMask.of_shown_blocks(block_mask), block_mask.mask_mod
+    kept = SparseMask.from_block_mask(block_mask)
+    setattr(block_mask, _KEPT, kept)
+    return kept, None
