@@ -26,9 +26,10 @@ from torch.nn.attention.flex_attention import flex_attention as torchs
 
 from attention_ext import SparseMask, flex_attention
 from attention_ext.integrations.flex import flex
-from tests.flex_score_mods import HEADS, LENGTH, SCORE_MODS, captured_by
+from attention_ext.testing.score_mods import HEADS, LENGTH, SCORE_MODS, captured_by
 
 BATCH = 2
+attend: Any = flex_attention
 
 
 def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ MASKS: dict[str, Callable[..., Tensor]] = {
 
 def tensors(
     lengths: tuple[int, int] = (LENGTH - 5, LENGTH), kv_heads: int = HEADS, dtype: torch.dtype = torch.float64
-) -> list[Tensor]:
+) -> Any:  # query, key, value
     torch.manual_seed(1)
     shapes = [(BATCH, HEADS, lengths[0], 16), (BATCH, kv_heads, lengths[1], 16), (BATCH, kv_heads, lengths[1], 8)]
     return [torch.randn(x, dtype=dtype, requires_grad=True) for x in shapes]
@@ -83,20 +84,27 @@ def mask_of(name: str, query: Tensor, key: Tensor, block: int = 32) -> BlockMask
     return create_block_mask(MASKS[name], BATCH, HEADS, query.shape[2], key.shape[2], device="cpu", BLOCK_SIZE=block)
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask: str) -> tuple[Tensor, Tensor, Tensor]:
+def dense(inputs: Any, score_mod: Any, mask: str) -> tuple[Tensor, Tensor, Tensor]:
     """torch's, outside of its operator, which refuses to train on a CPU."""
+    query, key, value = inputs
     score_mod = score_mod or (lambda score, b, h, q, k: score)
     scale = 1 / math.sqrt(query.shape[-1])
     out, lse, largest = math_attention(query, key, value, score_mod, (None, MASKS[mask]), scale, {})
     return out, lse * math.log(2), largest * math.log(2)
 
 
-def check(inputs: list[Tensor], score_mod: Any, mask: str, rtol: float = 1e-9, **options: Any) -> None:
-    query, key, _ = inputs
+def check(inputs: Any, score_mod: Any, mask: str, rtol: float = 1e-9, **options: Any) -> None:
+    query, key, value = inputs
     out, aux = flex_attention(
-        *inputs, score_mod, mask_of(mask, query, key), return_aux=AuxRequest(lse=True, max_scores=True), **options
+        query,
+        key,
+        value,
+        score_mod,
+        mask_of(mask, query, key),
+        return_aux=AuxRequest(lse=True, max_scores=True),
+        **options,
     )
-    expected, lse, largest = dense(*(x.double() for x in inputs), score_mod, mask)
+    expected, lse, largest = dense([x.double() for x in inputs], score_mod, mask)
     seen = lse.isfinite()
     grad_out, grad_lse = torch.randn_like(expected), torch.randn_like(lse).where(seen, 0)
     leaves = [*inputs, *(captured_by(score_mod) if score_mod else [])]
@@ -104,12 +112,12 @@ def check(inputs: list[Tensor], score_mod: Any, mask: str, rtol: float = 1e-9, *
     wanted = torch.autograd.grad(
         (expected, lse), leaves, (grad_out, grad_lse), allow_unused=True, materialize_grads=True
     )
-    close = {"rtol": rtol, "atol": rtol, "check_dtype": False}
+    close: Any = {"rtol": rtol, "atol": rtol, "check_dtype": False}
     torch.testing.assert_close(out, expected, **close)
     torch.testing.assert_close(aux.lse, lse, **close)
     torch.testing.assert_close(aux.max_scores, largest, **close)
     for name, got, want in zip(("query", "key", "value", *("captured",) * 9), grads, wanted, strict=False):
-        torch.testing.assert_close(got, want, **close, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got, want, **close, msg=partial("{}: {}".format, name))
 
 
 @pytest.mark.parametrize("name", SCORE_MODS)
@@ -150,8 +158,8 @@ def test_captured_tensors_of_16_bits() -> None:
 def test_without_a_score_mod() -> None:
     inputs = tensors()
     query, key, _ = inputs
-    out, lse = flex_attention(*inputs, None, mask_of("documents", query, key), return_lse=True)
-    expected, expected_lse, _ = dense(*inputs, None, "documents")
+    out, lse = attend(*inputs, block_mask=mask_of("documents", query, key), return_lse=True)
+    expected, expected_lse, _ = dense(inputs, None, "documents")
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
     assert type(flex_attention(*inputs)) is Tensor
@@ -164,11 +172,11 @@ def test_a_score_mod_may_hide_keys() -> None:
 
 def test_hidden_scores_have_no_gradient_where_the_derivative_is_infinite() -> None:
     inputs = tensors()
-    out = flex_attention(*inputs, lambda score, b, h, q, k: torch.where(k <= q, score.abs().sqrt(), -torch.inf))
+    out = attend(*inputs, score_mod=lambda score, b, h, q, k: torch.where(k <= q, score.abs().sqrt(), -torch.inf))
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), inputs))
 
 
-def small() -> list[Tensor]:
+def small() -> Any:
     torch.manual_seed(0)
     shapes = [(1, 2, 5, 3), (1, 2, 7, 3), (1, 2, 7, 4), (2, 3)]
     return [torch.randn(x, dtype=torch.float64, requires_grad=True) for x in shapes]
@@ -192,7 +200,7 @@ def test_derivatives_of_a_function_without_captured_tensors() -> None:
     inputs = small()[:3]
 
     def call(*x):
-        return flex_attention(*x, lambda score, b, h, q, k: 2 * torch.tanh(score / 2) + q)
+        return attend(*x, score_mod=lambda score, b, h, q, k: 2 * torch.tanh(score / 2) + q)
 
     assert gradcheck(call, inputs, check_forward_ad=True)
     assert gradgradcheck(call, inputs)
@@ -229,14 +237,14 @@ def test_results_do_not_depend_on_threads_or_runs() -> None:
     def run(threads: int) -> tuple[Tensor, ...]:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        out = flex_attention(*inputs, score_mod)
+        out = attend(*inputs, score_mod=score_mod)
         grads = torch.autograd.grad(out.sum() + out.square().sum(), [*inputs, table])
         torch.set_num_threads(before)
         return out.detach(), *grads
 
-    for first, second, third in zip(run(1), run(3), run(3), strict=True):
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-        torch.testing.assert_close(second, third, rtol=0, atol=0)
+    for first, *others in zip(*(run(n) for n in (1, 3, 3)), strict=True):
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mask", ["none", "documents"])
@@ -291,7 +299,7 @@ def test_a_module_trains_compiled_by_inductor() -> None:
 def test_autocast() -> None:
     inputs = tensors(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = flex_attention(*inputs, lambda score, b, h, q, k: score * 0.5)
+        out = attend(*inputs, score_mod=lambda score, b, h, q, k: score * 0.5)
     assert out.dtype == torch.bfloat16
 
 
@@ -300,7 +308,7 @@ def test_key_and_value_broadcast_along_the_batch_of_a_mask() -> None:
     out = flex_attention(
         query, key[:1], value[:1], SCORE_MODS["relative"](torch.float64), mask_of("causal", query, key)
     )
-    expected, *_ = dense(query, key[:1], value[:1], SCORE_MODS["relative"](torch.float64), "causal")
+    expected, *_ = dense((query, key[:1], value[:1]), SCORE_MODS["relative"](torch.float64), "causal")
     torch.testing.assert_close(out, expected)
 
 
@@ -319,9 +327,11 @@ def test_dense_fallback_serves_what_cannot_be_compiled() -> None:
         return score + torch.dot(vectors[q], vectors[k])
 
     with pytest.raises(RuntimeError, match='"fallback": "dense"'):
-        flex_attention(*inputs, score_mod)
-    out = flex_attention(*inputs, score_mod, mask_of("causal", *inputs[:2]), kernel_options={"fallback": "dense"})
-    expected, *_ = dense(*inputs, score_mod, "causal")
+        attend(*inputs, score_mod=score_mod)
+    out = attend(
+        *inputs, score_mod=score_mod, block_mask=mask_of("causal", *inputs[:2]), kernel_options={"fallback": "dense"}
+    )
+    expected, *_ = dense(inputs, score_mod, "causal")
     torch.testing.assert_close(out, expected)
     for got, want in zip(
         torch.autograd.grad(out.sum(), [*inputs, vectors]),
@@ -335,7 +345,7 @@ def test_indices_outside_raise_and_read_nothing() -> None:
     inputs, table = tensors(), torch.randn(3)
     for index in (torch.tensor(3), torch.tensor(-4), torch.tensor(1 << 40)):
         with pytest.raises(IndexError, match="index outside"):
-            flex_attention(*inputs, lambda score, b, h, q, k, index=index: score + table[index + 0 * q])
+            attend(*inputs, score_mod=lambda score, b, h, q, k, index=index: score + table[index + 0 * q])
 
 
 @pytest.mark.parametrize(
@@ -395,7 +405,7 @@ def test_torchs_function_within_a_block() -> None:
     inputs = tensors()
     score_mod = SCORE_MODS["document_table"](torch.float64)
     block_mask = mask_of("documents", *inputs[:2])
-    expected, *_ = dense(*inputs, score_mod, "documents")
+    expected, *_ = dense(inputs, score_mod, "documents")
     leaves = [*inputs, *captured_by(score_mod)]
     wanted = torch.autograd.grad(expected.square().sum(), leaves)
 
@@ -416,6 +426,6 @@ def test_torchs_function_without_arguments_within_a_block() -> None:
     query, key, value = tensors(kv_heads=2)
     with flex():
         out, aux = torchs(query, key, value, enable_gqa=True, return_aux=AuxRequest(lse=True))
-    expected, lse, _ = dense(query, key, value, None, "none")
+    expected, lse, _ = dense((query, key, value), None, "none")
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(aux.lse, lse)

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from attention_ext.flex.codegen import generate
 from attention_ext.flex.compile import compiled, functions
 from attention_ext.flex.trace import ScoreModError, trace
 from attention_ext.flex.traces import traced
-from tests.flex_score_mods import SCORE_MODS, captured_by
+from attention_ext.testing.score_mods import SCORE_MODS, captured_by
 
 BATCH, HEAD, QUERY, KEY, QUERIES, KEYS, STRIDE = 1, 3, 5, 2, 83, 70, 96
 SCALE = 0.75
@@ -46,7 +47,7 @@ def block_of(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple
     return Block(BATCH, HEAD, QUERY, KEY, QUERIES, KEYS, STRIDE, SCALE, ctypes.addressof(rows)), alive
 
 
-def by_torch(score_mod, score: Tensor) -> Tensor:
+def by_torch(score_mod: Any, score: Tensor) -> Tensor:
     """Of (keys, queries)."""
     mapped = torch.vmap(torch.vmap(score_mod, (0, None, None, None, 0)), (0, None, None, 0, None))
     queries, keys = QUERY + torch.arange(QUERIES), KEY + torch.arange(KEYS)
@@ -74,7 +75,7 @@ def test_functions_of_a_block(name: str, dtype: torch.dtype) -> None:
     if source.has_gradient:
         assert library.score_mod_gradient(ctypes.byref(block), *pointers) & 1
 
-    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    tolerance: Any = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
     score = (dot[:, :QUERIES] * SCALE).requires_grad_()
     expected = by_torch(score_mod, score).to(dtype)
     torch.testing.assert_close(made[:, :QUERIES], expected.detach(), **tolerance)
@@ -88,7 +89,7 @@ def test_functions_of_a_block(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(made_grad[:, :QUERIES], expected_grads[0], **tolerance)
     needed = [(x, g) for x, g in zip(tensors, grads, strict=True) if g is not None]
     actual = torch.autograd.grad([x for x, _ in needed], captured, [g.to(x.dtype) for x, g in needed]) if needed else ()
-    loose = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    loose: Any = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
     for got, wanted in zip(actual, expected_grads[1:], strict=True):
         torch.testing.assert_close(got, wanted, **loose)
 
@@ -125,14 +126,19 @@ def test_values_of_captured_tensors_are_read_at_each_call() -> None:
         (lambda score, b, h, q, k: score + torch.special.i0(score), "aten.i0"),
     ],
 )
-def test_what_cannot_be_served_is_named(score_mod, message: str) -> None:
+def test_what_cannot_be_served_is_named(score_mod: Any, message: str) -> None:
     with pytest.raises(ScoreModError, match=message):
         generate(trace(score_mod, torch.float32))
 
 
 def test_a_function_is_traced_again_only_where_it_sees_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(traces, "trace", lambda *x: calls.append(x) or trace(*x))
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return trace(*arguments)
+
+    monkeypatch.setattr(traces, "trace", counted)
     factor, table, box = 2.0, torch.ones(3), SimpleNamespace(factor=1.0)
 
     def score_mod(score, b, h, q, k):

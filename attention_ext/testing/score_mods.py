@@ -1,4 +1,4 @@
-"""score_mods of torch's documentation and tests, and what they capture, for the tests of flex_attention."""
+"""score_mods of torch's documentation and tests, with what they capture, for tests of `flex_attention`."""
 
 from collections.abc import Callable
 from typing import Any
