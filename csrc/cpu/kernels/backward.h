@@ -203,7 +203,7 @@ class BackwardBlocks {
   // From dot products in `weight` and grad_out . value in `grad_score`.
   GradientOperands<C> score_gradients(const Block<T>& block, const Tile& tile, Matrix<T> weight, Matrix<T> grad_score) {
     const Range k = block.k;
-    const Matrix<T> dot{scratch_.dot, kQueries<T>};
+    const Matrix<T> dot{p_.score_mod && p_.score_mod->gradient ? scratch_.dot : nullptr, kQueries<T>};
     if (p_.score_mod) {
       if (dot.data) copy_block(weight, dot, k.size(), tile.vectors);
       apply_score_mod(p_, tile, k, weight);
