@@ -114,7 +114,7 @@ class Gradients(torch.autograd.Function):
             of_grad, of_grad_logsumexp = _zeros_for((of_grad, of_grad_logsumexp), (grad_out, grad_logsumexp))
             linear = Gradients.apply(ctx.call, ctx.wanted, of_grad, of_grad_logsumexp, out, logsumexp, *inputs)
             made = [x + y if w else x for x, y, w in zip(made, linear, ctx.wanted, strict=True)]
-        return tuple(x if i < 3 or w else x.new_zeros(0) for i, (x, w) in enumerate(zip(made, ctx.wanted, strict=True)))
+        return tuple(x if i < 3 or w else None for i, (x, w) in enumerate(zip(made, ctx.wanted, strict=True)))
 
 
 class SecondOrder(torch.autograd.Function):

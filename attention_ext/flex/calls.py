@@ -1,18 +1,16 @@
 """A call of flex_attention with a score_mod, from the function to the operators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from attention_ext.flex.autograd import Attend
 from attention_ext.flex.codegen import generate
 from attention_ext.flex.compile import compiled
 from attention_ext.flex.composed import Call
-from attention_ext.flex.trace import ScoreMod
+from attention_ext.flex.trace import ScoreMod, undisturbed
 from attention_ext.flex.traces import traced
 
 
@@ -32,15 +30,16 @@ def attend_modified(
     return Attend.apply(call, max_scores, query, key, value, *graph.tensors())
 
 
-_keys = WeakKeyDictionary[ScoreMod, str]()
+_keys: dict[Hashable, str] = {}
 
 
 def key_of(score_mod: ScoreMod) -> str:
     """Of the compiled functions."""
-    if score_mod not in _keys:
-        with _disable_current_modes():
-            _keys[score_mod] = compiled(generate(score_mod), score_mod.dtype, len(score_mod.dtypes))
-    return _keys[score_mod]
+    structure = (str(score_mod.body), score_mod.dtypes, score_mod.differentiable, score_mod.dtype)
+    if structure not in _keys:
+        with undisturbed():
+            _keys[structure] = compiled(generate(score_mod), score_mod.dtype, len(score_mod.dtypes))
+    return _keys[structure]
 
 
 def autocast(x: Tensor) -> Tensor:

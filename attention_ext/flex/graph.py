@@ -17,11 +17,10 @@ from torch import Tensor
 from torch._dynamo.variables import higher_order_ops
 from torch._higher_order_ops.flex_attention import flex_attention as torchs
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import _disable_current_modes
 
 from attention_ext.flex.block_mask import SparseMask
 from attention_ext.flex.calls import autocast, key_of
-from attention_ext.flex.trace import ScoreMod, trace
+from attention_ext.flex.trace import ScoreMod, trace, undisturbed
 
 ops = torch.ops.attention_ext
 
@@ -126,7 +125,7 @@ def _trace_once(
     made = _traced.setdefault(score_mod, {})
     if seen not in made:
         function = score_mod if mask_mod is None else _hiding(score_mod, mask_mod, count)
-        with _disable_current_modes():
+        with undisturbed():
             stand_ins = [_stand_in(x) for x in buffers]
             made[seen] = (mask_mod, stand_ins), trace(function, dtype, stand_ins)
     (_, stand_ins), traced = made[seen]
@@ -178,7 +177,8 @@ def _backward(ctx: Any, grad_out: Any, grad_logsumexp: Any, _: Any) -> Any:
         grad_out, grad_logsumexp, query, key, value, out, logsumexp, ctx.key, captured, wanted, *ctx.options
     )
     of_captured = [g if w else None for g, w in zip(of_captured, wanted, strict=True)]
-    return *grads, None, of_captured, None, *(None for _ in ctx.options)
+    others = len(ctx.needs_input_grad) - 5  # as many as the dispatcher was given: defaults at the end are left out
+    return *grads, None, of_captured, *(None for _ in range(others))
 
 
 torch.library.register_autograd("attention_ext::flex_attention_forward", _backward, setup_context=_setup_context)

@@ -5,19 +5,23 @@ stays torch's, `body` makes a modified score of a score, its position and number
 tensors by index. Code is generated from the body; `ScoreMod.run` also runs it on whole blocks of scores.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import _disable_current_modes
 
 ARGUMENTS = ("score", "b", "h", "q", "k")
 aten = torch.ops.aten
@@ -104,6 +108,13 @@ def reader(tensors: Sequence[Tensor], dim: int) -> Read:
     return read
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without the modes and transforms that a call runs under."""
+    with _disable_current_modes(), temporarily_clear_interpreter_stack(), _set_fwd_grad_enabled(False):
+        yield
+
+
 def trace(score_mod: Callable[..., Any], dtype: torch.dtype, buffers: Sequence[Any] = ()) -> ScoreMod:
     """Traces ``score_mod(score, b, h, q_idx, kv_idx, *buffers)``.
 
@@ -115,9 +126,13 @@ def trace(score_mod: Callable[..., Any], dtype: torch.dtype, buffers: Sequence[A
         ScoreModError: for what cannot be compiled.
     """
     scalars = [torch.zeros((), dtype=dtype), *(torch.zeros((), dtype=torch.int32) for _ in range(4))]
+
+    def positional(*arguments: Any) -> Any:
+        return score_mod(*arguments)
+
     try:
         with torch.no_grad(), TransformGetItemToIndex():
-            traced = make_fx(score_mod, tracing_mode="fake", _allow_non_fake_inputs=True)(*scalars, *buffers)
+            traced = make_fx(positional, tracing_mode="fake", _allow_non_fake_inputs=True)(*scalars, *buffers)
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
         raise ScoreModError(
             "Python code that reads the value of a tensor, as `if`, `while`, `.item()` and `int()` do",

@@ -8,18 +8,20 @@ else, such as an attribute of an object, is traced at each call.
 import builtins
 import math
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from attention_ext.flex.trace import ScoreMod, trace
+from attention_ext.flex.trace import ScoreMod, trace, undisturbed
 
 _MODULES = (torch, math, torch.nn.functional)
-_last = WeakKeyDictionary[Any, tuple[Hashable, ScoreMod]]()
+_MOST = 64  # traces of one function
+_Trace = tuple[tuple[ReferenceType[Tensor], ...], ScoreMod]
+_made = WeakKeyDictionary[CodeType, dict[Hashable, _Trace]]()
 
 
 class _UnknownError(Exception):
@@ -31,21 +33,24 @@ def traced(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> ScoreMod:
     try:
         seen = (dtype, _seen_by(score_mod, 0))
     except _UnknownError:
-        seen = None
-    if seen is not None and score_mod in _last:
-        before, made = _last[score_mod]
-        if before == seen:
-            return made
-    with _disable_current_modes():
+        with undisturbed():
+            return trace(score_mod, dtype)
+    traces = _made.setdefault(score_mod.__code__, {})  # what is not a function is unknown
+    if seen in traces:
+        references, made = traces[seen]
+        captured = tuple(x() for x in references)
+        if all(x is not None for x in captured):
+            return replace(made, captured=captured)
+    with undisturbed():
         made = trace(score_mod, dtype)
-    if seen is not None:
-        _last[score_mod] = seen, made
+    if len(traces) >= _MOST:
+        traces.clear()
+    traces[seen] = tuple(ref(x) for x in made.captured), replace(made, captured=())
     return made
 
 
 def _seen_by(value: Any, depth: int) -> Hashable:
     if isinstance(value, Tensor):
-        # The tensor itself stays alive with the trace that reads it, or is not read.
         return id(value), value.dtype, value.shape, value.requires_grad
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return type(value), value
