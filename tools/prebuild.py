@@ -1,6 +1,6 @@
 """Compiles what takes longest, kernels for CPUs and GPUs, into objects for a machine that lends a GPU for minutes.
 
-python tools/prebuild.py --chips 9.0     into build/objects, about 30 MB; needs nvcc, but no GPU and no torch with CUDA
+python tools/prebuild.py --chips 9.0     into build/objects; needs nvcc, but no GPU and no torch with CUDA
 
 There, ATTENTION_EXT_OBJECTS=build/objects makes the build link them; tools/gpu_check does so where the folder is there.
 The compiler there must not be older than here. Objects of other sources are refused.
