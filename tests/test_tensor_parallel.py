@@ -186,6 +186,27 @@ def check_refusals() -> None:
     assert "and to divide num_kv_heads or be a multiple of them" in message(Attention(24, 12, num_kv_heads=3))
 
 
+def check_compiled() -> None:
+    """As one graph, dropout too."""
+    x = torch.randn(5, 2, EMBED, dtype=torch.float64)
+    cases: list[tuple[nn.Module, Callable[..., Any]]] = [
+        (multihead(dropout=0.3), lambda m, x: m(x, x, x, need_weights=False)),
+        (build("one key head"), lambda m, x: m(x)),
+    ]
+    for module, call in cases:
+        torch.manual_seed(3)
+        expected = outcome(module, [x], call)
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        actual = outcome(sharded(module), [x], torch.compile(call, backend="aot_eager", fullgraph=True))
+        for name, want in expected.items():
+            torch.testing.assert_close(actual[name], want, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_compiled_layers_equal_one_process() -> None:
+    run_ranks(2, check_compiled)
+
+
 def test_layers_equal_one_process() -> None:
     run_ranks(2, check_attention, check_multihead, check_refusals)
     run_ranks(4, check_attention, check_multihead, check_refusals)

@@ -28,8 +28,9 @@ class HeadParallel(ParallelStyle):
     in step. Of ``MultiheadAttention`` the packed ``in_proj_weight`` and ``in_proj_bias`` become ``q_proj_weight``,
     ``k_proj_weight``, ``v_proj_weight``, ``q_proj_bias``, ``k_proj_bias`` and ``v_proj_bias``, each sharded by rows: a
     rank's rows of the packed ones would be heads of the query alone. State dicts have the packed names and shapes of
-    one process, as DTensors sharded by rows, and ``load_state_dict`` takes them, or whole tensors; all ranks have to
-    call ``state_dict``. Optimizers see the separate parameters.
+    one process, as DTensors sharded by rows, for which all ranks have to call ``state_dict``; ``load_state_dict`` takes
+    them, and ``set_model_state_dict`` with ``full_state_dict=True`` those of one process. Optimizers see the separate
+    parameters.
 
     With fewer key heads than ranks the projections of keys and values stay whole, and each rank takes the head that its
     query heads share.
@@ -82,7 +83,7 @@ class HeadParallel(ParallelStyle):
         output._apply(module.out_proj, device_mesh)
 
         def prepare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            whole = dict[int, DTensor]()  # inputs that are the same tensor stay the same
+            whole: dict[int, Any] = {}  # inputs that are the same tensor stay the same
             inputs = (*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
             for x in inputs:
                 if isinstance(x, Tensor) and id(x) not in whole:

@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
     The number of heads in a call follows from the output widths of ``q_proj``, ``k_proj`` and ``v_proj``, so that these
     may be replaced by ones with fewer heads (pruning), or sharded (ColwiseParallel on these three, RowwiseParallel on
-    ``out_proj``), with DTensors or local tensors between them. Query and key heads must be sharded alike, unless all
+    ``out_proj``, or :class:`attention_ext.distributed.HeadParallel`), with DTensors or local tensors between them. Query and key heads must be sharded alike, unless all
     local query heads share a single key head. Slopes, sinks, temperatures, masks and key lengths may be unsharded; what
     they have for each head is then sharded as the DTensor ``q_proj.weight`` is.
 
