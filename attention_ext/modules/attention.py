@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 from attention_ext.arguments import Window, check_tensors, window_sides
 from attention_ext.modules.cache import KVCache
 from attention_ext.modules.fx import recorded
-from attention_ext.modules.positional import RotaryPositions, ask_block, blocks, excess
+from attention_ext.modules.positional import RotaryPositions, excess
 from attention_ext.ops.sharding import beside, is_dtensor, register, rng_state_of_heads, share_of, shared_by
 
 ops = torch.ops.attention_ext
@@ -61,10 +61,11 @@ class Attention(nn.Module):
             last key, regardless of ``key_lengths``.
 
     The number of heads in a call follows from the output widths of ``q_proj``, ``k_proj`` and ``v_proj``, so that these
-    may be replaced by ones with fewer heads (pruning), or sharded (ColwiseParallel on these three, RowwiseParallel on
-    ``out_proj``, or :class:`attention_ext.distributed.HeadParallel`), with DTensors or local tensors between them. Query and key heads must be sharded alike, unless all
-    local query heads share a single key head. Slopes, sinks, temperatures, masks and key lengths may be unsharded; what
-    they have for each head is then sharded as the DTensor ``q_proj.weight`` is.
+    may be replaced by ones with fewer heads (pruning), or sharded (:class:`attention_ext.distributed.HeadParallel`, or
+    ColwiseParallel on these three, RowwiseParallel on ``out_proj``), with DTensors or local tensors between them. Query
+    and key heads must be sharded alike, unless all local query heads share a single key head. Slopes, sinks,
+    temperatures, masks and key lengths may be unsharded; what they have for each head is then sharded as the DTensor
+    ``q_proj.weight`` is.
 
     Source: grouped heads arXiv:2305.13245, cosine similarity arXiv:2111.09883, ALiBi arXiv:2108.12409, softcap
     arXiv:2408.00118, sinks arXiv:2309.17453 and their trained form in gpt-oss.
