@@ -69,9 +69,9 @@ WeightsCall::WeightsCall(const Tensor& query_, const Tensor& key_, const Tensor&
 
 Tensor WeightsCall::visible(const Tensor& keys) const {
   if (TORCH_GUARD_OR_FALSE(keys.sym_numel().sym_eq(0))) return keys;
-  const Tensor shown_by_blocks = options.block_mask ? keys.masked_fill(hidden_by_blocks(), 0) : keys;
+  Tensor shown = options.block_mask ? keys.masked_fill(hidden_by_blocks(), 0) : keys;
   if (!options.key_lengths && !options.is_causal && !options.window_left && !options.window_right) {
-    return shown_by_blocks;
+    return shown;
   }
   const Tensor k = positions(0, length_k()).unsqueeze(1);
   std::vector<Tensor> hidden;
@@ -83,7 +83,6 @@ Tensor WeightsCall::visible(const Tensor& keys) const {
     hidden.push_back(k > end(length_q() - 1) + options.window_right->min(kUnlimited));
   }
   if (options.window_left) hidden.push_back(k < end(0) - options.window_left->min(kUnlimited));
-  Tensor shown = shown_by_blocks;
   for (const Tensor& some : hidden) shown = shown.masked_fill(some, 0);
   return shown;
 }
