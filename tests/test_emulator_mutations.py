@@ -93,7 +93,7 @@ DECODE = {
         "number(i), rescaling(all.maximum, all)",
     ),
     "states not rescaled": ("key_parts.h", "state(i).sum * rescaling(state(i).maximum, all)", "state(i).sum"),
-    "a part of another query": ("key_parts.h", "memory.state(i * queries + query)", "memory.state(i * queries)"),
+    "a part of another query": ("key_parts.h", "memory.state(i, query)", "memory.state(i, query / 2)"),
 }
 SITE = re.compile(r"\b(?:synchronize_block\(\)|wait_copies<[^;]*>\(\)|commit_copies\(\));")
 PROGRAMS = {"forward_main": FORWARD, "decode_main": DECODE, "gradients_main": {**BACKWARD, **JVP}}

@@ -54,10 +54,14 @@ AttentionProblem in_parts(AttentionProblem p, int64_t parts) {
   return p;
 }
 
-int64_t parts_of(const AttentionProblem& p) { return blocks_of(p) / blocks_of(in_parts(p, 1)); }
+// Tiles whose keys are in parts may be half as high as others.
+int64_t parts_of(const AttentionProblem& p) {
+  const Plan plan = plan_of(p);
+  return plan.phase_count == 1 ? 1 : plan.phases[0].jobs / (blocks_of(in_parts(p, 2)) / 2);
+}
 
-// Keys are split if and only if the tiles are fewer than 0.8 of the multiprocessors, and never into more blocks than
-// run at once, two on each.
+// Keys are split if and only if the tiles are fewer than 0.8 of the multiprocessors, and into no more parts than these
+// have room for, with two tiles on each.
 void check_split(const AttentionProblem& p) {
   const Plan plan = plan_of(p);
   const int64_t tiles = blocks_of(in_parts(p, 1)), blocks = plan.phases[0].jobs;
@@ -65,10 +69,10 @@ void check_split(const AttentionProblem& p) {
   expect((blocks > tiles) == few, "keys are split where tiles are enough, or are not where they are few", p);
   expect(plan.phase_count == (few ? 2 : 1), "parts are merged by a second launch, if there are any", p);
   expect((plan.shared_bytes > 0) == few, "parts have a workspace, if there are any", p);
-  expect(blocks % tiles == 0 && (!few || blocks <= 2 * p.multiprocessors), "more blocks than run at once", p);
+  expect(!few || parts_of(p) * tiles <= 2 * p.multiprocessors, "too many parts", p);
   expect(!few || blocks >= minimum(p.multiprocessors, tiles * (p.max_seqlen_k / kKeysForPart)),
          "multiprocessors without a block", p);
-  expect(blocks_of(in_parts(p, 5)) == 5 * tiles, "not the number of parts that was asked for", p);
+  expect(parts_of(in_parts(p, 5)) == 5, "not the number of parts that was asked for", p);
   AttentionProblem dropping = p;
   dropping.dropout_p = 0.1;
   expect(parts_of(dropping) == parts_of(p), "dropout changes the parts, and with them logsumexp", p);

@@ -180,7 +180,7 @@ class Decode {
       if (parts_ == 1) {
         finish(head, q, all, total);
       } else {
-        keep(head, q, all, total, PartsWorkspace<T>(p_, parts_, workspace));
+        keep(head, q, all, total, PartsWorkspace<T>(p_, workspace));
       }
     }
   }
@@ -199,12 +199,9 @@ class Decode {
   template <class Total>
   ATTENTION_DEVICE void keep(int64_t head, int64_t q, const SoftmaxState<T>& all, Total&& total,
                              const PartsWorkspace<T>& memory) const {
-    const int64_t at = part_ * memory.queries(p_) + row_of(p_, head_.sequence, head) + q;
-    for (int d = lane_index(); d < p_.head_dim_v; d += kWarpSize) memory.sums[at * p_.head_dim_v + d] = total(d);
-    if (lane_index() == 0) {
-      memory.maximum[at] = all.maximum;
-      memory.sum[at] = all.sum;
-    }
+    const int64_t at = row_of(p_, head_.sequence, head) + q;
+    for (int d = lane_index(); d < p_.head_dim_v; d += kWarpSize) memory.sums(part_, at)[d] = total(d);
+    if (lane_index() == 0) memory.set_state(part_, at, all);
   }
 
   ATTENTION_DEVICE static int warp() { return thread_index() / kWarpSize; }

@@ -15,7 +15,8 @@ template <class C, int kDim, ScoreMode kMode, Part kPart = Part::kWhole>
 class Forward {
   using T = typename C::Scalar;
   using E = typename C::Element;
-  using Shape = ForwardShape<C, kDim, kMode>;
+  // A part takes a few registers more than the highest tiles leave.
+  using Shape = ForwardShape<C, kDim, kPart == Part::kSplit ? ScoreMode::kAll : kMode>;
   static constexpr int kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kColumns / kFragmentColumns;
   static constexpr int kQueries = Shape::kQueries;
   using QueryTile = SharedTile<E, kQueries, kDim>;
@@ -26,7 +27,7 @@ class Forward {
 
  public:
   using Problem = ForwardProblem;
-  // Those that parts are counted by, in all modes: dropout changes no bit of logsumexp.
+  // Those by which parts are counted, the same in all modes, so that dropout changes no bit of logsumexp.
   using Tiles = QueryTiles<ForwardShape<C, kDim, ScoreMode::kMask>::kQueries>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kSharedBytes = QueryTile::kBytes + Shape::kStages * KeyTiles::kBytes;
@@ -41,11 +42,11 @@ class Forward {
     const QueryTileIndex at(p, kQueries, block_index() % tiles);
     const Head head = folded_head(p, at.batch, at.head);
     const Range q = at.queries(head.sequence, kQueries);
-    if (!q.empty()) Forward(p, head, q, block_index() / tiles).mainloop(workspace);
+    if (!q.empty()) Forward(p, head, q, static_cast<int>(block_index() / tiles)).mainloop(workspace);
   }
 
  private:
-  ATTENTION_DEVICE Forward(const ForwardProblem& p, const Head& head, Range q, int64_t part)
+  ATTENTION_DEVICE Forward(const ForwardProblem& p, const Head& head, Range q, int part)
       : p_(p),
         head_(head),
         q_(q),
@@ -65,7 +66,7 @@ class Forward {
     stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
                                                    add_tiles);
     if constexpr (kPart == Part::kSplit) {
-      store_part(PartsWorkspace<T>(p_, Tiles::parts(p_), workspace));
+      store_part(PartsWorkspace<T>(p_, workspace));
     } else {
       epilogue();
     }
@@ -143,8 +144,8 @@ class Forward {
   }
 
   ATTENTION_DEVICE void store_part(const PartsWorkspace<T>& memory) {
-    const int64_t first = part_ * memory.queries(p_) + row_of(p_, head_.sequence, head_.head);
-    const Rows<T> sums{memory.sums + first * p_.head_dim_v, p_.head_dim_v, 1, static_cast<int>(p_.head_dim_v)};
+    const int64_t first = row_of(p_, head_.sequence, head_.head);
+    const Rows<T> sums{memory.sums(part_, first), memory.width(p_), 1, static_cast<int>(p_.head_dim_v)};
     const T factor[2] = {T(1), T(1)};
     ATTENTION_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
@@ -152,9 +153,7 @@ class Forward {
       for (int r = 0; r < 2; ++r) {
         const T sum = sum_of_group(rows_[m].sum[r]);
         const int64_t q = q_.begin + row_ + m * kFragmentRows + r * 8 + lane_group();
-        if (lane_member() != 0 || q >= q_.end) continue;
-        memory.maximum[first + q] = rows_[m].maximum[r];
-        memory.sum[first + q] = sum;
+        if (lane_member() == 0 && q < q_.end) memory.set_state(part_, first + q, {rows_[m].maximum[r], sum});
       }
       store_rows(sums, q_.begin + row_ + m * kFragmentRows, q_.end, sums_.tile[m], factor);
     }
@@ -163,7 +162,7 @@ class Forward {
   const ForwardProblem& p_;
   const Head& head_;
   const Range q_;
-  const int64_t part_;
+  const int part_;
   const int row_;  // of the tile, the warp's first
   const Exponential<T> exponential_;
   Sums sums_;

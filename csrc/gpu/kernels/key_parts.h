@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kKeysForPart = 256;  // one more part for fewer does not repay the merging
 
-// How many parts the keys of every tile have, if `tiles` tiles of `queries` queries each share a GPU: two blocks for
-// each of its multiprocessors, which all run at once, unless the tiles alone occupy most of it.
+// How many parts the keys of every tile have, if `tiles` tiles of `queries` queries each share a GPU: enough for two
+// blocks of threads on each of its multiprocessors, unless the tiles alone occupy most of these.
 ATTENTION_INLINE int64_t count_of_parts(const AttentionProblem& p, int64_t tiles, int64_t queries) {
   if (p.key_parts > 0) return p.key_parts;
   if (tiles == 0 || tiles * 5 >= p.multiprocessors * 4) return 1;
@@ -73,23 +73,40 @@ ATTENTION_DEVICE T normalising(const ForwardProblem& p, const SoftmaxState<T>& s
   return state.sum == T(0) ? T(0) : static_cast<T>(dropout_of(p).kept_scale) / state.sum;
 }
 
-// Per part and query: the softmax state and the sums of weights times values. Queries are counted as in logsumexp, so
-// that of packed sequences there are as many as in the tensors, however long any of them may be.
+// A row for each part and query: the softmax state, then the sums of weights times values. Queries are counted as in
+// logsumexp, so that of packed sequences there are as many as in the tensors, however long any of them may be.
 template <class T>
-struct PartsWorkspace {
-  T *maximum, *sum, *sums;  // (part, query), (part, query), (part, query, column)
+class PartsWorkspace {
+ public:
+  static constexpr int kState = 2;  // numbers
 
-  ATTENTION_DEVICE PartsWorkspace(const AttentionProblem& p, int64_t parts, void* workspace)
-      : maximum(static_cast<T*>(workspace)), sum(maximum + parts * queries(p)), sums(sum + parts * queries(p)) {}
+  ATTENTION_DEVICE PartsWorkspace(const AttentionProblem& p, void* workspace)
+      : data_(static_cast<T*>(workspace)), queries_(queries(p)), width_(width(p)) {}
 
   ATTENTION_INLINE static int64_t queries(const AttentionProblem& p) {
     return (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.seqlen_q;
   }
+  ATTENTION_INLINE static int64_t width(const AttentionProblem& p) { return kState + p.head_dim_v; }
   static size_t bytes(const AttentionProblem& p, int64_t parts) {
-    return static_cast<size_t>(parts * queries(p) * (2 + p.head_dim_v)) * sizeof(T);
+    return static_cast<size_t>(parts * queries(p) * width(p)) * sizeof(T);
   }
 
-  ATTENTION_DEVICE SoftmaxState<T> state(int64_t row) const { return {maximum[row], sum[row]}; }
+  ATTENTION_DEVICE T* sums(int64_t part, int64_t query) const {
+    return data_ + (part * queries_ + query) * width_ + kState;
+  }
+  ATTENTION_DEVICE SoftmaxState<T> state(int64_t part, int64_t query) const {
+    const T* const row = sums(part, query);
+    return {row[-2], row[-1]};
+  }
+  ATTENTION_DEVICE void set_state(int64_t part, int64_t query, const SoftmaxState<T>& state) const {
+    T* const row = sums(part, query);
+    row[-2] = state.maximum;
+    row[-1] = state.sum;
+  }
+
+ private:
+  T* data_;
+  int64_t queries_, width_;
 };
 
 // A thread for each number of out. What it writes for queries that no sequence owns is cleared afterwards.
@@ -110,12 +127,12 @@ struct MergeParts {
     const int64_t at = block_index() * kThreads + thread_index();
     const int64_t query = at / threads_of_query(p), d = at % threads_of_query(p);
     if (query >= queries) return;
-    const PartsWorkspace<T> memory(p, parts, workspace);
-    const auto state = [&](int64_t i) { return memory.state(i * queries + query); };
+    const PartsWorkspace<T> memory(p, workspace);
+    const auto state = [&](int64_t i) { return memory.state(i, query); };
     const SoftmaxState<T> all = merged_state<T>(parts, state);
     if (d == 0) static_cast<T*>(p.logsumexp)[query] = logsumexp_of(all);
     if (d >= p.head_dim_v) return;
-    const auto number = [&](int64_t i) { return memory.sums[(i * queries + query) * p.head_dim_v + d]; };
+    const auto number = [&](int64_t i) { return memory.sums(i, query)[d]; };
     const int64_t head = query / p.seqlen_q;
     const Rows<E> out = rows_of<E>(p.out, head / p.heads, head % p.heads, query % p.seqlen_q, p.head_dim_v);
     out.data[d * out.stride_col] = rounded<E>(merged_number(parts, all, state, number) * normalising(p, all));
