@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import attention_ext
 from attention_ext import _C, explain, reference
 from attention_ext.testing import (
     EMPTY,
