@@ -427,3 +427,15 @@ def test_torchs_function_without_arguments_within_a_block() -> None:
     expected, lse, _ = dense((query, key, value), None, "none")
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(aux.lse, lse)
+
+
+def test_a_function_that_was_compiled_outside_is_compiled_again_within_a_block() -> None:
+    inputs = tensors()
+    call = torch.compile(lambda *x: torchs(*x, score_mod=lambda score, b, h, q, k: score * 2), backend="eager")
+    outside = call(*(x.detach() for x in inputs))
+    with flex():
+        within = call(*inputs)
+    torch.testing.assert_close(within, outside)
+    within.sum().backward()
+    with pytest.raises(Exception, match="does not support backward on CPU"):
+        call(*inputs)

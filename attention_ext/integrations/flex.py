@@ -19,8 +19,7 @@ def flex() -> Iterator[None]:
     Every call is reached, by whatever name and through torch.compile: what is replaced is the operator that torch's
     function calls, and its refusal to train. Calls on other devices stay torch's. Arguments are checked by torch;
     float64 is served too. Masks are compiled with the score_mod, and empty blocks are skipped. Gradients are first
-    derivatives;
-    :func:`attention_ext.flex_attention` has others, and is faster without torch.compile.
+    derivatives; :func:`attention_ext.flex_attention` has others, and is faster without torch.compile.
 
     A function under torch.compile that was compiled outside is compiled again within. ``backward()`` may run outside.
     """
