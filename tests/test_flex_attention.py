@@ -25,6 +25,8 @@ from torch.nn.attention.flex_attention import (
 from torch.nn.attention.flex_attention import flex_attention as torchs
 
 from attention_ext import SparseMask, flex_attention
+from attention_ext.flex.calls import key_of
+from attention_ext.flex.traces import traced
 from attention_ext.integrations.flex import flex
 from attention_ext.testing.score_mods import HEADS, LENGTH, SCORE_MODS, captured_by
 
@@ -259,6 +261,7 @@ def test_compiled(name: str, mask: str) -> None:
         return flex_attention(query, key, value * 1.0, score_mod, block_mask, return_aux=AuxRequest(lse=True))
 
     results = []
+    torch.compiler.reset()  # or all cases count as recompilations of one function
     # compiled first, with a mask_mod in the graph, and again with the mask that the eager call converted
     compile_ = partial(torch.compile, call, fullgraph=True, backend="aot_eager")
     for function in (compile_(), call, compile_()):
@@ -439,3 +442,16 @@ def test_a_function_that_was_compiled_outside_is_compiled_again_within_a_block()
     within.sum().backward()
     with pytest.raises(Exception, match="does not support backward on CPU"):
         call(*inputs)
+
+
+def test_operators() -> None:
+    import attention_ext.flex.graph  # noqa: F401  # registers the derivative
+
+    slopes, inputs = torch.rand(HEADS, dtype=torch.float64, requires_grad=True), tensors()
+    key = key_of(traced(lambda score, b, h, q, k: torch.tanh(score) * slopes[h], torch.float64))
+    forward = torch.ops.attention_ext.flex_attention_forward
+    torch.library.opcheck(forward.default, (*inputs, key, [slopes], True))
+    out, lse, _ = forward(*inputs, key, [slopes], False)
+    saved = [x.detach() for x in (torch.randn_like(out), torch.randn_like(lse), *inputs, out, lse)]
+    backward = torch.ops.attention_ext.flex_attention_backward
+    torch.library.opcheck(backward.default, (*saved, key, [slopes.detach()], [True]))
