@@ -435,7 +435,8 @@ def test_torchs_function_without_arguments_within_a_block() -> None:
 
 def test_a_function_that_was_compiled_outside_is_compiled_again_within_a_block() -> None:
     inputs = tensors()
-    call = torch.compile(lambda *x: torchs(*x, score_mod=lambda score, b, h, q, k: score * 2), backend="eager")
+    torchs_function: Any = torchs
+    call = torch.compile(lambda *x: torchs_function(*x, score_mod=lambda score, b, h, q, k: score * 2), backend="eager")
     outside = call(*(x.detach() for x in inputs))
     with flex():
         within = call(*inputs)
