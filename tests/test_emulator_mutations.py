@@ -34,6 +34,7 @@ FORWARD = {
     "lanes of ldmatrix swapped": ("compute.h", "row, lane % 16, column, lane / 16", "row, lane / 2, column, lane % 2"),
     "chunks of a row permuted by the next row": ("shared_tile.h", "lane_chunk ^ permutation(lane_row)", "lane_chunk ^ permutation(lane_row + 1)"),
     "one row copied again and again": ("shared_tile.h", "source += kDown * from.stride_row", "source += 0 * from.stride_row"),
+    "rows stored without an exchange": ("rows.h", "transpose_in_group(chunk.word);", ""),
     "a sum over half a group": ("softmax.h", "return x + shuffle_xor(x, 2);", "return x;"),
     "value not transposed": ("compute.h", "load_matrices_transposed(pair", "load_matrices(pair"),
     "no rescaling of earlier sums": ("forward.h", "number[i] *= rescale[i / 2]", "number[i] *= T(rescale[i / 2] > 0)"),

@@ -30,6 +30,21 @@ ATTENTION_DEVICE E rounded(T x) {
   }
 }
 
+// Word i of the group's lane j becomes word j of its lane i.
+ATTENTION_DEVICE void transpose_in_group(uint32_t (&word)[4]) {
+  ATTENTION_UNROLL
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool upper = (lane_member() & step) != 0;
+    ATTENTION_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if ((i & step) != 0) continue;
+      const uint32_t received = shuffle_xor(upper ? word[i] : word[i + step], step);
+      word[i] = upper ? received : word[i];
+      word[i + step] = upper ? word[i + step] : received;
+    }
+  }
+}
+
 // Operand A has 16 rows, operand B comes for two fragments of C at once.
 template <class E>
 struct Compute16 {

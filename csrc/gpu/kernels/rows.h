@@ -73,10 +73,42 @@ ATTENTION_DEVICE void for_each_column(const Rows<E>& rows, int64_t row, F&& f) {
   }
 }
 
+struct alignas(16) Chunk {
+  uint32_t word[4];
+};
+
+// store_rows of 16-bit numbers where rows are whole chunks: of every four fragments each lane of a group writes one.
+template <class E, int kTiles>
+ATTENTION_DEVICE void store_chunks(const Rows<E>& to, int64_t first, int64_t end, const Fragment<float> (&from)[kTiles],
+                                   const float (&factor)[2]) {
+  ATTENTION_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int64_t row = first + r * 8 + lane_group();
+    int column = lane_member() * kFragmentColumns;
+    E* target = to.row(row) + column;
+    ATTENTION_UNROLL
+    for (int n = 0; n < kTiles; n += 4) {
+      Chunk chunk;
+      ATTENTION_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = from[n + i].number + 2 * r;
+        chunk.word[i] = narrow_pair(E{}, pair[0] * factor[r], pair[1] * factor[r]);
+      }
+      transpose_in_group(chunk.word);
+      if (row < end && column < to.columns) *reinterpret_cast<Chunk*>(target) = chunk;
+      column += 4 * kFragmentColumns;
+      target += 4 * kFragmentColumns;
+    }
+  }
+}
+
 // Writes 16 rows of fragments, each times factor[row], rounded to the dtype of `to`.
 template <class E, class T, int kTiles>
 ATTENTION_DEVICE void store_rows(const Rows<E>& to, int64_t first, int64_t end, const Fragment<T> (&from)[kTiles],
                                  const T (&factor)[2]) {
+  if constexpr (sizeof(E) == 2 && kTiles % 4 == 0) {
+    if (to.has_whole_chunks() && to.columns % kFragmentColumns == 0) return store_chunks(to, first, end, from, factor);
+  }
   ATTENTION_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int64_t row = first + r * 8 + lane_group();
