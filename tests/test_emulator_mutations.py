@@ -32,11 +32,20 @@ FORWARD = {
     "fragments of key swapped": ("compute.h", "b[0] = {pair[0], pair[1]};", "b[0] = {pair[0], pair[2]};"),
     "rows of a fragment swapped": ("compute.h", "c[i / 2].number + i % 2 * 2", "c[i % 2].number + i / 2 * 2"),
     "lanes of ldmatrix swapped": ("compute.h", "row, lane % 16, column, lane / 16", "row, lane / 2, column, lane % 2"),
-    "chunks of a row permuted by the next row": ("shared_tile.h", "lane_chunk ^ permutation(lane_row)", "lane_chunk ^ permutation(lane_row + 1)"),
-    "one row copied again and again": ("shared_tile.h", "source += kDown * from.stride_row", "source += 0 * from.stride_row"),
+    "chunks of a row permuted by the next row": (
+        "shared_tile.h",
+        "lane_chunk ^ permutation(lane_row)",
+        "lane_chunk ^ permutation(lane_row + 1)",
+    ),
+    "one row copied again and again": (
+        "shared_tile.h",
+        "source += kDown * from.stride_row",
+        "source += 0 * from.stride_row",
+    ),
     "rows stored without an exchange": ("rows.h", "transpose_in_group(chunk.word);", ""),
     "a sum over half a group": ("softmax.h", "return x + shuffle_xor(x, 2);", "return x;"),
     "value not transposed": ("compute.h", "load_matrices_transposed(pair", "load_matrices(pair"),
+    "a group exchanges other words": ("compute.h", "exchange(word[2], word[3], 1);", ""),
     "no rescaling of earlier sums": ("forward.h", "number[i] *= rescale[i / 2]", "number[i] *= T(rescale[i / 2] > 0)"),
 }
 BACKWARD = {
@@ -49,8 +58,16 @@ BACKWARD = {
         "factor[2] = {static_cast<T>(p_.scale),",
         "factor[2] = {T(1),",
     ),
-    "grad_key by one query's numbers": ("key_gradient.h", "numbers.at(stage, row, n, i)", "numbers.at(stage, row, n * 0, i)"),
-    "grad_key by numbers of another stage": ("sources.h", "if (kStages > 1) numbers.store(free)", "if (kStages > 1) numbers.store(stage)"),
+    "grad_key by one query's numbers": (
+        "key_gradient.h",
+        "numbers.at(stage, row, n, i)",
+        "numbers.at(stage, row, n * 0, i)",
+    ),
+    "grad_key by numbers of another stage": (
+        "sources.h",
+        "if (kStages > 1) numbers.store(free)",
+        "if (kStages > 1) numbers.store(stage)",
+    ),
     "grad_key of one head of a group": ("key_gradient.h", "first.head + h)", "first.head + h * 0)"),
     "grad_value from query": ("key_gradient.h", "products.weight, queries.tile[1]", "products.weight, queries.tile[0]"),
     "no barrier before tiles are read": FORWARD["no barrier before tiles are read"],

@@ -166,7 +166,9 @@ def show_loops(loops: dict[Loop, sass.Cost | None]) -> int:
     table = Table("kernel", "way", "products", "instructions", "of", "ldmatrix", "of", "", box=None)
     wrong = {x: loop_complaint(x, cost) for x, cost in loops.items()}
     for x, cost in loops.items():
-        counts = [str(cost.wanted[0]), f"{cost.per_product():.2f}", f"{cost.per_product('LDSM'):.2f}"] if cost else ["-"] * 3
+        counts = (
+            [str(cost.wanted[0]), f"{cost.per_product():.2f}", f"{cost.per_product('LDSM'):.2f}"] if cost else ["-"] * 3
+        )
         table.add_row(x.kernel, x.way, *counts[:2], str(x.instructions), counts[2], str(x.loads), wrong[x])
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
     return sum(bool(x) for x in wrong.values())

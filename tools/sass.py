@@ -18,7 +18,9 @@ from pathlib import Path
 
 PRODUCT = r"HMMA|DMMA"
 FUNCTION = re.compile(r"\n(?=\.text\.\w+:)")
-LINE = re.compile(r"(?P<label>\.L\w+):|/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@(?P<guard>!?U?P\w+)\s+)?(?P<text>[^;]+);")
+LINE = re.compile(
+    r"(?P<label>\.L\w+):|/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@(?P<guard>!?U?P\w+)\s+)?(?P<text>[^;]+);"
+)
 TARGET = re.compile(r"`\((\.L\w+)\)")
 CONDITION = re.compile(r"\bU?P\d|\.DIV\b")
 
@@ -26,7 +28,11 @@ CONDITION = re.compile(r"\bU?P\d|\.DIV\b")
 def disassembler() -> str | None:
     """nvdisasm of the CUDA toolkit or of its wheel."""
     package = importlib.util.find_spec("nvidia")
-    wheels = [str(x) for folder in (package.submodule_search_locations or [] if package else []) for x in Path(folder).glob("*/bin")]
+    wheels = [
+        str(x)
+        for folder in (package.submodule_search_locations or [] if package else [])
+        for x in Path(folder).glob("*/bin")
+    ]
     return shutil.which("nvdisasm") or shutil.which("nvdisasm", path=":".join(["/usr/local/cuda/bin", *wheels]))
 
 
@@ -49,7 +55,9 @@ class Cost:
         return Cost(both, self.instructions + other.instructions, self.of + other.of)
 
     def times(self, n: int) -> Cost:
-        return Cost(tuple(n * x for x in self.wanted), n * self.instructions, Counter({x: n * y for x, y in self.of.items()}))
+        return Cost(
+            tuple(n * x for x in self.wanted), n * self.instructions, Counter({x: n * y for x, y in self.of.items()})
+        )
 
     @property
     def rank(self) -> tuple[int, ...]:

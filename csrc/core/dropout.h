@@ -26,7 +26,7 @@ struct Dropout {
 };
 
 ATTENTION_INLINE Dropout dropout_of(const AttentionProblem& p) {
-  if (p.dropout_p <= 0.0) return {};
+  if (!is_positive(p.dropout_p)) return {};
   const auto seed = static_cast<uint64_t>(p.rng_state[0]);
   const uint32_t threshold = dropout_threshold(p.dropout_p);
   return {true,

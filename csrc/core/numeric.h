@@ -25,6 +25,12 @@ ATTENTION_INLINE constexpr T maximum(T a, T b) {
   return a > b ? a : b;
 }
 
+// x >= limit for a positive limit, by the bits of both: no double-precision instruction, which GPUs are slow at.
+ATTENTION_INLINE bool at_least(double x, double limit) {
+  return __builtin_bit_cast(int64_t, x) >= __builtin_bit_cast(int64_t, limit);
+}
+ATTENTION_INLINE bool is_positive(double x) { return __builtin_bit_cast(int64_t, x) > 0; }
+
 ATTENTION_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 ATTENTION_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -29,22 +29,26 @@ struct Position {
 
 // c * tanh(score / c), Gemma 2 (arXiv 2408.00118)
 struct Softcap {
-  double cap = 0.0;
-  ATTENTION_INLINE explicit operator bool() const { return cap > 0.0; }
+  double cap = 0.0, inverse = 0.0;
+  bool present = false;
+  ATTENTION_INLINE static Softcap of(const AttentionProblem& p) {
+    return is_positive(p.softcap) ? Softcap{p.softcap, 1.0 / p.softcap, true} : Softcap{};
+  }
+  ATTENTION_INLINE explicit operator bool() const { return present; }
 
   template <class Ops>
   ATTENTION_INLINE typename Ops::V score_mod(typename Ops::V score) const {
-    return Ops::splat(cap) * Ops::tanh(score * Ops::splat(1.0 / cap));
+    return Ops::splat(cap) * Ops::tanh(score * Ops::splat(inverse));
   }
   template <class Ops>
   ATTENTION_INLINE typename Ops::V softcap_grad(typename Ops::V capped) const {
-    const auto t = capped * Ops::splat(1.0 / cap);
+    const auto t = capped * Ops::splat(inverse);
     return Ops::splat(1.0) - t * t;
   }
   template <class Ops>
   ATTENTION_INLINE typename Ops::V softcap_grad2(typename Ops::V capped) const {
-    const auto inverse = Ops::splat(1.0 / cap);  // its square may overflow
-    return capped * inverse * (inverse * Ops::splat(-2.0)) * softcap_grad<Ops>(capped);
+    const auto factor = Ops::splat(inverse);  // its square may overflow
+    return capped * factor * (factor * Ops::splat(-2.0)) * softcap_grad<Ops>(capped);
   }
 };
 
@@ -167,7 +171,7 @@ struct ScoreMods {
   }
   // Whether scores are dot products times a scale that the exponential can apply.
   ATTENTION_INLINE bool folds_scale_into_exp() const {
-    return !softcap && !bias && !alibi && scale >= kLeastFoldedScale;
+    return !softcap && !bias && !alibi && at_least(scale, kLeastFoldedScale);
   }
   // Switches off the mods that change nothing in a block; bias_block is the block of attn_mask, full where it is 0.
   ATTENTION_INLINE BlockMask restrict_to(Range q, Range k, int64_t diagonal, BlockMask bias_block) {
@@ -200,10 +204,10 @@ struct ScoreMods {
     if (alibi) out.score = alibi.score_mod<Ops>(out.score, at);
     return out;
   }
-  // The score, -inf where the key is hidden.
+  // The score, -inf where the key is hidden. partial: whether masks by position hide any.
   template <class Ops>
-  ATTENTION_INLINE typename Ops::V masked(typename Ops::V score, const Position<Ops>& at) const {
-    if (masks) score = masks.masked<Ops>(score, at);
+  ATTENTION_INLINE typename Ops::V masked(typename Ops::V score, const Position<Ops>& at, bool partial = true) const {
+    if (partial && masks) score = masks.masked<Ops>(score, at);
     if (bias) score = Ops::select(bias.mask_mod<Ops>(at), score, Ops::splat(-__builtin_inf()));
     return score;
   }
@@ -213,7 +217,7 @@ struct ScoreMods {
 ATTENTION_INLINE ScoreMods score_mods_of(const AttentionProblem& p) {
   ScoreMods mods;
   mods.scale = p.score_mod ? 1.0 : p.scale;  // a compiled score_mod has applied it
-  mods.softcap.cap = p.softcap;
+  mods.softcap = Softcap::of(p);
   mods.bias.present = static_cast<bool>(p.attn_mask);
   mods.alibi.present = p.alibi_slopes != nullptr;
   mods.masks = PositionMasks::of(p);

@@ -14,6 +14,11 @@ ATTENTION_DEVICE int lane_index() { return thread_index() % kWarpSize; }
 ATTENTION_DEVICE int lane_group() { return lane_index() / 4; }
 ATTENTION_DEVICE int lane_member() { return lane_index() % 4; }
 
+template <class T>
+ATTENTION_DEVICE constexpr T infinity() {
+  return static_cast<T>(__builtin_inf());
+}
+
 constexpr int kFragmentRows = 16, kFragmentColumns = 8;
 
 template <class T>
@@ -30,19 +35,20 @@ ATTENTION_DEVICE E rounded(T x) {
   }
 }
 
+// Between lanes whose indices differ in one bit: the second word of the lower one for the first of the upper one.
+ATTENTION_DEVICE void exchange(uint32_t& first, uint32_t& second, int bit) {
+  const bool upper = (lane_index() & bit) != 0;
+  const uint32_t received = shuffle_xor(upper ? first : second, bit);
+  first = upper ? received : first;
+  second = upper ? second : received;
+}
+
 // Word i of the group's lane j becomes word j of its lane i.
 ATTENTION_DEVICE void transpose_in_group(uint32_t (&word)[4]) {
-  ATTENTION_UNROLL
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool upper = (lane_member() & step) != 0;
-    ATTENTION_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if ((i & step) != 0) continue;
-      const uint32_t received = shuffle_xor(upper ? word[i] : word[i + step], step);
-      word[i] = upper ? received : word[i];
-      word[i + step] = upper ? word[i + step] : received;
-    }
-  }
+  exchange(word[0], word[1], 1);
+  exchange(word[2], word[3], 1);
+  exchange(word[0], word[2], 2);
+  exchange(word[1], word[3], 2);
 }
 
 // Operand A has 16 rows, operand B comes for two fragments of C at once.
@@ -50,7 +56,7 @@ template <class E>
 struct Compute16 {
   using Element = E;
   using Scalar = float;
-  static constexpr int kDepth = 16, kUnrolledSteps = 16;
+  static constexpr int kDepth = 16, kUnrolledSteps = 8;
   struct A {
     uint32_t pair[4];
   };

@@ -52,7 +52,8 @@ class Forward {
         q_(q),
         part_(part),
         row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows),
-        exponential_(exponential_of<kMode, T>(p)) {}
+        exponential_(exponential_of<kMode, T>(p)),
+        dropout_(dropout_by<kMode>(p)) {}
 
   ATTENTION_DEVICE void mainloop(void* workspace) {
     const TileSet<QueryTile, 1> query(shared_memory());
@@ -98,10 +99,8 @@ class Forward {
     ATTENTION_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
       if (block.changes_scores()) {
-        for_each_number<kKeyTiles>([&](int n, int i) {
-          T& s = score.tile[m][n].number[i];
-          s = block.score(s, block.query(m, n, i), block.key(m, n, i)).score;
-        });
+        const auto changed = block.scores(score.tile[m], m).score;
+        for_each_number<kKeyTiles>([&](int n, int i) { score.tile[m][n].number[i] = changed.number[4 * n + i]; });
       }
       T rescale[2];
       any |= softmax_rows(score.tile[m], exponential_, rows_[m], rescale);
@@ -116,9 +115,8 @@ class Forward {
   }
 
   ATTENTION_DEVICE void drop(const ScoreBlock<T, kMode>& block, Scores& weight) {
-    const Dropout dropout = dropout_of(p_);
-    if (!dropout.present) return;
-    for_each_kept<kRowTiles, kKeyTiles>(block, dropout, [&](int m, int n, int i, bool kept) {
+    if (!dropout_.present) return;
+    for_each_kept<kRowTiles, kKeyTiles>(block, dropout_, [&](int m, int n, int i, bool kept) {
       if (!kept) weight.tile[m][n].number[i] = T(0);
     });
   }
@@ -165,6 +163,7 @@ class Forward {
   const int part_;
   const int row_;  // of the tile, the warp's first
   const Exponential<T> exponential_;
+  const Dropout dropout_;
   Sums sums_;
   RowState<T> rows_[kRowTiles];
 };

@@ -124,17 +124,18 @@ class GradientBlock {
   }
 
   // rows(n, i) gives RowNumbers, and each(n, i, x) receives every gradient of a score. Where a weight is 0 so is its
-  // gradient, whatever hidden values hold. False where all gradients of this lane are 0 in a block that hides some keys.
+  // gradient, whatever hidden values hold. False where all gradients of this lane are 0 in a block that hides some
+  // keys.
   template <class RowOf, class Each>
   ATTENTION_DEVICE bool differentiate(const ProblemOf<kOrder>& p, const Block& block, const Dropout& dropout,
                                       RowOf&& rows, Each&& each) {
-    if (kMode != ScoreMode::kAll && block.partial) hide(block);
+    const auto scores = block.scores(weight.tile[0]);
+    if (kMode != ScoreMode::kAll && block.partial) hide(scores.score);
     const auto kept_scale = static_cast<T>(dropout.kept_scale);
     for_each_kept<1, kTiles>(block, dropout, [&](int, int n, int i, bool kept) {
       T &w = weight.tile[0][n].number[i], &g = grad.tile[0][n].number[i];
       const RowNumbers<T, kOrder> row = rows(n, i);
-      ModifiedScore<NumberOps<T>> score{w, T(1), T(0)};
-      if constexpr (kMode == ScoreMode::kAll) score = block.score(w, block.query(0, n, i), block.key(0, n, i));
+      const auto score = score_at(scores, n, i);
       const T prob = weight_of<kMode>(score.score, block.exp_scale(), row.logsumexp);
       const bool hidden = (kMode == ScoreMode::kAll || kSecond) && prob == T(0);
       const T centred = (kept ? g * kept_scale : T(0)) - row.delta;
@@ -157,12 +158,11 @@ class GradientBlock {
     return !block.changes_scores() || any_gradient();
   }
 
-  // Masks by position alone: the scores of hidden keys, and what they would have to do with gradients.
-  ATTENTION_DEVICE void hide(const Block& block) {
+  // Hidden keys have nothing to do with gradients.
+  ATTENTION_DEVICE void hide(const typename VectorOps<T, kTiles>::V& score) {
     for_each_number<kTiles>([&](int n, int i) {
-      T &w = weight.tile[0][n].number[i], &g = grad.tile[0][n].number[i];
-      w = block.score(w, block.query(0, n, i), block.key(0, n, i)).score;
-      g = w == -infinity<T>() ? T(0) : g;
+      T& g = grad.tile[0][n].number[i];
+      g = score.number[4 * n + i] == -infinity<T>() ? T(0) : g;
     });
   }
 
@@ -184,12 +184,6 @@ class GradientBlock {
     }
   }
 };
-
-template <ScoreMode kMode>
-ATTENTION_DEVICE Dropout dropout_by(const AttentionProblem& p) {
-  if constexpr (kMode == ScoreMode::kAll) return dropout_of(p);
-  return {};
-}
 
 }  // namespace
 }  // namespace attention_ext

@@ -81,10 +81,11 @@ class Jvp {
   ATTENTION_DEVICE bool differentiate(const ScoreBlock<T, kMode>& block, Scores& weight, Scores& dot_tangent) {
     bool any = false;
     T means[2] = {};
+    const auto scores = block.scores(weight.tile[0]);
     for_each_kept<1, kTiles>(block, dropout_, [&](int, int n, int i, bool kept) {
       T &w = weight.tile[0][n].number[i], &t = dot_tangent.tile[0][n].number[i];
       const int q = block.query(0, n, i), k = block.key(0, n, i);
-      const auto score = block.score(w, q, k);
+      const auto score = score_at(scores, n, i);
       const T prob = weight_of<kMode>(score.score, block.exp_scale(), logsumexp_[i / 2]);
       const T product = prob == T(0) ? T(0) : prob * score_tangent(p_, p_.tangent, block, score, t, q, k).score;
       means[i / 2] += product;

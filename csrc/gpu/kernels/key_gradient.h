@@ -16,12 +16,14 @@ class KeyGradient {
   using E = typename C::Element;
   using Shape = GradientShape<C, kDim, kOrder>;
   static constexpr bool kOfKey = kResult != KeyResult::kValue, kOfValue = kResult != KeyResult::kKey;
-  static constexpr int kKeys = Shape::kWarps * kFragmentRows, kColumns = Shape::kKeyColumns, kTiles = kColumns / kFragmentColumns;
+  static constexpr int kKeys = Shape::kWarps * kFragmentRows, kColumns = Shape::kKeyColumns,
+                       kTiles = kColumns / kFragmentColumns;
   using KeyTile = SharedTile<E, kKeys, kDim>;
   using KeyTiles = TileSet<KeyTile, kKeySources<kOrder>>;
   using QueryTile = SharedTile<E, Shape::kRows, kDim>;
   using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
-  using OwnKeys = OwnRows<C, KeyTile, kKeySources<kOrder>, Shape::kHoldsOwn>;
+  static constexpr bool kHoldsOwn = Shape::kHoldsOwn && (kMode == ScoreMode::kMask || kDim < 128);  // by registers
+  using OwnKeys = OwnRows<C, KeyTile, kKeySources<kOrder>, kHoldsOwn>;
   using QueryNumbers = StreamedNumbers<T, kOrder, Shape::kRows, Shape::kStages>;
   using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
 

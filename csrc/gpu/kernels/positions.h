@@ -3,7 +3,8 @@
 
 #include "core/philox.h"
 #include "core/score_mods.h"
-#include "gpu/kernels/products.h"
+#include "gpu/kernels/mask_numbers.h"
+#include "gpu/kernels/vectors.h"
 
 namespace attention_ext {
 namespace {
@@ -20,14 +21,16 @@ struct NumberOps {
   ATTENTION_DEVICE static T select(bool mask, T a, T b) { return mask ? a : b; }
 };
 
-template <class T>
-ATTENTION_DEVICE constexpr T infinity() {
-  return static_cast<T>(__builtin_inf());
-}
-
 // Kernels are compiled for two modes: masks by position at most, or everything, dropout included.
 inline ScoreMode score_mode_of(const AttentionProblem& p) {
   return score_mods_of(p).folds_scale_into_exp() && p.dropout_p == 0 ? ScoreMode::kMask : ScoreMode::kAll;
+}
+
+// Of number i of fragment n.
+template <class T, int kTiles>
+ATTENTION_DEVICE ModifiedScore<NumberOps<T>> score_at(const ModifiedScore<VectorOps<T, kTiles>>& scores, int n, int i) {
+  return {scores.score.number[4 * n + i], scores.softcap_grad.number[4 * n + i],
+          scores.softcap_grad2.number[4 * n + i]};
 }
 
 // One head of one sequence.
@@ -47,27 +50,15 @@ struct Head {
         length_k(static_cast<int>(sequence.length_k)) {}
 };
 
-// The first query and key of a warp's block of scores, within the sequence.
+// The first query and key of a warp's block of scores, within the sequence; the key begins an octet.
 struct Corner {
   int q, k;
 };
 
-// A number of attn_mask, of the problem's own precision or narrower, as it is added to a score.
-template <class T>
-ATTENTION_DEVICE T read_mask(const View& view, int64_t at) {
-  if (view.dtype == DType::kBool) return static_cast<const bool*>(view.data)[at] ? T(0) : -infinity<T>();
-  if constexpr (sizeof(T) == 8) {
-    return static_cast<const double*>(view.data)[at];
-  } else {
-    if (view.dtype == DType::kBFloat16) return widen(static_cast<const BFloat16*>(view.data)[at]);
-    if (view.dtype == DType::kFloat16) return widen(static_cast<const Half*>(view.data)[at]);
-    return static_cast<const float*>(view.data)[at];
-  }
-}
-
 // A block of scores, 16 kRowTiles rows by 8 kTiles columns. Rows are queries, or keys where kTransposed.
 template <class T, ScoreMode kMode, bool kTransposed = false>
 struct ScoreBlock {
+  static constexpr bool kIsTransposed = kTransposed;
   const AttentionProblem& p;
   const Head& head;
   Corner corner;
@@ -76,38 +67,41 @@ struct ScoreBlock {
   ATTENTION_DEVICE int query(int m, int n, int i) const { return corner.q + (kTransposed ? column(n, i) : row(m, i)); }
   ATTENTION_DEVICE int key(int m, int n, int i) const { return corner.k + (kTransposed ? row(m, i) : column(n, i)); }
 
-  // Corners lie at whole octets of keys.
-  ATTENTION_DEVICE int octet(int m, int n, int i) const {
-    return corner.k / kKeysPerPhilox + (kTransposed ? m * kFragmentRows / kKeysPerPhilox + i / 2 : n);
-  }
-
-  ATTENTION_DEVICE Position<NumberOps<T>> at(int q, int k) const {
-    const auto distance = static_cast<T>(k - q - head.diagonal);
-    return {distance, kMode == ScoreMode::kAll && head.mods.reads_bias() ? number_of(p.attn_mask, q, k) : T(0)};
-  }
-
-  ATTENTION_DEVICE bool outside(int k) const { return k >= head.length_k; }
+  ATTENTION_DEVICE Position<NumberOps<T>> at(int q, int k) const { return {distance(q, k), T(0)}; }
 
   // From a view that is broadcast like attn_mask; lanes past the end repeat the last row and column.
   ATTENTION_DEVICE T number_of(const View& view, int q, int k) const {
     const int64_t row = minimum(q, head.length_q - 1), column = minimum(k, head.length_k - 1);
-    return read_mask<T>(view, head.sequence.batch * view.stride_b + head.head * view.stride_h + row * view.stride_row +
-                                  column * view.stride_col);
+    return read_mask<T>(view, offset_of(view) + row * view.stride_row + column * view.stride_col);
   }
 
   ATTENTION_DEVICE bool changes_scores() const { return kMode == ScoreMode::kAll || partial; }
 
-  // dot becomes the score, -inf where the key is hidden. With ScoreMode::kMask the scale is folded into the
-  // exponential.
-  ATTENTION_DEVICE ModifiedScore<NumberOps<T>> score(T dot, int q, int k) const {
-    using Ops = NumberOps<T>;
-    ModifiedScore<Ops> modified{dot, T(1), T(0)};
+  // Dot products of 16 rows become scores, -inf where the key is hidden. With ScoreMode::kMask the scale is folded into
+  // the exponential.
+  template <int kTiles>
+  ATTENTION_DEVICE ModifiedScore<VectorOps<T, kTiles>> scores(const Fragment<T> (&dots)[kTiles], int m = 0) const {
+    using Ops = VectorOps<T, kTiles>;
+    const auto dot = Ops::of([&](int n, int i) { return dots[n].number[i]; });
+    ModifiedScore<Ops> modified{dot, Ops::splat(1.0), Ops::splat(0.0)};
+    if (!changes_scores()) return modified;
+    Position<Ops> position{Ops::splat(0.0), Ops::splat(0.0)};
+    if (partial || (kMode == ScoreMode::kAll && head.mods.has_slope())) {
+      position.distance = Ops::of([&](int n, int i) { return distance(query(m, n, i), key(m, n, i)); });
+    }
     if constexpr (kMode == ScoreMode::kAll) {
-      const auto position = at(q, k);
+      if (head.mods.reads_bias()) {
+        for_each_mask_number<T, kTiles>(p.attn_mask, mask_place(p.attn_mask, m),
+                                        [&](int n, int i, T x) { position.bias.number[4 * n + i] = x; });
+      }
       modified = head.mods.score_mod<Ops>(dot, position);
-      modified.score = outside(k) ? -infinity<T>() : head.mods.masked<Ops>(modified.score, position);
+      modified.score = head.mods.masked<Ops>(modified.score, position, partial);
     } else {
-      modified.score = outside(k) ? -infinity<T>() : head.mods.masks.masked<Ops>(dot, at(q, k));
+      modified.score = head.mods.masks.masked<Ops>(dot, position);
+    }
+    if (partial) {
+      const auto inside = Ops::Mask::of([&](int i) { return key(m, i / 4, i % 4) < head.length_k; });
+      modified.score = Ops::select(inside, modified.score, Ops::splat(-__builtin_inf()));
     }
     return modified;
   }
@@ -116,6 +110,22 @@ struct ScoreBlock {
   ATTENTION_DEVICE T exp_scale() const { return kMode == ScoreMode::kAll ? T(1) : static_cast<T>(head.mods.scale); }
 
  private:
+  ATTENTION_DEVICE T distance(int q, int k) const { return static_cast<T>(k - q - head.diagonal); }
+
+  ATTENTION_DEVICE int64_t offset_of(const View& view) const {
+    return head.sequence.batch * view.stride_b + head.head * view.stride_h;
+  }
+  ATTENTION_DEVICE MaskPlace mask_place(const View& view, int m) const {
+    const int first = m * kFragmentRows;
+    if constexpr (kTransposed) {
+      return {offset_of(view), view.stride_col, view.stride_row, corner.k + first,
+              corner.q,        head.length_k,   head.length_q};
+    } else {
+      return {offset_of(view), view.stride_row, view.stride_col, corner.q + first,
+              corner.k,        head.length_q,   head.length_k};
+    }
+  }
+
   ATTENTION_DEVICE static int row(int m, int i) { return m * kFragmentRows + i / 2 * 8 + lane_group(); }
   ATTENTION_DEVICE static int column(int n, int i) { return n * kFragmentColumns + i % 2 + 2 * lane_member(); }
 };

@@ -94,7 +94,7 @@ class QueryGradient {
     if constexpr (kResult == QueryResult::kDelta) {
       for (int r = 0; r < 2; ++r) delta_sums_[r] += deltas[r];
     } else {
-      slope_sum_ += static_cast<double>(slopes);
+      if (kMode == ScoreMode::kAll && p_.grad_alibi_slopes) slope_sum_ += static_cast<double>(slopes);
       // Keys that are hidden from all these rows may hold anything.
       if (p_.grad_query && any_in_warp(any)) products.add_gradient(p_, sums_, keys, row);
     }

@@ -1,5 +1,5 @@
-// Rows of a tensor in shared memory, in chunks of 16 bytes. Within each row the chunks of every period of up to eight are
-// permuted, by an exclusive or with the row, so that eight rows of one column, or eight columns of one row, lie in
+// Rows of a tensor in shared memory, in chunks of 16 bytes. Within each row the chunks of every period of up to eight
+// are permuted, by an exclusive or with the row, so that eight rows of one column, or eight columns of one row, lie in
 // different banks.
 #pragma once
 
@@ -26,8 +26,9 @@ struct SharedTile {
     return data + (row * kChunks + chunk) * kChunk + column % kChunk;
   }
 
-  // The chunk at row + lane_row and column + lane_chunk chunks; row is a multiple of 8, column of two chunks, lane_row is
-  // below 16 and lane_chunk below 2. What a lane adds is the same all over the tile, so that most of this is constant.
+  // The chunk at row + lane_row and column + lane_chunk chunks; row is a multiple of 8, column of two chunks, lane_row
+  // is below 16 and lane_chunk below 2. What a lane adds is the same all over the tile, so that most of this is
+  // constant.
   ATTENTION_DEVICE SharedAddress chunk_at(int row, int lane_row, int column, int lane_chunk) const {
     const int own = lane_row * kRowBytes + (lane_chunk ^ permutation(lane_row)) * 16;
     const auto chunk = static_cast<SharedAddress>(column / kChunk);
@@ -75,7 +76,8 @@ ATTENTION_DEVICE int bytes_within(int columns, int column) {
   return maximum(0, minimum(columns - column, kChunk)) * static_cast<int>(sizeof(E));
 }
 
-// copy_rows where all rows are valid: a thread has a period's chunk of every kDown-th row, and steps from one to the next.
+// copy_rows where all rows are valid: a thread has a period's chunk of every kDown-th row, and steps from one to the
+// next.
 template <int kDown, class Tile, class E>
 ATTENTION_DEVICE void copy_whole_rows(const Tile& to, const Rows<E>& from, int first) {
   constexpr int kAcross = Tile::kPeriod, kPeriods = Tile::kChunks / kAcross, kStep = kAcross * Tile::kChunk;
@@ -89,7 +91,8 @@ ATTENTION_DEVICE void copy_whole_rows(const Tile& to, const Rows<E>& from, int f
   for (int r = 0; r < Tile::kRows; r += kDown) {
     ATTENTION_UNROLL
     for (int i = 0; i < kPeriods; ++i) {
-      copy_async(target + static_cast<SharedAddress>(r * Tile::kRowBytes + i * kAcross * 16), source + i * kStep, bytes[i]);
+      copy_async(target + static_cast<SharedAddress>(r * Tile::kRowBytes + i * kAcross * 16), source + i * kStep,
+                 bytes[i]);
     }
     source += kDown * from.stride_row;
   }

@@ -73,9 +73,10 @@ class Weights {
     multiply_rows<C>(score, TileRows<C, QueryTile>{queries.tile[0], row_}, keys.tile[0], 0);
     const ScoreBlock<T, kMode> block{p_, head, corner, is_partial(head, q_, {k_.begin, k_.begin + kKeys})};
     const LogsumexpRows<T> rows(p_, head, p_.logsumexp);
+    const auto scores = block.scores(score.tile[0]);
     for_each_kept<1, kTiles>(block, dropout_, [&](int, int n, int i, bool kept) {
       const int q = block.query(0, n, i);
-      const T dot = block.score(score.tile[0][n].number[i], q, block.key(0, n, i)).score;
+      const T dot = score_at(scores, n, i).score;
       if (kept) sums_.tile[0][n].number[i] += weight_of<kMode>(dot, block.exp_scale(), rows.row(q));
     });
     synchronize_block();

@@ -27,7 +27,13 @@ struct Pairs {
 
   ATTENTION_DEVICE ScoreBlock<T, ScoreMode::kAll> block() const { return {p, head, {0, 0}, true}; }
 
-  ATTENTION_DEVICE Score score(int q, int k) const { return block().score(dot<T>(query, q, key, k), q, k); }
+  ATTENTION_DEVICE Score score(int q, int k) const {
+    auto position = block().at(q, k);
+    if (head.mods.reads_bias()) position.bias = block().number_of(p.attn_mask, q, k);
+    Score modified = head.mods.score_mod<NumberOps<T>>(dot<T>(query, q, key, k), position);
+    modified.score = k < head.length_k ? head.mods.masked<NumberOps<T>>(modified.score, position) : -infinity<T>();
+    return modified;
+  }
 
   // The factor of dropout: 0, or kept_scale.
   ATTENTION_DEVICE T kept(int q, int k) const {
