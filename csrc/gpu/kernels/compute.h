@@ -107,7 +107,7 @@ template <class T, class Operand>
 struct ComputeWide {
   using Element = T;
   using Scalar = T;
-  static constexpr int kDepth = 8, kUnrolledSteps = 4;  // more would load more than registers hold
+  static constexpr int kDepth = 8, kUnrolledSteps = 4;
   struct A {
     Operand number[4];  // as in Fragment
   };

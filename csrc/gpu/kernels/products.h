@@ -63,11 +63,12 @@ struct HeldRows {
   ATTENTION_DEVICE const typename C::A& at(int m, int column) const { return rows[m][column / C::kDepth]; }
 };
 
-// c[m][n] += sum over columns of a[m][.] b[row_b + n][.]
+// c[m][n] += sum over columns of a[m][.] b[row_b + n][.]. Unrolled as a whole, long rows would load more than registers
+// hold.
 template <class C, int kRowTiles, int kTiles, class RowsA, class TileB>
 ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const RowsA& a, const TileB& b,
                                     int row_b) {
-  ATTENTION_UNROLL_BY(C::kUnrolledSteps)
+  ATTENTION_UNROLL_BY(RowsA::kColumns / C::kDepth <= C::kUnrolledSteps ? C::kUnrolledSteps : 4)
   for (int depth = 0; depth < RowsA::kColumns; depth += C::kDepth) {
     typename C::A rows[kRowTiles];
     ATTENTION_UNROLL
