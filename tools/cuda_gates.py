@@ -92,10 +92,8 @@ class Loop:
 
 
 def read_loops() -> list[Loop]:
-    return [
-        Loop(**{name: tuple(x) if isinstance(x, list) else x for name, x in loop.items()})
-        for loop in json.loads(LOOPS.read_text())
-    ]
+    lists = ("counted", "absent")
+    return [Loop(**x | {name: tuple(x.get(name, ())) for name in lists}) for x in json.loads(LOOPS.read_text())]
 
 
 def measure(disassembler: str | None, cubin: Path, loops: list[Loop]) -> dict[Loop, sass.Cost | None]:
