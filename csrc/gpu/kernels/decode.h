@@ -110,11 +110,13 @@ class Decode {
     score.clear();
     multiply_rows<C>(score, TileRows<C, QueryTile>{query, 0}, tiles.tile[0], row);
     if (blocks[0].changes_scores()) {
-      for_each_number<kKeyTiles>([&](int n, int i) {
-        T& s = score.tile[0][n].number[i];
-        const Block& block = blocks[i / 2];
-        s = block.score(s, block.query(0, n, i), block.key(0, n, i)).score;
-      });
+      ATTENTION_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const auto changed = blocks[r].scores(score.tile[0]).score;
+        for_each_number<kKeyTiles>([&](int n, int i) {
+          if (i / 2 == r) score.tile[0][n].number[i] = changed.number[4 * n + i];
+        });
+      }
     }
     T rescale[2];
     const bool any = softmax_rows(score.tile[0], exponential_, rows_, rescale);

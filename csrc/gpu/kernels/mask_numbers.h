@@ -41,8 +41,8 @@ struct MaskPlace {
   int row, column, end_row, end_column;
 };
 
-// The numbers of a lane, f(n, i, number); lanes past the ends repeat the last row and column. Neighbours in memory are
-// read as pairs.
+// The numbers of a lane, f(n, i, number); lanes beyond the ends repeat the first or last row or the last column.
+// Neighbours in memory are read as pairs.
 template <class T, int kTiles, class F>
 ATTENTION_DEVICE void for_each_mask_number(const View& view, const MaskPlace& at, F&& f) {
   with_mask_type<T>(view.dtype, [&]<class E>(E) {
@@ -52,7 +52,7 @@ ATTENTION_DEVICE void for_each_mask_number(const View& view, const MaskPlace& at
     const E* rows[2];
     ATTENTION_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int row = minimum(at.row + r * 8 + lane_group(), at.end_row - 1);
+      const int row = maximum(0, minimum(at.row + r * 8 + lane_group(), at.end_row - 1));
       rows[r] = static_cast<const E*>(view.data) + at.offset + row * at.stride_row;
     }
     const int first = at.column + 2 * lane_member();
