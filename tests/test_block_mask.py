@@ -72,6 +72,8 @@ def test_builders_agree_with_torch(mod: str, shape: tuple[Any, ...], block_size:
     expected = create_mask(mask_mod, batch, heads, lengths[0], lengths[1], device="cpu")
     made = SparseMask.from_mask_mod(mask_mod, batch, heads, lengths[0], lengths[1], BLOCK_SIZE=block_size)
     assert torch.equal(made.to_dense(*lengths), expected)
+    rows = slice(lengths[0] // 3, lengths[0] - lengths[0] // 4)
+    assert torch.equal(made.rows_to_dense(rows.start, rows.stop, lengths[1]), expected[:, :, rows])
     of_dense = SparseMask.from_dense(expected, block_size)
     assert all(torch.equal(x, y) for x, y in zip(made, of_dense, strict=True))
     for other_size in (block_size, (32, 20)):  # 20 keys become 40

@@ -135,12 +135,20 @@ class SparseMask(NamedTuple):
 
     def to_dense(self, seqlen_q: int, seqlen_k: int) -> Tensor:
         """As a bool tensor ``(B or 1, H or 1, seqlen_q, seqlen_k)``, True where a key is seen."""
+        return self.rows_to_dense(0, seqlen_q, seqlen_k)
+
+    def rows_to_dense(self, begin: int, end: int, seqlen_k: int) -> Tensor:
+        """The same of the queries from `begin` to `end` alone."""
+        block_q = self.block_size[0]
+        first = begin // block_q
         partial = (self.bits.unsqueeze(-1) >> _byte(self.bits)).bitwise_and(1).bool().flatten(2)
         both = partial.new_tensor([True, False]).view(2, 1, 1).expand(2, *partial.shape[1:])
         last = partial.shape[0]
-        index = torch.where(self.blocks == FULL, last, torch.where(self.blocks == EMPTY, last + 1, self.blocks))
+        blocks = self.blocks[:, :, first : _ceil_div(end, block_q)]
+        index = torch.where(blocks == FULL, last, torch.where(blocks == EMPTY, last + 1, blocks))
         dense = torch.cat([partial, both])[index.long()]  # (B, H, query blocks, key blocks, block_q, block_k)
-        return dense.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, :seqlen_q, :seqlen_k]
+        rows = slice(begin - first * block_q, end - first * block_q)
+        return dense.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, rows, :seqlen_k]
 
 
 def _build(

@@ -112,7 +112,7 @@ def second_order(
     for rows in _blocks(inputs[0], inputs[1]):
         visible = None
         if mask is not None:
-            visible = mask.to_dense(inputs[0].shape[2], inputs[1].shape[2])[:, :, rows]
+            visible = mask.rows_to_dense(rows.start, rows.stop, inputs[1].shape[2])
         leaves = [inputs[0][:, :, rows], *inputs[1:]]
         leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
         given = [x[:, :, rows].detach().requires_grad_() for x in grads]
