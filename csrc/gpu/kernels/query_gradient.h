@@ -94,7 +94,7 @@ class QueryGradient {
     if constexpr (kResult == QueryResult::kDelta) {
       for (int r = 0; r < 2; ++r) delta_sums_[r] += deltas[r];
     } else {
-      if (kMode == ScoreMode::kAll && p_.grad_alibi_slopes) slope_sum_ += static_cast<double>(slopes);
+      if (kMode == ScoreMode::kAll && p_.grad_alibi_slopes) slope_sum_.add(slopes);
       // Keys that are hidden from all these rows may hold anything.
       if (p_.grad_query && any_in_warp(any)) products.add_gradient(p_, sums_, keys, row);
     }
@@ -113,7 +113,7 @@ class QueryGradient {
         const T factor[2] = {static_cast<T>(p_.scale), static_cast<T>(p_.scale)};
         store_rows(head_rows<E>(head_, p_.grad_query, p_.head_dim), q_.begin + row_, q_.end, sums_.tile[0], factor);
       }
-      if (p_.grad_alibi_slopes) sum_block<kThreads>(slope_sum_, memory_.slope_sums + block_index());
+      if (p_.grad_alibi_slopes) sum_block<kThreads>(slope_sum_.total(), memory_.slope_sums + block_index());
     }
   }
 
@@ -126,7 +126,7 @@ class QueryGradient {
   RowNumbers<T, kOrder> rows_[2];
   Sums sums_;
   T delta_sums_[2] = {};
-  double slope_sum_ = 0;
+  LongSum<T> slope_sum_;
 };
 
 }  // namespace
