@@ -158,11 +158,13 @@ def _derivative_cases() -> list[Case]:
 def _flex_cases() -> list[Case]:
     cases = []
     for dtype in (FLOAT32, BFLOAT16):
-        sizes: dict[str, Any] = {"group": "flex", "dtype": dtype, "passes": ("forward",)}
+        sizes: dict[str, Any] = {"group": "flex", "dtype": dtype, "heads": 4, "length_q": 2048, "passes": ("forward",)}
         cases += [
-            Case("H8 L1024 d64", **sizes),
-            Case("H8 L1024 d64 causal", is_causal=True, **sizes),
-            Case("H4 L2048 d64 window 256", heads=4, length_q=2048, is_causal=True, window=(255, 0), **sizes),
+            Case("H4 L2048 d64", **sizes),
+            Case("H4 L2048 d64 causal", is_causal=True, **sizes),
+            Case("H4 L2048 d64 window 256", is_causal=True, window=(255, 0), **sizes),
+            Case("H4 documents 1024 512 256 128 64 64", packed=(1024, 512, 256, 128, 64, 64), is_causal=True, **sizes),
+            Case("H4 L2048 d64 ALiBi", alibi=True, **sizes),
         ]
     return cases
 

@@ -82,7 +82,7 @@ def _build(case: Case, generator: torch.Generator) -> Ways:
     }
     if case.block_mask:
         return _block_mask(case, inputs, options)
-    if case.packed:
+    if case.packed and case.group != "flex":
         return Ways(inputs, _packed(case, options), {"sdpa per sequence": _per_sequence(case)})
 
     def ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = fixed_mask) -> Tensor:
@@ -93,18 +93,13 @@ def _build(case: Case, generator: torch.Generator) -> Ways:
     if "double_backward" in case.passes:
         return Ways(inputs, ours, {"sdpa, math": _differentiable_twice(case)})
     if case.group in ("flex", "gpu_flex"):
-        return Ways(inputs, ours, {"flex_attention": _flex(case, inputs)})
+        return _flex(case, inputs, options, ours)
     return Ways(inputs, ours, _theirs(case, fixed_mask, options))
 
 
 def _block_mask(case: Case, inputs: list[Tensor], options: dict[str, Any]) -> Ways:
     """Against the arguments that say the same."""
-    document = torch.arange(len(case.packed)).repeat_interleave(torch.tensor(case.packed, dtype=torch.long))
-
-    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document[query] == document[key]) if case.packed else query >= key
-
-    mask = attention_ext.SparseMask.from_mask_mod(is_visible, None, None, case.length_q, case.length_k)
+    mask = attention_ext.SparseMask.from_mask_mod(_mask_mod(case), None, None, case.length_q, case.length_k)
     others = {**options, "is_causal": False}
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -115,6 +110,19 @@ def _block_mask(case: Case, inputs: list[Tensor], options: dict[str, Any]) -> Wa
 
     theirs = {"attention_varlen": _packed(case, options)} if case.packed else {"is_causal": causal}
     return Ways(inputs, ours, theirs)
+
+
+def _mask_mod(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Of a causal case."""
+    document = torch.arange(len(case.packed)).repeat_interleave(torch.tensor(case.packed, dtype=torch.long))
+    left = case.window and case.window[0]
+    window_left = case.length_q if left is None else left
+
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (query >= key) & (query - key <= window_left)
+        return seen & (document[query] == document[key]) if case.packed else seen
+
+    return is_visible
 
 
 def _packed(case: Case, options: dict[str, Any]) -> Way:
@@ -146,27 +154,32 @@ def _differentiable_twice(case: Case) -> Way:
     return way
 
 
-def _flex(case: Case, inputs: list[Tensor]) -> Way:
-    """On CPUs it supports inference only, and is compiled here; on GPUs by the first call of a pass."""
+def _flex(case: Case, inputs: list[Tensor], options: dict[str, Any], by_arguments: Way) -> Ways:
+    """On CPUs both take the same functions; torch's serves inference only, and is compiled here. On GPUs ours takes
+    arguments, and torch's is compiled by the first call of a pass."""
     device = inputs[0].device.type
-    left = case.window and case.window[0]
-    window_left = case.length_q if left is None else left
+    score_mod = block_mask = None
+    if case.alibi:
+        slopes = options["alibi_slopes"]
 
-    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key <= window_left)
+        def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score - slopes[head] * (query - key).abs()
 
-    block_mask = None
     if case.is_causal:
-        block_mask = create_block_mask(is_visible, None, None, case.length_q, case.length_k, device=device)
+        block_mask = create_block_mask(_mask_mod(case), None, None, case.length_q, case.length_k, device=device)
     compiled = torch.compile(flex_attention)
 
-    def way(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return compiled(query, key, value, block_mask=block_mask)
+    def theirs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return compiled(query, key, value, score_mod, block_mask)
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = attention_ext.flex_attention(query, key, value, score_mod, block_mask)
+        return out
 
     if device == "cpu":
         with torch.no_grad():
-            way(*inputs)
-    return way
+            theirs(*inputs)
+    return Ways(inputs, ours if device == "cpu" else by_arguments, {"flex_attention": theirs})
 
 
 def _theirs(case: Case, fixed_mask: Tensor | None, options: dict[str, Any]) -> dict[str, Way]:

@@ -150,6 +150,13 @@ def test_tasks_are_learnt(tmp_path: Path, script: str, arguments: str, score: fl
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_ragged_tables_are_learnt_without_padding(tmp_path: Path, run_here: Run) -> None:
+    pytest.importorskip("matplotlib")
+    text = run_here("ragged.py", "--steps", 60, "--examples", 8, "--assert-score", 0.5, "--out", tmp_path)
+    assert float(text.split("relative difference between the losses: ")[1].split()[0]) < 1e-5
+    assert (tmp_path / "ragged.png").read_bytes().startswith(b"\x89PNG")
+
+
 def cells(text: str) -> dict[str, list[str]]:
     """The rows of the tables in the output of an example, by their first cell."""
     rows = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines())

@@ -78,6 +78,7 @@ class Call {
 
   std::vector<Tensor> gradients(const std::vector<Tensor>& captured) const {
     std::vector<Tensor> results;
+    results.reserve(captured.size());
     for (size_t i = 0; i < captured.size(); ++i) {
       results.push_back(grads_[i].defined() ? grads_[i].sum(0).view(captured[i].sizes()).to(captured[i].scalar_type())
                                             : at::empty({0}, captured[i].options()));
@@ -154,6 +155,7 @@ Gradients backward_meta(const Tensor& grad_out, const std::optional<Tensor>& gra
     return empty_heads(x, x.sym_size(0), x.sym_size(1), x.sym_size(2), x.sym_size(3));
   };
   std::vector<Tensor> of_captured;
+  of_captured.reserve(captured.size());
   for (size_t i = 0; i < captured.size(); ++i) {
     of_captured.push_back(i < wanted.size() && wanted.get(i)
                               ? at::empty_symint(captured[i].sym_sizes(), captured[i].options())
