@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "benchmarks"
-FLAGS = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'attention_ext' / 'include'}"]
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", *INCLUDES]
 
 
 @functools.cache

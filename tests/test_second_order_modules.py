@@ -113,7 +113,7 @@ def oracle(keep: Tensor | None = None) -> Iterator[None]:
 
     class Operators:
         @staticmethod
-        def attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor, None]:
+        def attention(*args: Any, rng_state: None, **options: Any) -> tuple[Tensor, Tensor, None]:
             return *result(*args, **options)[:2], None
 
         @staticmethod

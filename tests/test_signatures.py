@@ -91,7 +91,7 @@ def test_distributed() -> None:
     from attention_ext import distributed
 
     own = ("ring_group", "ulysses_group", "balanced")
-    expected = without(python_options(), "query_offset", "key_offset")
+    expected = without(python_options(), "query_offset", "key_offset", "block_mask")
     assert without(signature(distributed.attention), *own) == expected
 
 

@@ -30,15 +30,22 @@ struct Vector {
     return of([&](int i) { return a.number[i] * b.number[i]; });
   }
   using Flags = Vector<bool, kCount>;
+  ATTENTION_DEVICE friend Flags operator<(const Vector& a, const Vector& b) {
+    return Flags::of([&](int i) { return a.number[i] < b.number[i]; });
+  }
   ATTENTION_DEVICE friend Flags operator<=(const Vector& a, const Vector& b) {
     return Flags::of([&](int i) { return a.number[i] <= b.number[i]; });
   }
+  ATTENTION_DEVICE friend Flags operator>(const Vector& a, const Vector& b) { return b < a; }
   ATTENTION_DEVICE friend Flags operator>=(const Vector& a, const Vector& b) { return b <= a; }
   ATTENTION_DEVICE friend Flags operator!=(const Vector& a, const Vector& b) {
     return Flags::of([&](int i) { return a.number[i] != b.number[i]; });
   }
   ATTENTION_DEVICE friend Vector operator&(const Vector& a, const Vector& b) {
     return of([&](int i) { return a.number[i] && b.number[i]; });
+  }
+  ATTENTION_DEVICE friend Vector operator|(const Vector& a, const Vector& b) {
+    return of([&](int i) { return a.number[i] || b.number[i]; });
   }
 };
 
