@@ -107,7 +107,7 @@ def attention(
 
     Source: "Attention Is All You Need" (arXiv:1706.03762); online softmax as in "FlashAttention" (arXiv:2205.14135).
     """
-    blocks, bits = block_mask_tensors(block_mask)
+    blocks, bits = (None, None) if block_mask is None else block_mask_tensors(block_mask)
     # Dynamo answers that a nested tensor has no torch function.
     if type(query) is NestedTensor or has_torch_function_variadic(
         query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, blocks, bits

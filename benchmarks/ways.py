@@ -167,6 +167,7 @@ def _flex(case: Case, inputs: list[Tensor], options: dict[str, Any], by_argument
 
     if case.is_causal:
         block_mask = create_block_mask(_mask_mod(case), None, None, case.length_q, case.length_k, device=device)
+    torch.compiler.reset()  # after eight variants of a function torch would run further ones without compiling
     compiled = torch.compile(flex_attention)
 
     def theirs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
