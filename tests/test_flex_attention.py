@@ -61,6 +61,18 @@ def prefix(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return k < 20
 
 
+def dilated_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return ((q - k).abs() <= 16) & ((q - k) % 4 == 0)
+
+
+WIDTH = 8  # of the image whose pixels the positions are
+
+
+def neighbourhood(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Of 5 x 5 pixels, as in NATTEN (arXiv:2204.07143)."""
+    return ((q // WIDTH - k // WIDTH).abs() <= 2) & ((q % WIDTH - k % WIDTH).abs() <= 2)
+
+
 MASKS: dict[str, Callable[..., Tensor]] = {
     "none": noop_mask,
     "causal": causal,
@@ -69,6 +81,8 @@ MASKS: dict[str, Callable[..., Tensor]] = {
     "documents": and_masks(causal, documents),
     "padded": padded,
     "by_head": by_head,
+    "dilated_window": dilated_window,
+    "neighbourhood": neighbourhood,
 }
 
 
