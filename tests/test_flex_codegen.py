@@ -161,3 +161,19 @@ def test_a_function_is_traced_again_only_where_it_sees_something_else(monkeypatc
     for _ in range(2):
         traced(by_attribute, torch.float32)
     assert len(calls) == 7
+
+
+def test_captured_arrays_and_signed_zeros_are_told_apart() -> None:
+    def scaled(factor: Any) -> Any:
+        return lambda score, b, h, q, k: score * factor
+
+    array: Any = torch.arange(3.0).numpy()  # whose == is no bool
+
+    def by_array(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score * len(array)
+
+    score, *position = torch.tensor(2.0), *torch.zeros(4, dtype=torch.int)
+    read: Any = None
+    assert traced(by_array, torch.float32).run(score, position, read) == 6
+    signs = [traced(scaled(zero), torch.float32).run(score, position, read).signbit() for zero in (0.0, -0.0)]
+    assert signs == [False, True]

@@ -35,7 +35,7 @@ def traced(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> ScoreMod:
     except _UnknownError:
         with undisturbed():
             return trace(score_mod, dtype)
-    traces = _made.setdefault(score_mod.__code__, {})  # what is not a function is unknown
+    traces = _made.setdefault(score_mod.__code__, {})  # _seen_by refuses callables without code
     if seen in traces:
         references, made = traces[seen]
         captured = tuple(x() for x in references)
@@ -53,10 +53,10 @@ def _seen_by(value: Any, depth: int) -> Hashable:
     if isinstance(value, Tensor):
         return id(value), value.dtype, value.shape, value.requires_grad
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
-        return type(value), value
+        return type(value), repr(value)  # which tells 0.0 from -0.0
     if isinstance(value, ModuleType) and value in _MODULES:
         return id(value)
-    if isinstance(value, BuiltinFunctionType) or value in vars(builtins).values():
+    if isinstance(value, BuiltinFunctionType) or any(value is x for x in vars(builtins).values()):
         return id(value)
     if isinstance(value, FunctionType) and depth < 4:
         if value.__module__.partition(".")[0] == "torch":
