@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +135,38 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("accuracy: the largest error relative to its bound")
         for (dtype, output), (ratio, sample) in sorted(worst.items()):
             terminalreporter.line(f"{dtype:10} {output:20} {ratio:.2f}  {sample}")
+
+
+@pytest.fixture(scope="session")
+def emulated() -> dict[str, Any]:
+    """The emulated kernels, from a library of their own that is compiled once, in minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).resolve().parent.parent / "tools")
+        importlib.import_module("emulated").load()
+    return {row["name"]: row for row in _C.kernels() if row["isa"].startswith("emulated")}
+
+
+@pytest.fixture
+def emulate(emulated: dict[str, Any]) -> Iterator[Any]:
+    """Forces every pass onto its emulated kernel: of the tiled rows, or of those named, until the test ends.
+
+    Outputs and workspaces begin as NaN, so that what a kernel does not write fails.
+    """
+    torch.use_deterministic_algorithms(True)  # which fills torch.empty
+
+    def force(rows: str = "emulated_sm80") -> None:
+        for name, row in emulated.items():
+            if row["isa"] == rows:
+                _C.force_kernel(row["pass"], name)
+
+    yield force
+    torch.use_deterministic_algorithms(False)
+    for row in emulated.values():
+        _C.force_kernel(row["pass"], "")
+
+
+@pytest.fixture
+def split_keys() -> Iterator[Callable[[int], None]]:
+    """Sets the number of parts of the keys, which a CPU without multiprocessors would leave at one."""
+    yield _C.set_key_parts
+    _C.set_key_parts(0)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,41 +38,6 @@ SCHEDULES = ("ascending", "descending", "random")
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="GPU kernels are emulated on x86-64 only")
 
 
-@pytest.fixture(scope="session")
-def emulated() -> dict[str, Any]:
-    """The emulated kernels, from a library of their own that is compiled once, in minutes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(CSRC.parent / "tools")
-        importlib.import_module("emulated").load()
-    return {row["name"]: row for row in _C.kernels() if row["isa"].startswith("emulated")}
-
-
-@pytest.fixture
-def emulate(emulated: dict[str, Any]) -> Iterator[Any]:
-    """Forces every pass onto its emulated kernel: of the tiled rows, or of those named, until the test ends.
-
-    Outputs and workspaces begin as NaN, so that what a kernel does not write fails.
-    """
-    torch.use_deterministic_algorithms(True)  # which fills torch.empty
-
-    def force(rows: str = "emulated_sm80") -> None:
-        for name, row in emulated.items():
-            if row["isa"] == rows:
-                _C.force_kernel(row["pass"], name)
-
-    yield force
-    torch.use_deterministic_algorithms(False)
-    for row in emulated.values():
-        _C.force_kernel(row["pass"], "")
-
-
-@pytest.fixture
-def split_keys() -> Iterator[Callable[[int], None]]:
-    """Sets the number of parts of the keys, which a CPU without multiprocessors would leave at one."""
-    yield _C.set_key_parts
-    _C.set_key_parts(0)
-
-
 def without_keys(head_dims: tuple[int, int]) -> Spec:
     """The first tile of queries sees no key."""
     causal: dict[str, Any] = {"lengths": (100, 8), "causal": "bottom_right", "alibi": "heads"}
@@ -95,92 +59,6 @@ def test_forward(spec: Spec, dtype: torch.dtype, emulate: Any, check_accuracy: A
     emulate()
     rng_state = sample.call(operator)[2]
     check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator, backward=False))
-
-
-DECODE = [
-    Spec("one", lengths=(1, 600), head_dims=(128, 128), batch=1, heads=(2, 1)),
-    Spec("few", lengths=(3, 1100), head_dims=(16, 24), batch=1, heads=(6, 2)),
-    Spec("causal", lengths=(16, 600), head_dims=(32, 32), batch=1, causal="bottom_right", window=(530, None)),
-    Spec("lengths", lengths=(1, 1030), head_dims=(33, 8), key_lengths=(1025, 0), sinks="heads", heads=(3, 1)),
-    Spec("mods", lengths=(2, 700), head_dims=(8, 8), mask="float 1hqk inf", alibi="heads", softcap=3.0, dropout_p=0.2),
-    Spec(
-        "group", lengths=(3, 200), head_dims=(8, 8), heads=(10, 2), mask="float 1hqk inf", alibi="heads", sinks="heads"
-    ),
-    Spec("long", lengths=(16, 4096), head_dims=(16, 16), batch=1, heads=(4, 1)),
-    Spec("many_heads", lengths=(2, 70), head_dims=(64, 64), batch=1, heads=(19, 1), alibi="heads", dropout_p=0.2),
-    Spec("widest", lengths=(2, 300), head_dims=(193, 256), batch=1, heads=(3, 1), layout="offset"),
-    Spec(
-        "hidden", lengths=(9, 140), head_dims=(16, 16), batch=1, window=(3, 4), alignment="bottom_right", heads=(2, 1)
-    ),
-    Spec("without_keys", lengths=(16, 8), head_dims=(24, 16), batch=1, heads=(16, 1), causal="bottom_right"),
-]
-IN_PARTS = [
-    *(NAMED[name] for name in ("everything", "varlen", "varlen_causal", "varlen_bias", "key_lengths", "sinks")),
-    Spec("causal", lengths=(130, 300), head_dims=(64, 64), causal="bottom_right", heads=(2, 1), batch=1),
-    Spec("top_left", lengths=(130, 300), head_dims=(16, 24), causal="top_left", batch=1),
-    Spec("window", lengths=(130, 300), head_dims=(32, 32), window=(40, 3), batch=1, sinks="heads"),
-    Spec("mods", lengths=(40, 300), head_dims=(8, 8), mask="float 1hqk inf", alibi="heads", dropout_p=0.2, batch=1),
-    Spec("wide", lengths=(35, 270), head_dims=(256, 193), batch=1, heads=(1, 1)),
-    without_keys((24, 16)),
-]
-
-
-@pytest.mark.parametrize(
-    ("row", "spec", "parts"),
-    [
-        *(("decode", spec, parts) for spec, parts in itertools.product([*DECODE, *IN_PARTS[:5]], [1, 3])),
-        *(("forward", spec, parts) for spec, parts in itertools.product(IN_PARTS, [2, 5])),
-    ],
-    ids=lambda x: x.name if isinstance(x, Spec) else str(x),
-)
-def test_keys_in_parts(
-    row: str, spec: Spec, parts: int, dtype: torch.dtype, emulate: Any, split_keys: Any, check_accuracy: Any
-) -> None:
-    sample = spec.build(dtype, "small" if row == "decode" else "large")
-    emulate()
-    _C.force_kernel("forward", f"emulated_sm80/{row}")
-    split_keys(parts)
-    rng_state = sample.call(operator)[2]
-    check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator, backward=False))
-
-
-@pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_decoding_packed_sequences(
-    dtype: torch.dtype, parts: int, emulate: Any, split_keys: Any, check_accuracy: Any
-) -> None:
-    spec = Spec(
-        "packed", varlen=True, padding=3, lengths="more_keys", causal="bottom_right", heads=(6, 2), alibi="heads"
-    )
-    lengths = torch.tensor([(1, 40, 0, 2, 1, 1, 3, 0, 2), (2, 70, 4, 0, 0, 130, 64, 1, 2)], dtype=torch.int32)
-    cu_seqlens_q, cu_seqlens_k = torch.nn.functional.pad(lengths, (1, 0)).cumsum(1, dtype=torch.int32)
-    sample = spec.build(dtype, "large").replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    emulate()
-    _C.force_kernel("forward", "emulated_sm80/decode")
-    split_keys(parts)
-    check_accuracy(sample, evaluate(sample, operator, backward=False))
-
-
-@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan], ids=str)
-@pytest.mark.parametrize("name", ["query", "key", "value"])
-@pytest.mark.parametrize("row", ["decode", "forward"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_nonfinite_numbers_in_parts(
-    row: str, name: str, number: float, dtype: torch.dtype, emulate: Any, split_keys: Any
-) -> None:
-    sample = Spec("plain", lengths=(3, 300), head_dims=(16, 24), heads=(2, 1)).build(dtype)
-    x = getattr(sample, name).clone()
-    x[0, 0, 1, 5] = number
-    sample = sample.replace(**{name: x})
-    emulate()
-    _C.force_kernel("forward", f"emulated_sm80/{row}")
-    (out, logsumexp, _) = sample.call(operator)
-    split_keys(3)
-    (out_in_parts, logsumexp_in_parts, _) = sample.call(operator)
-    assert not out.isfinite().all()
-    tolerance = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(out_in_parts, out, rtol=tolerance, atol=tolerance, equal_nan=True)
-    torch.testing.assert_close(logsumexp_in_parts, logsumexp, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("spec", [*SINGLE, *HARD, *SIZES], ids=lambda x: x.name)
@@ -220,23 +98,6 @@ def test_empty_tf32(spec: Spec, emulate: Any) -> None:
     emulate("emulated_sm80_tf32")
     for name, x in evaluate(sample, operator).items():
         torch.testing.assert_close(x, expected[name], rtol=1e-2, atol=1e-2, msg=name)
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("row", ["decode", "forward"])
-@pytest.mark.parametrize(
-    "sizes",
-    [{"batch": 0}, {"heads": (0, 0)}, {"lengths": (0, 600)}, {"lengths": (3, 0)}, {"head_dims": (8, 0)}],
-    ids=str,
-)
-def test_empty_in_parts(
-    sizes: dict[str, Any], row: str, parts: int, emulate: Any, split_keys: Any, check_accuracy: Any
-) -> None:
-    sample = Spec("empty", **{"lengths": (3, 600), "head_dims": (8, 8), **sizes}).build(torch.float32)
-    emulate()
-    _C.force_kernel("forward", f"emulated_sm80/{row}")
-    split_keys(parts)
-    check_accuracy(sample, evaluate(sample, operator, backward=False))
 
 
 LONG_LENGTHS = (64, 128), (64, 512), (64, 2048), (64, 4096), (1024, 64)
@@ -349,74 +210,10 @@ def test_second_order_of_packed_sequences(name: str, kernel: str, emulate: Any) 
         torch.testing.assert_close(x, expected[output], rtol=1e-10, atol=1e-12, msg=output)
 
 
-@pytest.mark.parametrize("kernel", ["emulated_sm80", "emulated_simt"])
-@pytest.mark.parametrize("dim", [0, 1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_strides_beyond_two_to_the_31(dtype: torch.dtype, dim: int, kernel: str, emulate: Any, far_apart: Any) -> None:
-    spec = Spec("far", lengths=(17, 17), batch=2, heads=(2, 2), head_dims=(16, 16), grad_logsumexp=False)
-    near = spec.build(dtype).replace(scale=0.2)
-    near = near.replace(key=near.query, value=near.query, grad_out=near.query)
-    x = far_apart(near.query, dim)
-    emulate(kernel)
-
-    def outputs(sample: Sample) -> dict[str, torch.Tensor]:
-        tangents = {name: x.detach() for name, x in sample.inputs().items()}
-        return (
-            evaluate(sample, operator) | double_backward(sample, tangents, operator) | {"weights": weights_of(sample)}
-        )
-
-    actual, expected = outputs(near.replace(query=x, key=x, value=x, grad_out=x)), outputs(near)
-    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
-
-
 def weights_of(sample: Sample) -> torch.Tensor:
     _, logsumexp, rng_state = sample.call(operator)
     options = operator_options(sample.options)
     return torch.ops.attention_ext.attention_weights(sample.query, sample.key, logsumexp, rng_state, **options)
-
-
-@pytest.mark.parametrize(
-    ("row", "parts"),
-    [("sm80/decode", 1), ("sm80/decode", 2), ("sm80/forward", 2), ("sm80_tf32/forward", 1)],
-    ids=str,
-)
-@pytest.mark.parametrize("dim", [0, 1, 2, 3])
-def test_forward_beyond_two_to_the_31(
-    row: str, parts: int, dim: int, emulate: Any, split_keys: Any, far_apart: Any
-) -> None:
-    """The rows that the test above leaves out."""
-    near = Spec("far", lengths=(2, 530), heads=(2, 2), head_dims=(16, 16)).build(torch.float32)
-    far = {name: far_apart(x, dim) for name, x in near.inputs().items()}
-    emulate("emulated_sm80_tf32")
-    _C.force_kernel("forward", f"emulated_{row}")
-    split_keys(parts)
-    actual, expected = near.replace(**far).call(operator), near.call(operator)
-    assert all(torch.equal(x, y) for x, y in zip(actual[:2], expected[:2], strict=True))
-    if row.startswith("sm80_tf32"):
-        grads, expected_grads = evaluate(near.replace(**far), operator), evaluate(near, operator)
-        assert [name for name, x in grads.items() if not torch.equal(x, expected_grads[name])] == []
-
-
-MOST_ROWS = 2**30 - 1
-
-
-@pytest.mark.parametrize("rows", ["emulated_sm80", "emulated_sm80_tf32", "emulated_simt"])
-def test_longest_sequence(rows: str, emulate: Any) -> None:
-    """The last keys of the longest sequence, through a window, are those of a short one."""
-    band: dict[str, Any] = {"window": (40, 3), "alignment": "bottom_right", "alibi": "heads"}
-    short = Spec("short", lengths=(5, 70), head_dims=(8, 8), batch=1, heads=(1, 1), **band).build(torch.float32)
-    row = short.key[:, :, :1]  # one row for all keys: with a stride of 0 they take no memory
-    emulate(rows)
-
-    def outputs(keys: int) -> tuple[torch.Tensor, ...]:
-        query, key = short.query.clone().requires_grad_(), row.expand(1, 1, keys, 8)
-        out, logsumexp, _ = operator(query, key, key, **short.options)
-        return out.detach(), logsumexp.detach(), *torch.autograd.grad(out, query, short.grad_out)
-
-    short_keys = MOST_ROWS % 128 + 128  # the same place in a tile
-    assert all(torch.equal(x, y) for x, y in zip(outputs(MOST_ROWS), outputs(short_keys), strict=True))
-    with pytest.raises(NotImplementedError, match=r"serves sequences of up to 2\^30 - 1 queries and keys"):
-        outputs(MOST_ROWS + 1)
 
 
 @pytest.mark.parametrize("average_heads", [False, True])
