@@ -334,9 +334,16 @@ def test_key_and_value_broadcast_along_the_batch_of_a_mask() -> None:
 def test_a_block_mask_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = tensors()
     block_mask = mask_of("documents", query, key)
+    assert block_mask is not None
     first = flex_attention(query, key, value, None, block_mask)
     monkeypatch.setattr(SparseMask, "from_block_mask", None)
     torch.testing.assert_close(flex_attention(query, key, value, None, block_mask), first, rtol=0, atol=0)
+    monkeypatch.undo()
+    block_mask.mask_mod = and_masks(documents, causal, window)
+    narrower = flex_attention(query, key, value, None, block_mask)
+    expected = flex_attention(query, key, value, None, SparseMask.from_block_mask(block_mask))
+    torch.testing.assert_close(narrower, expected, rtol=0, atol=0)
+    assert not torch.equal(narrower, first)
 
 
 def test_dense_fallback_serves_what_cannot_be_compiled() -> None:

@@ -198,11 +198,11 @@ def _masks(block_mask: Any, query: Tensor, key: Tensor) -> tuple[SparseMask | No
             f"Expect q/k/v and block_mask to be on the same device but got {query.device} and "
             f"{block_mask.kv_num_blocks.device}."
         )
-    kept = getattr(block_mask, _KEPT, None)
-    if kept is not None:
+    of_mod, kept = getattr(block_mask, _KEPT, (None, None))
+    if kept is not None and of_mod is block_mask.mask_mod:
         return kept, None
     if torch.compiler.is_dynamo_compiling():
         return SparseMask.of_shown_blocks(block_mask), block_mask.mask_mod
     kept = SparseMask.from_block_mask(block_mask)
-    setattr(block_mask, _KEPT, kept)
+    setattr(block_mask, _KEPT, (block_mask.mask_mod, kept))
     return kept, None
