@@ -83,7 +83,7 @@ def check(wrapper: str, block: dict[str, Any], compiler: str | None = None, reen
     expected = trained(one := Model(), one, None)
     model: nn.Module = Model(reentrant)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    if reentrant is not None:  # what is computed again contains the blocks
+    if reentrant is not None:  # the checkpointed part contains the blocks
         style = ContextParallel(ulysses="ulysses_group" in block)
         parallelize_module(model, mesh, {"block.attention": style, "block.layer.self_attn": style})
     call: Any = model

@@ -17,7 +17,7 @@ FLAGS = ["-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", f"-I{R
 DEFAULT_CHIPS = ["sm_80", "sm_90a"]
 FOR_LATER_CHIPS = ["-gencode=arch=compute_80,code=compute_80"]  # compiled by the driver when loaded
 OLDEST_CHIP = (8, 0)
-# What kernels and the binding include, by the package of NVIDIA that has it.
+# Headers that kernels and the binding include, and the package of NVIDIA that has each.
 HEADERS = {"cuda_runtime.h": "nvidia-cuda-runtime", "crt/host_config.h": "nvidia-cuda-crt"}
 
 

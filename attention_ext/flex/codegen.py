@@ -26,7 +26,7 @@ _TYPES = {
     torch.uint8: "uint8_t", torch.bool: "bool",
 }  # fmt: skip
 
-# What a value depends on, beside batch and head.
+# The dimensions that a value varies along, beside batch and head.
 _ONCE, _QUERY, _KEY, _SCORE = range(4)
 
 _CHUNK = 64  # queries, whose values of the level _QUERY are kept

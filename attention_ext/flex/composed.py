@@ -18,7 +18,7 @@ Modify = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]  # of sc
 
 @dataclass(frozen=True)
 class Call:
-    """What a call computes with, beside query, key, value and the captured tensors."""
+    """A call but for its query, key, value and captured tensors."""
 
     key: str  # of the compiled functions
     score_mod: ScoreMod

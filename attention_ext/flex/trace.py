@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 Read = Callable[..., Tensor]  # of (number of the captured tensor, *index)
 
-# What these make of one number is that number.
+# Of a single number these return the number.
 _IDENTITIES = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten.alias.default,
     aten.detach.default, aten.clone.default, aten.squeeze.default, aten.lift_fresh_copy.default,
@@ -156,7 +156,7 @@ class _Split:
         for node in self.nodes:
             if any(x in self.varying for x in node.all_input_nodes):
                 self.varying.add(node)
-        self.leaves: list[fx.Node] = []  # what is read by index
+        self.leaves: list[fx.Node] = []  # values that are read by index
         self.body = fx.Graph()
         self.values: dict[fx.Node, Any] = {}  # nodes of the body
         self.views: dict[fx.Node, tuple[int, list[Any]]] = {}  # a captured tensor and an index, None where it is open

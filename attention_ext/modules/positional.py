@@ -132,7 +132,7 @@ blocks = Blocks()
 
 @torch.compiler.disable(reason="ranks exchange the lengths of their shards")
 def ask_block(function: Callable[..., Any], tensors: tuple[Tensor, ...], *args: Any) -> Any:
-    """What the block that is active in this thread answers to a call of the function; None without one."""
+    """The answer of the block that is active in this thread to a call of the function; None without one."""
     return handle_torch_function(function, tensors, *args) if has_torch_function(tensors) else None
 
 

@@ -47,7 +47,7 @@ def weights(sample: Sample) -> Tensor:
 
 
 def run(row: dict[str, Any], sample: Sample) -> Any:
-    """What the row's pass computes."""
+    """The results of the row's pass."""
     if row["pass"] == "forward":
         return evaluate(sample, operator, backward=False)
     if row["pass"] == "backward":

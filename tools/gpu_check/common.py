@@ -1,4 +1,4 @@
-"""What the steps share: their folders, results as files, and the kernels that they call by name."""
+"""Shared by the steps: their folders, results as files, and the kernels that they call by name."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def pytest(*arguments: str) -> list[str]:
 
 
 def both(out: Path, dry_run: bool) -> list[Step]:
-    """What each call begins with; a build that is there takes seconds."""
+    """The first steps of each call; a build that is there takes seconds."""
     build = python("tools/check_cuda_build.py", *["--find"] * dry_run)
     objects = {"ATTENTION_EXT_OBJECTS": "build/objects"} if (ROOT / "build" / "objects").is_dir() else {}
     return [
@@ -81,7 +81,7 @@ def checks(out: Path, dry_run: bool, match: str) -> list[Step]:
 
 
 def profiles(out: Path, dry_run: bool) -> list[Step]:
-    """What NVIDIA's tools say of kernels and of their accesses."""
+    """Profiles of kernels, and checks of their accesses, by NVIDIA's tools."""
 
     def call(size: str) -> list[str]:
         return script("one_call", out / "calls.json", "--size", size, dry_run=dry_run)
@@ -93,7 +93,7 @@ def profiles(out: Path, dry_run: bool) -> list[Step]:
     steps = [Step("ncu", _under(ncu, call("full"), dry_run), 150)]
     for tool, seconds in (("memcheck", 80), ("racecheck", 80), ("synccheck", 50), ("initcheck", 80)):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-        # What other kernels write has to be seen to know what is initialised.
+        # initcheck has to see the writes of other kernels too.
         sanitizer += [] if tool == "initcheck" else ["--kernel-name", f"kns={OUR_KERNELS}"]
         # Else torch's allocator gives parts of blocks, beyond which there is valid memory.
         no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
