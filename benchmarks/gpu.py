@@ -57,7 +57,7 @@ def bandwidth() -> float:
 
 
 def clocks() -> dict[str, str]:
-    """Clocks, power and temperature of the first GPU right now, from nvidia-smi, by the names of its queries, with units."""
+    """Clocks, power and temperature of the first GPU right now, by the names of nvidia-smi's queries, with units."""
     query = [f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader", "--id=0"]
     try:
         said = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=10).stdout
