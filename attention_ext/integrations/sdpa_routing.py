@@ -1,4 +1,4 @@
-"""What F.scaled_dot_product_attention is within a block of `sdpa`: the function, and whom it calls.
+"""The function that stands for F.scaled_dot_product_attention within a block of `sdpa`, and the choice whom it calls.
 
 Importing this module imports torch.compile, which takes seconds; `sdpa` does so when it is entered.
 """
@@ -26,7 +26,7 @@ from torch.overrides import has_torch_function
 from attention_ext import jagged
 from attention_ext._C import build_info
 from attention_ext.functional import attention
-from attention_ext.integrations.sdpa import Routed, warn_if_unrouted
+from attention_ext.integrations.report import Routed, warn_if_unrouted
 from attention_ext.ops import sharding
 
 _TRACED_CLASSES = (FakeTensor, FunctionalTensor)
