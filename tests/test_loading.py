@@ -101,6 +101,14 @@ def test_library_of_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert message() == f"attention_ext was built for another Python than {platform.python_version()}; {BUILD}"
 
 
+def test_import_leaves_out_slow_modules() -> None:
+    """Importing torch.compile takes longer than importing torch."""
+    command = [sys.executable, "-c", "import sys, attention_ext; print(*sys.modules)"]
+    imported = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "attention_ext.functional" in imported
+    assert {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy"}.isdisjoint(imported)
+
+
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "batch_first": True}], ids=str)
 def test_old_pickles_are_replaced(options: dict[str, Any]) -> None:
     """torch 1.1 had neither `_qkv_same_embed_dim` nor `kdim` and `vdim`."""

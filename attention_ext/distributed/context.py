@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 from torch.utils.checkpoint import CheckpointFunction
 
 import attention_ext
@@ -38,6 +38,14 @@ _multi_head_attention_forward: Any = FunctionType(
     F.multi_head_attention_forward.__name__,
     F.multi_head_attention_forward.__defaults__,
 )
+
+
+@torch.compiler.disable(reason=_MESSAGES)
+def _ask_block(function: Callable[..., Any], tensors: tuple[Tensor, ...], *args: Any) -> Any:
+    return handle_torch_function(function, tensors, *args) if has_torch_function(tensors) else None
+
+
+positional.blocks.ask = _ask_block
 
 
 def _reentrant_checkpoints() -> int:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from attention_ext.modules.positional import ask_block, blocks
+from attention_ext.modules.positional import blocks
 
 __all__ = ["KVCache"]
 
@@ -43,7 +43,7 @@ class KVCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends (..., H, L, D) and (..., H, L, Dv); returns views (..., H, length, D) of all keys and values."""
-        answer = ask_block(KVCache.append, (key, value), self, key, value) if blocks.active else None
+        answer = blocks.ask(KVCache.append, (key, value), self, key, value) if blocks.active else None
         if answer is not None:
             return answer
         self._check_writable("append")
@@ -67,7 +67,7 @@ class KVCache:
         if self._key is None or self._value is None:
             raise RuntimeError("KVCache: expected keys and values, got none: append some first")
         stored = (self._key, self._value)
-        answer = ask_block(KVCache.contents, stored, self) if blocks.active else None
+        answer = blocks.ask(KVCache.contents, stored, self) if blocks.active else None
         if answer is not None:
             return answer
         return self._key[..., : self.length, :], self._value[..., : self.length, :]

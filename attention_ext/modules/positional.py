@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function
 
 from attention_ext.ops.sharding import beside
 
@@ -121,25 +120,26 @@ class RotaryPositions(nn.Module):
 
 
 class Blocks:
-    """Counts the active blocks of `context_parallel`, in any thread. torch.compile guards on it, and not on modes."""
+    """The active blocks of `context_parallel`, in any thread. torch.compile guards on their number, and not on modes.
+
+    Attributes:
+        active: how many there are.
+        ask: the answer of the block that is active in this thread to a call of a function; None without one. Set by
+            attention_ext.distributed, so that importing the package does not import torch.compile.
+    """
 
     def __init__(self) -> None:
         self.active = 0
+        self.ask: Callable[..., Any]
 
 
 blocks = Blocks()
 
 
-@torch.compiler.disable(reason="ranks exchange the lengths of their shards")
-def ask_block(function: Callable[..., Any], tensors: tuple[Tensor, ...], *args: Any) -> Any:
-    """The answer of the block that is active in this thread to a call of the function; None without one."""
-    return handle_torch_function(function, tensors, *args) if has_torch_function(tensors) else None
-
-
 def placed(x: Tensor, offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     """x (..., L, features), the positions (L,) of its tokens, and the end of the whole sequence."""
     if not torch.jit.is_scripting():
-        answer = ask_block(placed, (x,), x, offset, dtype) if blocks.active else None
+        answer = blocks.ask(placed, (x,), x, offset, dtype) if blocks.active else None
         if answer is not None:
             return answer
     end = offset + x.size(-2)
@@ -148,7 +148,7 @@ def placed(x: Tensor, offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 def excess(key: Tensor, query: Tensor) -> int:
     """How many more keys than queries the whole sequences have, of (..., length, features)."""
-    answer = ask_block(excess, (key, query), key, query) if blocks.active else None
+    answer = blocks.ask(excess, (key, query), key, query) if blocks.active else None
     return key.size(-2) - query.size(-2) if answer is None else answer
 
 
