@@ -27,6 +27,7 @@ from attention_ext.arguments import (
 __all__ = ["attention", "attention_varlen", "attention_weights"]
 
 attention_op = torch.ops.attention_ext.attention
+sdpa_op = torch.ops.attention_ext.scaled_dot_product_attention
 attention_weights_op = torch.ops.attention_ext.attention_weights
 
 
@@ -143,21 +144,20 @@ def attention(
             "attention", scale, softcap=softcap, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
         )
     is_default = attn_mask is None and dropout_p == 0.0 and is_causal is False and scale is None and enable_gqa is False
-    is_torch_call = causal_alignment == "top_left" and window is None and softcap == 0.0
+    is_torch_call = causal_alignment == "top_left" and window is None and softcap == 0.0 and not return_logsumexp
     is_torch_call = is_torch_call and alibi_slopes is None and sinks is None and key_lengths is None
     is_torch_call = is_torch_call and query_offset == 0 and key_offset == 0 and block_mask is None
     try:
-        # Each argument that is passed costs the dispatcher time, so defaults at the end are left out.
-        if not is_torch_call:
-            left, right = window_sides(window)
-            out, logsumexp, _ = attention_op(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right,
-                softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset, blocks, bits,
-            )  # fmt: skip
-        elif not is_default:
-            out, logsumexp, _ = attention_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        else:
-            out, logsumexp, _ = attention_op(query, key, value)
+        # torch spends time on each argument of a schema, and more on one that is passed.
+        if is_torch_call and is_default:
+            return sdpa_op(query, key, value)
+        if is_torch_call:
+            return sdpa_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        left, right = window_sides(window)
+        out, logsumexp, _ = attention_op(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right,
+            softcap, alibi_slopes, sinks, key_lengths, None, None, query_offset, key_offset, blocks, bits,
+        )  # fmt: skip
     except RuntimeError:
         required = {"query": query, "key": key, "value": value}
         optional = {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "key_lengths": key_lengths}

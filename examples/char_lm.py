@@ -30,7 +30,7 @@ from torch.nn import functional as F
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 CURVE_TOLERANCE = {"float32": 1e-3, "float64": 1e-9, "bfloat16": 3e-2}  # relative, for the loss at any step
 PROFILED_STEPS = 3
-TORCH_OP, OUR_OP = "aten::scaled_dot_product_attention", "attention_ext::attention"
+TORCH_OP, OUR_OP = "aten::scaled_dot_product_attention", "attention_ext::attention_forward"
 
 
 class CharTransformer(nn.Module):

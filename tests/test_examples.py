@@ -47,7 +47,7 @@ def run_here(
 def test_char_lm_trains_with_our_operator(tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     text = run("char_lm.py", *SMALL, "--out", picture)
-    assert "2 modules replaced; over 3 profiled steps 6 calls of attention_ext::attention" in text
+    assert "2 modules replaced; over 3 profiled steps 6 calls of attention_ext::attention_forward" in text
     if f"wrote {picture}" not in text:
         pytest.skip("no picture: matplotlib is not installed")
     assert picture.read_bytes().startswith(b"\x89PNG")

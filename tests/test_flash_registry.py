@@ -26,7 +26,7 @@ from torch.profiler import profile
 from attention_ext.integrations import flash_registry
 
 bound_early: Any = F.scaled_dot_product_attention
-FORWARD, BACKWARD = "attention_ext::attention", "attention_ext::attention_backward"
+FORWARD, BACKWARD = "attention_ext::attention_forward", "attention_ext::attention_backward"
 
 
 @pytest.fixture(autouse=True)

@@ -69,6 +69,7 @@ SHAPES = [((5, 4), (5, 4)), ((2, 2, 3, 5, 4), (2, 1, 1, 5, 4)), ((3, 5, 4), (2, 
 def test_leading_dimensions(shapes: tuple[tuple[int, ...], tuple[int, ...]], device: str) -> None:
     query, key = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
     check(OPERATORS.attention.default, (query, key, key), {"dropout_p": 0.5})
+    check(OPERATORS.scaled_dot_product_attention.default, (query, key, key), {"dropout_p": 0.5})
     check(OPERATORS.attention_weights.default, (query, key), {"average_heads": True})
 
 

@@ -71,6 +71,12 @@ def test_operators_share_the_options(operator: str) -> None:
     assert schema(operator) == schema("attention")
 
 
+def test_the_operator_of_torchs_function() -> None:
+    own = str(torch.ops.attention_ext.scaled_dot_product_attention.default._schema)
+    torchs = str(torch.ops.aten.scaled_dot_product_attention.default._schema)
+    assert own == torchs.replace("aten::", "attention_ext::").replace("*, ", "")
+
+
 @pytest.mark.parametrize("function", [attention_ext.attention, attention_ext.attention_weights])
 def test_dense_functions(function: Callable[..., Any]) -> None:
     assert signature(function) == without(python_options(), *CU_SEQLENS)

@@ -26,6 +26,12 @@ from attention_ext.ops.schema import argument
 
 ops = torch.ops.attention_ext
 
+_ATTENTION = (
+    F.scaled_dot_product_attention,
+    attention_ext.attention,
+    ops.scaled_dot_product_attention,
+    ops.scaled_dot_product_attention.default,
+)
 
 _MESSAGES = "ranks exchange messages that depend on the lengths of all shards"
 _NO_WEIGHTS = "context_parallel: expected no call for attention weights, got one: use need_weights=False"
@@ -67,7 +73,7 @@ class _Parallel(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (F.scaled_dot_product_attention, attention_ext.attention):
+        if func in _ATTENTION:
             return self._attention(*args, **kwargs)
         if func in (ops.attention, ops.attention.default):
             return self._operator(args, kwargs)

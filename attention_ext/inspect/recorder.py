@@ -24,6 +24,8 @@ _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal
 _SEEN = {
     _OPERATOR: _ARGUMENTS,
     _OPERATOR.default: _ARGUMENTS,
+    torch.ops.attention_ext.scaled_dot_product_attention: _SDPA_ARGUMENTS,
+    torch.ops.attention_ext.scaled_dot_product_attention.default: _SDPA_ARGUMENTS,
     torch._C._nn.scaled_dot_product_attention: _SDPA_ARGUMENTS,
 }
 _NO_OPTIONS = ("query", "key", "value", "dropout_p", "rng_state", "cu_seqlens_q", "cu_seqlens_k")

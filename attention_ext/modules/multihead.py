@@ -13,6 +13,8 @@ from torch.overrides import has_torch_function_variadic
 
 from attention_ext.modules.fx import recorded
 
+ops = torch.ops.attention_ext
+
 __all__ = ["MultiheadAttention"]
 
 
@@ -158,13 +160,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool, average: bool
     ) -> tuple[Tensor, Tensor | None]:
         dropout_p = self.dropout if self.training else 0.0
-        out, logsumexp, rng_state = torch.ops.attention_ext.attention(q, k, v, mask, dropout_p, is_causal)
-        weights: Tensor | None = None
-        if need_weights:
-            weights = torch.ops.attention_ext.attention_weights(
-                q, k, logsumexp, rng_state, mask, dropout_p, average_heads=average
-            )
-        return out, weights
+        if not need_weights:
+            return ops.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
+        out, logsumexp, rng_state = ops.attention(q, k, v, mask, dropout_p, is_causal)
+        return out, ops.attention_weights(q, k, logsumexp, rng_state, mask, dropout_p, average_heads=average)
 
     def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
         """torch's checks, whose messages have sequence-first shapes."""

@@ -1,5 +1,5 @@
 // The operators that users call: shapes as torch's own function takes them, on top of operators of one shape that have
-// kernels, derivatives and rules for every subsystem. torch decomposes these two wherever it needs to.
+// kernels, derivatives and rules for every subsystem. torch decomposes them wherever it needs to.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,6 +21,18 @@ ops::Forward attention(const Tensor& query, const Tensor& key, const Tensor& val
   const auto [out, logsumexp, used_state] =
       ops::attention_forward(call.query, call.key, call.value, call.options, rng_state);
   return {call.unfold(out, call.rank), call.unfold(logsumexp, call.rank - 1), used_state};
+}
+
+Tensor scaled_dot_product_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                    const std::optional<Tensor>& attn_mask, double dropout_p, bool is_causal,
+                                    std::optional<double> scale, bool enable_gqa) {
+  AttentionOptions options;
+  options.attn_mask = attn_mask;
+  options.dropout_p = dropout_p;
+  options.is_causal = is_causal;
+  options.scale = scale;
+  options.enable_gqa = enable_gqa;
+  return std::get<0>(attention(query, key, value, options, std::nullopt));
 }
 
 Tensor logsumexp_of(const Tensor& query, const Tensor& key, AttentionOptions options) {
@@ -48,6 +60,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const std::opti
 
 void implement(torch::Library& m) {
   m.impl("attention", flat_kernel<attention>);
+  m.impl("scaled_dot_product_attention", scaled_dot_product_attention);
   m.impl("attention_weights", flat_kernel<attention_weights>);
 }
 

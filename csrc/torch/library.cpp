@@ -1,5 +1,5 @@
-// The schema of every operator, and nothing else. attention and attention_weights take any number of leading dimensions
-// (composite.cpp), the others the shapes that kernels take. Conventions:
+// The schema of every operator, and nothing else. attention, scaled_dot_product_attention and attention_weights take
+// any number of leading dimensions (composite.cpp), the others the shapes that kernels take. Conventions:
 //   query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), out (B, Hq, Lq, Dv) with (B, Lq, Hq, Dv) memory,
 //   logsumexp (B, Hq, Lq) in float32, or float64 for float64;
 //   rng_state int64 [seed, offset], empty without dropout; as an argument of attention: none draws one from the
@@ -56,6 +56,10 @@ TORCH_LIBRARY(attention_ext, m) {
                               ", Tensor? rng_state=None) -> (Tensor out, Tensor logsumexp, Tensor rng_state)";
   define_random("attention" + forward);
   define_random("attention_forward" + forward);
+  // attention with the arguments and the result of torch's function: torch spends time on each that a schema has.
+  define_random(
+      "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+      "float dropout_p=0.0, bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor");
 
   define(
       "attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
