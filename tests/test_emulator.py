@@ -321,7 +321,7 @@ def test_simt_serves_head_dims_beyond_tiles(emulate: Any) -> None:
     sample.call(operator)
 
 
-@pytest.mark.parametrize("name", ["table_main", "tiles_main", "plan_main"])
+@pytest.mark.parametrize("name", ["table_main", "tiles_main", "order_main", "plan_main"])
 def test_program(name: str, tmp_path: Path) -> None:
     """Each program's first line says what it checks."""
     program = CSRC.parent / "tests" / "emulator" / f"{name}.cpp"

@@ -73,8 +73,8 @@ struct AttentionProblem {
   bool bottom_right = false;                 // the diagonal ends in the last corner, not starts in the first
   int64_t query_offset = 0, key_offset = 0;  // the first positions of a shard of longer sequences
 
-  int64_t multiprocessors = 0;  // of the GPU that the call runs on; 0 on a CPU
-  int64_t key_parts = 0;        // that a forward pass on a GPU cuts the keys of a tile into; 0: as many as it needs
+  int multiprocessors = 0, l2_bytes = 0;  // of the GPU that the call runs on; 0 on a CPU
+  int64_t key_parts = 0;  // that a forward pass on a GPU cuts the keys of a tile into; 0: as many as it needs
 
   // (b, h, q) or null: the low-order part of logsumexp, which rounding beside a maximum of -1e9 would lose; without it
   // recomputed weights need not sum to 1. The forward kernels of a CPU write it, its other passes read it.

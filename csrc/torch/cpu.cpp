@@ -114,9 +114,9 @@ std::vector<KernelRow> kernels() {
   return rows;
 }
 
-int64_t no_multiprocessors() { return 0; }
+int none() { return 0; }
 
-const RegisterDevice kRegistered({at::kCPU, run, kernels, no_multiprocessors});
+const RegisterDevice kRegistered({at::kCPU, run, kernels, none, none});
 
 TORCH_LIBRARY_IMPL(attention_ext, CPU, m) { implement_operators(m); }
 

@@ -25,7 +25,8 @@ int compute_capability() {
   return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
-int64_t multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+int l2_bytes() { return attribute(cudaDevAttrL2CacheSize); }
 
 void run(Pass pass, const AttentionProblem& problem) {
   const GpuKernel* kernel = select_gpu_kernel(pass, problem, compute_capability(), forced_kernel(pass));
@@ -53,7 +54,7 @@ std::vector<KernelRow> kernels() {
   return rows;
 }
 
-const RegisterDevice kRegistered({at::kCUDA, run, kernels, multiprocessors});
+const RegisterDevice kRegistered({at::kCUDA, run, kernels, multiprocessors, l2_bytes});
 
 TORCH_LIBRARY_IMPL(attention_ext, CUDA, m) { implement_operators(m); }
 

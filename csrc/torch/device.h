@@ -28,7 +28,8 @@ struct Device {
   // On the current stream where there are streams. Throws with every row's reason where no kernel serves the problem.
   void (*run)(Pass pass, const AttentionProblem& problem);
   std::vector<KernelRow> (*kernels)();  // best first
-  int64_t (*multiprocessors)();         // of the current GPU; 0 on a CPU
+  int (*multiprocessors)();             // of the current GPU; 0 on a CPU
+  int (*l2_bytes)();                    // likewise
 };
 
 // Each device that the library was built for registers itself when the library is loaded.

@@ -183,7 +183,9 @@ void fill_problem(AttentionProblem& problem, Converted& converted, const char* o
   problem.head_dim_v = sizes.head_dim_v.expect_int();
   problem.dtype = dtype_of(query);
   problem.allow_tf32 = query.is_cuda() && allows_tf32();
-  problem.multiprocessors = device_for(query.device().type()).multiprocessors();
+  const Device& device = device_for(query.device().type());
+  problem.multiprocessors = device.multiprocessors();
+  problem.l2_bytes = device.l2_bytes();
   problem.key_parts = key_parts();
   problem.query = view_of(query);
   problem.key = view_of(key);

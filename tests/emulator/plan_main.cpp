@@ -21,7 +21,7 @@ void expect(bool holds, const char* what, const AttentionProblem& p) {
 }
 
 AttentionProblem problem_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys,
-                            int64_t multiprocessors) {
+                            int multiprocessors) {
   AttentionProblem p;
   p.batch = batch;
   p.heads = heads;
@@ -36,7 +36,7 @@ AttentionProblem problem_of(int64_t batch, int64_t heads, int64_t kv_heads, int6
 
 // All that is known of the lengths is their totals: a plan that reads cu_seqlens would crash.
 AttentionProblem packed(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys,
-                        int64_t multiprocessors) {
+                        int multiprocessors) {
   AttentionProblem p = problem_of(batch, heads, kv_heads, batch * queries, batch * keys, multiprocessors);
   p.cu_seqlens_q = p.cu_seqlens_k = reinterpret_cast<const int64_t*>(sizeof(int64_t));
   return p;
@@ -70,7 +70,7 @@ void check_split(const AttentionProblem& p) {
   expect(plan.phase_count == (few ? 2 : 1), "parts are merged by a second launch, if there are any", p);
   expect((plan.shared_bytes > 0) == few, "parts have a workspace, if there are any", p);
   expect(!few || parts_of(p) * tiles <= 2 * p.multiprocessors, "too many parts", p);
-  expect(!few || blocks >= minimum(p.multiprocessors, tiles * (p.max_seqlen_k / kKeysForPart)),
+  expect(!few || blocks >= minimum<int64_t>(p.multiprocessors, tiles * (p.max_seqlen_k / kKeysForPart)),
          "multiprocessors without a block", p);
   expect(parts_of(in_parts(p, 5)) == 5, "not the number of parts that was asked for", p);
   AttentionProblem dropping = p;
@@ -78,7 +78,7 @@ void check_split(const AttentionProblem& p) {
   expect(parts_of(dropping) == parts_of(p), "dropout changes the parts, and with them logsumexp", p);
 }
 
-void check_all(int64_t multiprocessors) {
+void check_all(int multiprocessors) {
   for (const int64_t batch : {1, 3, 16}) {
     for (const int64_t kv_heads : {1, 8}) {
       for (const int64_t group : {1, 3, 8, 24}) {
@@ -94,7 +94,7 @@ void check_all(int64_t multiprocessors) {
 }
 
 // The workspace grows with the queries that there are, not with the batch times all of them.
-void check_workspace(int64_t multiprocessors) {
+void check_workspace(int multiprocessors) {
   for (const int64_t kv_heads : {1, 4, 8, 32}) {
     for (const int64_t queries : {1, 4}) {
       const AttentionProblem p = packed(16, 32, kv_heads, queries, 8192, multiprocessors);
@@ -113,8 +113,8 @@ void check_windows() {
 }  // namespace
 
 int main() {
-  for (const int64_t multiprocessors : {1, 16, 108, 132, 148}) check_all(multiprocessors);
-  for (const int64_t multiprocessors : {16, 108, 132, 148, 1000}) check_workspace(multiprocessors);
+  for (const int multiprocessors : {1, 16, 108, 132, 148}) check_all(multiprocessors);
+  for (const int multiprocessors : {16, 108, 132, 148, 1000}) check_workspace(multiprocessors);
   check_windows();
   const AttentionProblem few_tiles = problem_of(1, 8, 8, 128, 65536, 132);
   expect(blocks_of(few_tiles) >= 132, "multiprocessors without a block", few_tiles);

@@ -33,15 +33,15 @@ AttentionProblem packed(const std::vector<int64_t>& cu_seqlens) {
 void check(const AttentionProblem& p, const std::vector<int64_t>& lengths, int64_t rows) {
   const SequenceTiles tiles = SequenceTiles::of_queries(p, rows);
   std::set<std::pair<int64_t, int64_t>> owned;
-  for (int64_t place = 0; place < tiles.count(); ++place) {
-    const SequenceTile tile = tiles.at(place);
+  for (int64_t i = 0; i < tiles.count(); ++i) {
+    const SequenceTile tile = tiles.at({i / tiles.places(), i % tiles.places()});
     expect(owned.emplace(tile.batch, tile.index).second, "two blocks own one tile", rows);
   }
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t index = 0; index < ceil_div(lengths[b], rows); ++index) {
       expect(owned.count({b, index}) == 1, "no block owns a tile", rows);
-      const SequenceTile back = tiles.at(tiles.place({b, index}));
-      expect(back.batch == b && back.index == index, "place() is not the inverse of at()", rows);
+      const SequenceTile back = tiles.at(tiles.of({b, index}));
+      expect(back.batch == b && back.index == index, "of() is not the inverse of at()", rows);
     }
   }
 }
@@ -69,8 +69,8 @@ int main() {
     AttentionProblem p = packed(cu_seqlens);
     p.seqlen_q = p.max_seqlen_q = 1000;
     const SequenceTiles tiles = SequenceTiles::of_queries(p, 64);
-    for (int64_t place = 0; place < tiles.count(); ++place) {
-      const SequenceTile tile = tiles.at(place);
+    for (int64_t i = 0; i < tiles.count(); ++i) {
+      const SequenceTile tile = tiles.at({i / tiles.places(), i % tiles.places()});
       expect(tile.batch >= 0 && tile.batch < batch && tile.index >= 0, "a tile lies outside the batch", 64);
     }
   }

@@ -32,8 +32,11 @@ void add_delta(KernelPlan& plan, const BackwardProblem& p) {
 template <class C, int kDim, ScoreMode kMode, Order kOrder>
 void add_gradients(KernelPlan& plan, const ProblemOf<kOrder>& p) {
   using Queries = QueryGradient<C, kDim, kMode, kOrder>;
-  set_workspace(plan, BackwardMemory<typename C::Scalar>::bytes(p, Queries::blocks(p)));
+  set_workspace(plan, BackwardMemory<typename C::Scalar>::bytes(p, Queries::tiles(p), Queries::parts(p)));
   if (p.grad_query || p.grad_alibi_slopes) add_kernel<Queries>(plan, p);
+  if constexpr (kOrder == Order::kFirst) {
+    if (p.grad_query && Queries::parts(p) > 1) add_kernel<SumQueryParts<C, Queries>>(plan, p);
+  }
   if constexpr (GradientShape<C, kDim, kOrder>::kBothGradients) {
     if (p.grad_key || p.grad_value) add_kernel<KeyGradient<C, kDim, kMode, kOrder, KeyResult::kBoth>>(plan, p);
   } else {

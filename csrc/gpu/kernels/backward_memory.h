@@ -12,11 +12,13 @@ constexpr size_t kWorkspaceAlignment = 256;
 template <class T>
 struct BackwardMemory {
   T *delta, *delta_tangent;  // (b, h, q)
-  double* slope_sums;        // one of each block of threads that owns queries
+  T* query_parts;            // (parts, b, h, q, d) of grad_query, where keys are in several parts; then without slopes
+  double* slope_sums;        // one of each tile of queries, by QueryTileIndex::number
 
   ATTENTION_DEVICE BackwardMemory(const BackwardProblem& p, void* workspace)
       : delta(static_cast<T*>(workspace)),
         delta_tangent(delta + delta_bytes(p) / static_cast<int64_t>(sizeof(T))),
+        query_parts(delta + 2 * delta_bytes(p) / static_cast<int64_t>(sizeof(T))),
         slope_sums(reinterpret_cast<double*>(static_cast<char*>(workspace) + 2 * delta_bytes(p))) {}
 
   ATTENTION_INLINE static int64_t rows(const BackwardProblem& p) {
@@ -25,8 +27,14 @@ struct BackwardMemory {
   ATTENTION_INLINE static int64_t delta_bytes(const BackwardProblem& p) {
     return round_up(rows(p) * static_cast<int64_t>(sizeof(T)), kWorkspaceAlignment);
   }
-  static size_t bytes(const BackwardProblem& p, int64_t query_blocks) {
-    return 2 * static_cast<size_t>(delta_bytes(p)) + static_cast<size_t>(query_blocks) * sizeof(double);
+  static size_t bytes(const BackwardProblem& p, int64_t query_tiles, int64_t parts = 1) {
+    const int64_t sums = parts > 1 ? parts * rows(p) * p.head_dim * static_cast<int64_t>(sizeof(T))
+                                   : query_tiles * static_cast<int64_t>(sizeof(double));
+    return static_cast<size_t>(2 * delta_bytes(p) + sums);
+  }
+
+  ATTENTION_DEVICE T* query_part(const BackwardProblem& p, int64_t part, int64_t row) const {
+    return query_parts + (part * rows(p) + row) * p.head_dim;
   }
 
   // product: rowsum(grad_out * out)

@@ -36,8 +36,12 @@ struct GroupTile {
   ATTENTION_DEVICE GroupTile(const AttentionProblem& p, int64_t index) {
     const GroupTiles cut(p);
     const SequenceTiles tiles = SequenceTiles::of_queries(p, cut.queries);
-    const int64_t runs = p.kv_heads * cut.runs, run = index % runs;
-    const SequenceTile own = tiles.at(tiles.count() - 1 - index / runs);
+    const int64_t keys = seen_rows(p, cut.queries, p.max_seqlen_k), runs = p.kv_heads * cut.runs;
+    const TileOrder order(tiles.runs() * p.kv_heads, cut.runs, tiles.places(), keys * streamed_bytes(p),
+                          streaming_cache(p));
+    const auto [lane, place] = order.at(index);
+    const SequenceTile own = tiles.at({lane / runs, tiles.places() - 1 - place});
+    const int64_t run = lane % runs;
     batch = own.batch;
     heads = cut.heads;
     first_head = run / cut.runs * cut.group + run % cut.runs * heads;

@@ -51,7 +51,7 @@ struct HeadGradient {
     if (p.grad_alibi_slopes) {
       double sum = 0;
       for (int64_t tile = thread_index(); tile < ceil_div(head.length_q, kQueries); tile += kThreads) {
-        sum += memory.slope_sums[QueryTileIndex::index_of(p, kQueries, head, tile)];
+        sum += memory.slope_sums[QueryTileIndex::number_of(p, kQueries, head, tile)];
       }
       sum_block<kThreads>(sum, p.grad_alibi_slopes + block_index());
     }

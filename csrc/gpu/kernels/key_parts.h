@@ -2,6 +2,7 @@
 // and what they find is merged.
 #pragma once
 
+#include "core/dropout.h"
 #include "gpu/kernels/rows.h"
 #include "gpu/kernels/softmax.h"
 
@@ -16,7 +17,7 @@ ATTENTION_INLINE int64_t count_of_parts(const AttentionProblem& p, int64_t tiles
   if (p.key_parts > 0) return p.key_parts;
   if (tiles == 0 || tiles * 5 >= p.multiprocessors * 4) return 1;
   const int64_t seen = minimum(p.max_seqlen_k, minimum(queries, p.max_seqlen_q) + p.window_left + p.window_right);
-  return clamp(p.multiprocessors * 2 / tiles, 1, maximum<int64_t>(1, ceil_div(seen, kKeysForPart)));
+  return clamp(2 * p.multiprocessors / tiles, 1, maximum<int64_t>(1, ceil_div(seen, kKeysForPart)));
 }
 
 template <int kQueries>

@@ -1,7 +1,9 @@
-// grad_query and the gradient of a head's slope: a block of threads loops over the keys for a tile of queries.
+// grad_query and the gradient of a head's slope: a block of threads loops over the keys for a tile of queries. Where
+// tiles are few, several blocks share the keys of each, and what they find is added up in the order of the parts.
 #pragma once
 
 #include "gpu/kernels/gradient.h"
+#include "gpu/kernels/key_parts.h"
 
 namespace attention_ext {
 namespace {
@@ -33,20 +35,28 @@ class QueryGradient {
   static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
   static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
-  static int64_t blocks(const AttentionProblem& p) { return QueryTileIndex::count(p, kQueries); }
+  ATTENTION_INLINE static int64_t tiles(const AttentionProblem& p) { return QueryTileIndex::count(p, kQueries); }
+  ATTENTION_INLINE static int64_t parts(const Problem& p) {
+    constexpr bool kSplits = kOrder == Order::kFirst && kResult == QueryResult::kGradient;
+    return kSplits && !p.grad_alibi_slopes ? count_of_parts(p, tiles(p), kQueries) : 1;
+  }
+  static int64_t blocks(const Problem& p) { return tiles(p) * parts(p); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
-    const QueryTileIndex at(p, kQueries);
+    const int64_t part = block_index() / tiles(p);
+    const QueryTileIndex at(p, kQueries, block_index() % tiles(p));
     const Head head(p, at.batch, at.head);
-    QueryGradient(p, BackwardMemory<T>(p, workspace), head, at.queries(head.sequence, kQueries)).mainloop();
+    QueryGradient(p, BackwardMemory<T>(p, workspace), head, at.queries(head.sequence, kQueries), part).mainloop();
   }
 
  private:
-  ATTENTION_DEVICE QueryGradient(const Problem& p, const BackwardMemory<T>& memory, const Head& head, Range q)
+  ATTENTION_DEVICE QueryGradient(const Problem& p, const BackwardMemory<T>& memory, const Head& head, Range q,
+                                 int64_t part)
       : p_(p),
         memory_(memory),
         head_(head),
         q_(q),
+        part_(part),
         row_(thread_index() / kWarpSize * kFragmentRows),
         dropout_(dropout_by<kMode>(p)) {
     const RowSource<T, kOrder> source(p, head, memory);
@@ -62,6 +72,7 @@ class QueryGradient {
       const QueryTiles queries(shared_memory());
       copy_set<kThreads>(queries, query_sources<E>(p_, head_), static_cast<int>(q_.begin), Span(q_));
       const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
+      const Range seen = visible_keys(p_, head_.sequence, q_);
       OwnQueries own(queries, row_);
       own.load();
       const auto add_tiles = [&](int k, const KeyTiles& keys, int) {
@@ -71,7 +82,7 @@ class QueryGradient {
         }
       };
       stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
-                                                     visible_keys(p_, head_.sequence, q_), add_tiles);
+                                                     part_of_keys(seen, Shape::kRows, part_, parts(p_)), add_tiles);
     }
     epilogue();
   }
@@ -109,11 +120,24 @@ class QueryGradient {
           memory_.store_delta(p_, row_of(p_, head_.sequence, head_.head) + q, delta);
       }
     } else {
-      if (p_.grad_query) {
-        const T factor[2] = {static_cast<T>(p_.scale), static_cast<T>(p_.scale)};
-        store_rows(head_rows<E>(head_, p_.grad_query, p_.head_dim), q_.begin + row_, q_.end, sums_.tile[0], factor);
+      if (p_.grad_query) store();
+      if (p_.grad_alibi_slopes) {
+        sum_block<kThreads>(slope_sum_.total(), memory_.slope_sums + QueryTileIndex(p_, kQueries).number);
       }
-      if (p_.grad_alibi_slopes) sum_block<kThreads>(slope_sum_.total(), memory_.slope_sums + block_index());
+    }
+  }
+
+  ATTENTION_DEVICE void store() const {
+    const auto scale = static_cast<T>(p_.scale);
+    if (parts(p_) == 1) {
+      const T factor[2] = {scale, scale};
+      const Rows<E> to = head_rows<E>(head_, p_.grad_query, p_.head_dim);
+      store_rows(to, q_.begin + row_, q_.end, sums_.tile[0], factor);
+    } else {
+      const T factor[2] = {T(1), T(1)};
+      const Rows<T> to{memory_.query_part(p_, part_, row_of(p_, head_.sequence, head_.head)), p_.head_dim, 1,
+                       static_cast<int>(p_.head_dim)};
+      store_rows(to, q_.begin + row_, q_.end, sums_.tile[0], factor);
     }
   }
 
@@ -121,12 +145,39 @@ class QueryGradient {
   const BackwardMemory<T>& memory_;
   const Head& head_;
   const Range q_;
-  const int row_;  // of the tile, the warp's first
+  const int64_t part_;  // of the keys
+  const int row_;       // of the tile, the warp's first
   const Dropout dropout_;
   RowNumbers<T, kOrder> rows_[2];
   Sums sums_;
   T delta_sums_[2] = {};
   LongSum<T> slope_sum_;
+};
+
+// Adds up the parts of grad_query, a thread for each number. What it writes for queries that no sequence owns is
+// cleared afterwards.
+template <class C, class Queries>
+struct SumQueryParts {
+  using T = typename C::Scalar;
+  using E = typename C::Element;
+  using Problem = BackwardProblem;
+  static constexpr int kThreads = 128;
+  static constexpr size_t kSharedBytes = 0;
+
+  static int64_t blocks(const BackwardProblem& p) {
+    return ceil_div(BackwardMemory<T>::rows(p) * p.head_dim, kThreads);
+  }
+
+  ATTENTION_DEVICE static void run(const BackwardProblem& p, void* workspace) {
+    const BackwardMemory<T> memory(p, workspace);
+    const int64_t at = block_index() * kThreads + thread_index(), row = at / p.head_dim, d = at % p.head_dim;
+    if (row >= memory.rows(p)) return;
+    T sum = 0;
+    for (int64_t part = 0; part < Queries::parts(p); ++part) sum += memory.query_part(p, part, row)[d];
+    const int64_t head = row / p.seqlen_q;
+    const Rows<E> to = rows_of<E>(p.grad_query, head / p.heads, head % p.heads, row % p.seqlen_q, p.head_dim);
+    to.data[d * to.stride_col] = rounded<E>(sum * static_cast<T>(p.scale));
+  }
 };
 
 }  // namespace

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gpu/kernels/positions.h"
-#include "gpu/kernels/sequence_tiles.h"
+#include "gpu/kernels/tile_order.h"
 
 namespace attention_ext {
 namespace {
@@ -10,24 +10,37 @@ namespace {
 // Which tile of queries a block of threads owns; the last ones, the longest of a causal call, come first.
 struct QueryTileIndex {
   int64_t batch, head, tile;
+  int64_t number;  // below count(), the same in any order
 
-  ATTENTION_DEVICE QueryTileIndex(const AttentionProblem& p, int queries, int64_t index = block_index()) {
+  template <class Problem>
+  ATTENTION_DEVICE QueryTileIndex(const Problem& p, int queries, int64_t index = block_index()) {
     const SequenceTiles tiles = SequenceTiles::of_queries(p, queries);
-    const SequenceTile own = tiles.at(tiles.count() - 1 - index / p.heads);
+    const int64_t keys = seen_rows(p, queries, p.max_seqlen_k);
+    const TileOrder order(tiles.runs() * p.kv_heads, p.group_size(), tiles.places(), keys * streamed_bytes(p),
+                          streaming_cache(p));
+    const auto [lane, place] = order.at(index);
+    const SequenceTiles::Place last_first{lane / p.heads, tiles.places() - 1 - place};
+    const SequenceTile own = tiles.at(last_first);
     batch = own.batch;
-    head = index % p.heads;
+    head = lane % p.heads;
     tile = own.index;
+    number = number_of(p, tiles, last_first, head);
   }
   ATTENTION_INLINE static int64_t count(const AttentionProblem& p, int queries) {
     return SequenceTiles::of_queries(p, queries).count() * p.heads;
   }
-  // The block that owns a tile.
-  ATTENTION_DEVICE static int64_t index_of(const AttentionProblem& p, int queries, const Head& head, int64_t tile) {
+  ATTENTION_DEVICE static int64_t number_of(const AttentionProblem& p, int queries, const Head& head, int64_t tile) {
     const SequenceTiles tiles = SequenceTiles::of_queries(p, queries);
-    return (tiles.count() - 1 - tiles.place({head.sequence.batch, tile})) * p.heads + head.head;
+    return number_of(p, tiles, tiles.of({head.sequence.batch, tile}), head.head);
   }
   ATTENTION_DEVICE Range queries(const Sequence& s, int queries) const {
     return {tile * queries, minimum((tile + 1) * queries, s.length_q)};
+  }
+
+ private:
+  ATTENTION_INLINE static int64_t number_of(const AttentionProblem& p, const SequenceTiles& tiles,
+                                            const SequenceTiles::Place& at, int64_t head) {
+    return (at.run * tiles.places() + at.place) * p.heads + head;
   }
 };
 
@@ -35,10 +48,16 @@ struct QueryTileIndex {
 struct KeyTileIndex {
   int64_t batch, kv_head, tile;
 
-  ATTENTION_DEVICE KeyTileIndex(const AttentionProblem& p, int keys) {
-    const SequenceTile own = SequenceTiles::of_keys(p, keys).at(block_index() / p.kv_heads);
+  template <class Problem>
+  ATTENTION_DEVICE KeyTileIndex(const Problem& p, int keys, int64_t index = block_index()) {
+    const SequenceTiles tiles = SequenceTiles::of_keys(p, keys);
+    const int64_t queries = seen_rows(p, keys, p.max_seqlen_q) * p.group_size();
+    const TileOrder order(tiles.runs() * p.kv_heads, 1, tiles.places(), queries * streamed_bytes(p),
+                          streaming_cache(p));
+    const auto [lane, place] = order.at(index);
+    const SequenceTile own = tiles.at({lane / p.kv_heads, place});
     batch = own.batch;
-    kv_head = block_index() % p.kv_heads;
+    kv_head = lane % p.kv_heads;
     tile = own.index;
   }
   ATTENTION_INLINE static int64_t count(const AttentionProblem& p, int keys) {

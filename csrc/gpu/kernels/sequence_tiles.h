@@ -12,11 +12,16 @@ struct SequenceTile {
   int64_t batch, index;
 };
 
-// Places for the tiles of all sequences. Those of packed sequences are total / rows + batch: sequence b takes the
-// places from begin / rows + b on, which are as many as its tiles wherever it begins. Of the longest sequence nothing
-// is known on a GPU but that it is no longer than all together, and batch times that would be far too many.
+// Places for the tiles of all sequences, in runs: of each sequence one, or one of all. The latter have total / rows +
+// batch places, where packed sequence b takes those from begin / rows + b on, which are as many as its tiles wherever
+// it begins. Of the longest sequence nothing is known on a GPU but that it is no longer than all together, and batch
+// times that would be far too many.
 class SequenceTiles {
  public:
+  struct Place {
+    int64_t run, place;
+  };
+
   ATTENTION_INLINE static SequenceTiles of_queries(const AttentionProblem& p, int64_t rows) {
     return {p.cu_seqlens_q, p.batch, p.seqlen_q, p.max_seqlen_q, rows};
   }
@@ -24,20 +29,23 @@ class SequenceTiles {
     return {p.cu_seqlens_k, p.batch, p.seqlen_k, p.max_seqlen_k, rows};
   }
 
-  ATTENTION_INLINE int64_t count() const { return shares_places_ ? total_ / rows_ + batch_ : batch_ * tiles_; }
+  ATTENTION_INLINE int64_t runs() const { return shares_places_ ? 1 : batch_; }
+  ATTENTION_INLINE int64_t places() const { return shares_places_ ? total_ / rows_ + batch_ : tiles_; }
+  ATTENTION_INLINE int64_t count() const { return runs() * places(); }
 
-  ATTENTION_INLINE int64_t place(const SequenceTile& tile) const {
-    return shares_places_ ? first_place(tile.batch) + tile.index : tile.index * batch_ + tile.batch;
+  ATTENTION_INLINE Place of(const SequenceTile& tile) const {
+    if (!shares_places_) return {tile.batch, tile.index};
+    return {0, first_place(tile.batch) + tile.index};
   }
 
-  ATTENTION_INLINE SequenceTile at(int64_t place) const {
-    if (!shares_places_) return {place % batch_, place / batch_};
+  ATTENTION_INLINE SequenceTile at(const Place& x) const {
+    if (!shares_places_) return {x.run, x.place};
     int64_t batch = 0;
     for (int64_t end = batch_; end - batch > 1;) {
       const int64_t middle = (batch + end) / 2;
-      (first_place(middle) <= place ? batch : end) = middle;
+      (first_place(middle) <= x.place ? batch : end) = middle;
     }
-    const int64_t index = place - first_place(batch);
+    const int64_t index = x.place - first_place(batch);
     return {batch, index >= 0 ? index : tiles_};  // negative where cu_seqlens do not begin at 0
   }
 

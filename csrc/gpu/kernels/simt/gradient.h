@@ -44,7 +44,7 @@ struct QueryGradient : QueryKernel<ProblemOf<kOrder>> {
       for_each_part<T>(p.grad_query ? p.head_dim : 0, [&](RowSum<T> sums) { slope = mainloop(p, gradients, q, sums); });
     });
     if (p.grad_alibi_slopes) {
-      sum_block<kThreads>(lane_index() == 0 ? slope : 0.0, memory.slope_sums + block_index());
+      sum_block<kThreads>(lane_index() == 0 ? slope : 0.0, memory.slope_sums + QueryTileIndex(p, kWarps).number);
     }
   }
 
