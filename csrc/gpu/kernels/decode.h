@@ -61,8 +61,8 @@ class Decode {
         tile_(tile),
         part_(part),
         parts_(GroupTiles::parts(p)),
-        heads_{folded_head(p, tile.batch, tile.head(lane_group())),
-               folded_head(p, tile.batch, tile.head(lane_group() + 8))},
+        heads_{folded_head<kMode, T>(p, tile.batch, tile.head(lane_group())),
+               folded_head<kMode, T>(p, tile.batch, tile.head(lane_group() + 8))},
         exponential_(exponential_of<kMode, T>(p)) {}
 
   ATTENTION_DEVICE void mainloop(void* workspace) {

@@ -16,10 +16,15 @@ struct WordOps {
   }
 };
 
-template <ScoreMode kMode>
+// kept_scale is held as T.
+template <ScoreMode kMode, class T>
 ATTENTION_DEVICE Dropout dropout_by(const AttentionProblem& p) {
-  if constexpr (kMode == ScoreMode::kAll) return dropout_of(p);
-  return {};
+  Dropout dropout;
+  if constexpr (kMode == ScoreMode::kAll) {
+    dropout = dropout_of(p);
+    dropout.kept_scale = held<T>(dropout.kept_scale);
+  }
+  return dropout;
 }
 
 // As philox_bits, where k differs by lane: an array with a variable index would leave the registers.

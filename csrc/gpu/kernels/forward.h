@@ -40,7 +40,7 @@ class Forward {
   ATTENTION_DEVICE static void run(const ForwardProblem& p, void* workspace) {
     const int64_t tiles = QueryTileIndex::count(p, kQueries);
     const QueryTileIndex at(p, kQueries, block_index() % tiles);
-    const Head head = folded_head(p, at.batch, at.head);
+    const Head head = folded_head<kMode, T>(p, at.batch, at.head);
     const Range q = at.queries(head.sequence, kQueries);
     if (!q.empty()) Forward(p, head, q, static_cast<int>(block_index() / tiles)).mainloop(workspace);
   }
@@ -53,7 +53,7 @@ class Forward {
         part_(part),
         row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows),
         exponential_(exponential_of<kMode, T>(p)),
-        dropout_(dropout_by<kMode>(p)) {}
+        dropout_(dropout_by<kMode, T>(p)) {}
 
   ATTENTION_DEVICE void mainloop(void* workspace) {
     const TileSet<QueryTile, 1> query(shared_memory());

@@ -39,7 +39,7 @@ class Jvp {
 
  private:
   ATTENTION_DEVICE Jvp(const Problem& p, const Head& head, Range q)
-      : p_(p), head_(head), q_(q), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kMode>(p)) {
+      : p_(p), head_(head), q_(q), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kMode, T>(p)) {
     const LogsumexpRows<T> source(p, head, p.logsumexp);
     for (int r = 0; r < 2; ++r) logsumexp_[r] = source.row(static_cast<int>(query(r)));
   }

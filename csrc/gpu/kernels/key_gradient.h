@@ -50,7 +50,7 @@ class KeyGradient {
         memory_(memory),
         k_(k),
         row_(thread_index() / kWarpSize * kFragmentRows),
-        dropout_(dropout_by<kMode>(p)) {}
+        dropout_(dropout_by<kMode, T>(p)) {}
 
   ATTENTION_DEVICE void mainloop(int64_t batch, int64_t kv_head) {
     key_sums_.clear();
@@ -64,7 +64,7 @@ class KeyGradient {
     OwnKeys own(keys, row_);
     own.load();
     for (int64_t h = 0; h < p_.group_size(); ++h) {
-      const Head head(p_, batch, first.head + h);
+      const Head head = looped<kMode, T>(Head(p_, batch, first.head + h));
       QueryNumbers numbers({p_, head, memory_}, memory + kQueryBytes);
       const int tile_rows = k_.begin + row_ < k_.end ? Shape::kRows : 0;  // a warp without keys only helps to copy
       const auto add_tiles = [&](int q, const QueryTiles& queries, int stage) {

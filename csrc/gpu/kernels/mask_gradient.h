@@ -35,13 +35,13 @@ class MaskGradient {
 
  private:
   ATTENTION_DEVICE MaskGradient(const Problem& p, const BackwardMemory<T>& memory)
-      : p_(p), memory_(memory), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kMode>(p)) {}
+      : p_(p), memory_(memory), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kMode, T>(p)) {}
 
   ATTENTION_DEVICE void mainloop(const MaskPart& part) {
     sums_.clear();
     for (int64_t b = part.batches.begin; b < part.batches.end; ++b) {
       for (int64_t h = part.heads.begin; h < part.heads.end; ++h) {
-        const Head head(p_, b, h);
+        const Head head = looped<kMode, T>(Head(p_, b, h));
         for (int64_t i = part.query_tiles.begin; i < part.query_tiles.end; ++i) {
           const Range q{i * kQueries, minimum((i + 1) * kQueries, head.sequence.length_q)};
           for (int64_t j = part.key_tiles.begin; j < part.key_tiles.end; ++j) {

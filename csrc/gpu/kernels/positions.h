@@ -50,6 +50,26 @@ struct Head {
         length_k(static_cast<int>(sequence.length_k)) {}
 };
 
+// A number of a call rounded to T, held in a register from here on: compilers would convert it from double anew in
+// every pass of a loop, but not exchange it between lanes anew.
+template <class T>
+ATTENTION_DEVICE double held(double x) {
+  return static_cast<double>(shuffle_xor(static_cast<T>(x), 0));
+}
+
+// A head whose mods are applied in a loop.
+template <ScoreMode kMode, class T>
+ATTENTION_DEVICE Head looped(Head head) {
+  if constexpr (kMode == ScoreMode::kAll && sizeof(T) < sizeof(double)) {
+    ScoreMods& mods = head.mods;
+    mods.scale = held<T>(mods.scale);
+    mods.softcap.cap = held<T>(mods.softcap.cap);
+    mods.softcap.inverse = held<T>(mods.softcap.inverse);
+    mods.alibi.slope = held<T>(mods.alibi.slope);
+  }
+  return head;
+}
+
 // The first query and key of a warp's block of scores, within the sequence; the key begins an octet.
 struct Corner {
   int q, k;

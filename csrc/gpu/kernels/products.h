@@ -64,11 +64,13 @@ struct HeldRows {
 };
 
 // c[m][n] += sum over columns of a[m][.] b[row_b + n][.]. Unrolled as a whole, long rows would load more than registers
-// hold.
+// hold, and so would shorter ones beside the largest c.
 template <class C, int kRowTiles, int kTiles, class RowsA, class TileB>
 ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const RowsA& a, const TileB& b,
                                     int row_b) {
-  ATTENTION_UNROLL_BY(RowsA::kColumns / C::kDepth <= C::kUnrolledSteps ? C::kUnrolledSteps : 4)
+  constexpr int kSteps = RowsA::kColumns / C::kDepth;
+  constexpr bool kFits = kSteps <= C::kUnrolledSteps && kSteps * kRowTiles * kTiles < 128;
+  ATTENTION_UNROLL_BY(kFits ? C::kUnrolledSteps : 4)
   for (int depth = 0; depth < RowsA::kColumns; depth += C::kDepth) {
     typename C::A rows[kRowTiles];
     ATTENTION_UNROLL

@@ -45,7 +45,7 @@ class QueryGradient {
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     const int64_t part = block_index() / tiles(p);
     const QueryTileIndex at(p, kQueries, block_index() % tiles(p));
-    const Head head(p, at.batch, at.head);
+    const Head head = looped<kMode, T>(Head(p, at.batch, at.head));
     QueryGradient(p, BackwardMemory<T>(p, workspace), head, at.queries(head.sequence, kQueries), part).mainloop();
   }
 
@@ -58,7 +58,7 @@ class QueryGradient {
         q_(q),
         part_(part),
         row_(thread_index() / kWarpSize * kFragmentRows),
-        dropout_(dropout_by<kMode>(p)) {
+        dropout_(dropout_by<kMode, T>(p)) {
     const RowSource<T, kOrder> source(p, head, memory);
     for (int r = 0; r < 2; ++r) {
       rows_[r] = source.row(static_cast<int>(q.begin) + row_ + r * 8 + lane_group());

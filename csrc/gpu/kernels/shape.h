@@ -29,7 +29,7 @@ struct ForwardShape : Width<C, kDim> {
   static constexpr int kRows = kNarrow ? (kDim <= 128 ? 64 : 32) : kDim <= 64 ? 32 : 16;
   // The same for all modes: other blocks of keys would be summed in another order, so that dropout, which alone calls
   // for ScoreMode::kAll too, would change bits of logsumexp.
-  static constexpr int kColumns = kWide || kRows < 32 ? 16 : kNarrow && kDim < 128 ? kRows : 32;
+  static constexpr int kColumns = kWide || kRows < 32 ? 16 : kNarrow && kDim <= 128 ? kRows : 32;
   static constexpr int kStages = kRowBytes <= 1024 ? 2 : 1;
 };
 

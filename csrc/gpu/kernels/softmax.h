@@ -57,10 +57,11 @@ ATTENTION_DEVICE Exponential<T> exponential_of(const AttentionProblem& p) {
   const bool folds_scale = kMode == ScoreMode::kMask || score_mods_of(p).folds_scale_into_exp();
   return {folds_scale ? static_cast<T>(p.scale) : T(1), !folds_scale};
 }
+template <ScoreMode kMode, class T>
 ATTENTION_DEVICE Head folded_head(const AttentionProblem& p, int64_t batch, int64_t h) {
   Head head(p, batch, h);
   if (score_mods_of(p).folds_scale_into_exp()) head.mods.scale = 1.0;
-  return head;
+  return looped<kMode, T>(head);
 }
 
 template <ScoreMode kMode, class T>

@@ -42,11 +42,11 @@ class Weights {
   ATTENTION_INLINE static int64_t key_tiles(const WeightsProblem& p) { return ceil_div(p.seqlen_k, kKeys); }
 
   ATTENTION_DEVICE Weights(const WeightsProblem& p, Range q, Range k)
-      : p_(p), q_(q), k_(k), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kMode>(p)) {}
+      : p_(p), q_(q), k_(k), row_(thread_index() / kWarpSize * kFragmentRows), dropout_(dropout_by<kMode, T>(p)) {}
 
   ATTENTION_DEVICE void mainloop(int64_t batch, int64_t run) {
     sums_.clear();
-    for (int64_t h = 0; h < p_.heads / head_runs(p_); ++h) add_head(Head(p_, batch, run + h));
+    for (int64_t h = 0; h < p_.heads / head_runs(p_); ++h) add_head(looped<kMode, T>(Head(p_, batch, run + h)));
     const int64_t averaged = p_.heads / head_runs(p_);
     const auto share = static_cast<T>(dropout_.kept_scale) / static_cast<T>(averaged);
     const T factor[2] = {share, share};
