@@ -165,7 +165,7 @@ def _build(
     blocks_shape = (batch, heads, _ceil_div(seqlen_q, block_q), _ceil_div(seqlen_k, block_k))
     blocks = torch.zeros(blocks_shape, dtype=torch.int32, device=device) if known is None else known.int()
     flat = blocks.flatten()
-    bits = [torch.empty(0, block_q, block_k // KEYS_PER_BYTE, dtype=torch.uint8, device=device)]
+    bits = torch.empty(0, block_q, block_k // KEYS_PER_BYTE, dtype=torch.uint8, device=device)
     count = 0
     for chunk in _unknown(flat).split(max(1, POSITIONS // (block_q * block_k))):
         b, h, i, j = torch.unravel_index(chunk, blocks_shape)
@@ -178,9 +178,12 @@ def _build(
         numbers = count + partial.cumsum(0) - 1
         flat[chunk] = torch.where(full, FULL, torch.where(partial, numbers, EMPTY)).int()
         bytes_of = seen[partial].unflatten(-1, (-1, KEYS_PER_BYTE)).to(torch.uint8)
-        bits.append((bytes_of << _byte(bytes_of)).sum(-1, dtype=torch.uint8))
-        count += bits[-1].shape[0]
-    return SparseMask(flat.view(blocks_shape), torch.cat(bits))
+        found = (bytes_of << _byte(bytes_of)).sum(-1, dtype=torch.uint8)
+        first, count = count, count + found.shape[0]
+        if count > bits.shape[0]:  # room for later ones too: a tensor kept of each chunk would fragment the heap
+            bits = torch.cat([bits[:first], bits.new_empty(count - first + first // 4, *bits.shape[1:])])
+        bits[first:count] = found
+    return SparseMask(flat.view(blocks_shape), bits[:count].clone())
 
 
 def _unknown(flat: Tensor) -> Tensor:
