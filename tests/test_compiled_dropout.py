@@ -174,7 +174,7 @@ def test_export() -> None:
 
     q = x()
     program = torch.export.export(Twice(), (q,))
-    for one, op in ((program, ops.attention), (program.run_decompositions(), ops.attention_forward)):
+    for one, op in ((program, ops.scaled_dot_product_attention), (program.run_decompositions(), ops.attention_forward)):
         assert sum(node.target is op.default for node in one.graph.nodes) == 2
         assert_draws_like_eager(one.module(), Twice(), q)
         torch._dynamo.reset()
