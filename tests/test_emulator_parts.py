@@ -64,6 +64,18 @@ def test_keys_in_parts(
     check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator, backward=False))
 
 
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("spec", IN_PARTS, ids=lambda x: x.name)
+def test_gradients_in_parts(
+    spec: Spec, parts: int, dtype: torch.dtype, emulate: Any, split_keys: Any, check_accuracy: Any
+) -> None:
+    sample = spec.build(dtype, "large")
+    emulate()
+    split_keys(parts)
+    rng_state = sample.call(operator)[2]
+    check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator))
+
+
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_decoding_packed_sequences(

@@ -1,8 +1,9 @@
-// How many blocks of threads and how much memory forward passes plan, on any number of multiprocessors.
+// How many blocks of threads and how much memory passes plan, on any number of multiprocessors.
 #include <cstdio>
 
 #include "gpu/kernels/decode.h"
 #include "gpu/kernels/forward.h"
+#include "gpu/kernels/query_gradient.h"
 #include "gpu/reasons.h"
 
 namespace {
@@ -110,12 +111,30 @@ void check_windows() {
   expect(blocks_of(p) == 2 * 8, "parts of a window are cut from all keys", p);
 }
 
+// grad_query is split as forward passes are, but not beside gradients of slopes.
+void check_gradients() {
+  using Queries = QueryGradient<Compute16<BFloat16>, 128, ScoreMode::kAll, Order::kFirst>;
+  BackwardProblem p;
+  static_cast<AttentionProblem&>(p) = problem_of(1, 8, 8, 128, 65536, 132);
+  expect(Queries::blocks(p) == 2 * 132 / 16 * 16, "grad_query leaves multiprocessors without a block", p);
+  expect(BackwardMemory<float>::bytes(p, Queries::tiles(p), Queries::parts(p)) ==
+             2 * 4096 + 16 * 1024 * 128 * sizeof(float),
+         "the workspace does not hold the parts", p);
+  double slopes = 0;
+  p.grad_alibi_slopes = &slopes;
+  expect(Queries::blocks(p) == 16, "keys are split beside gradients of slopes", p);
+  p.grad_alibi_slopes = nullptr;
+  static_cast<AttentionProblem&>(p) = problem_of(8, 8, 8, 128, 65536, 132);
+  expect(Queries::blocks(p) == 128, "grad_query splits keys where tiles are enough", p);
+}
+
 }  // namespace
 
 int main() {
   for (const int multiprocessors : {1, 16, 108, 132, 148}) check_all(multiprocessors);
   for (const int multiprocessors : {16, 108, 132, 148, 1000}) check_workspace(multiprocessors);
   check_windows();
+  check_gradients();
   const AttentionProblem few_tiles = problem_of(1, 8, 8, 128, 65536, 132);
   expect(blocks_of(few_tiles) >= 132, "multiprocessors without a block", few_tiles);
   const AttentionProblem group = problem_of(1, 32, 4, 1, 8192, 4);

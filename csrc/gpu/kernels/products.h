@@ -63,14 +63,15 @@ struct HeldRows {
   ATTENTION_DEVICE const typename C::A& at(int m, int column) const { return rows[m][column / C::kDepth]; }
 };
 
-// c[m][n] += sum over columns of a[m][.] b[row_b + n][.]. Unrolled as a whole, long rows would load more than registers
-// hold, and so would shorter ones beside the largest c.
+// Unrolled as a whole, long rows would load more than registers hold, and so would shorter ones beside many sums.
+template <class C, int kSteps, int kSums>
+constexpr int kUnrolled = kSteps <= C::kUnrolledSteps && kSteps * kSums < 128 ? C::kUnrolledSteps : 4;
+
+// c[m][n] += sum over columns of a[m][.] b[row_b + n][.]
 template <class C, int kRowTiles, int kTiles, class RowsA, class TileB>
 ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const RowsA& a, const TileB& b,
                                     int row_b) {
-  constexpr int kSteps = RowsA::kColumns / C::kDepth;
-  constexpr bool kFits = kSteps <= C::kUnrolledSteps && kSteps * kRowTiles * kTiles < 128;
-  ATTENTION_UNROLL_BY(kFits ? C::kUnrolledSteps : 4)
+  ATTENTION_UNROLL_BY((kUnrolled<C, RowsA::kColumns / C::kDepth, kRowTiles * kTiles>))
   for (int depth = 0; depth < RowsA::kColumns; depth += C::kDepth) {
     typename C::A rows[kRowTiles];
     ATTENTION_UNROLL
