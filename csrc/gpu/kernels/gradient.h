@@ -81,11 +81,11 @@ class StreamedNumbers {
 
 // The tiles that own the rows and those that are streamed, in the order of sources.h: queries against keys, or keys
 // against queries.
-template <class C, ScoreMode kMode, Order kOrder, bool kTransposed, int kTiles>
+template <class C, ScoreMode kMode, Order kOrder, bool kTransposed, int kTiles, int kRowTiles = 1>
 class GradientBlock {
   using T = typename C::Scalar;
   using Block = ScoreBlock<T, kMode, kTransposed>;
-  using Scores = Fragments<T, 1, kTiles>;
+  using Scores = Fragments<T, kRowTiles, kTiles>;
   static constexpr bool kSecond = kOrder == Order::kSecond;
 
  public:
@@ -123,34 +123,38 @@ class GradientBlock {
     }
   }
 
-  // rows(n, i) gives RowNumbers, and each(n, i, x) receives every gradient of a score. Where a weight is 0 so is its
-  // gradient, whatever hidden values hold. False where all gradients of this lane are 0 in a block that hides some
+  // rows(m, n, i) gives RowNumbers, and each(m, n, i, x) receives every gradient of a score. Where a weight is 0 so is
+  // its gradient, whatever hidden values hold. False where all gradients of this lane are 0 in a block that hides some
   // keys.
   template <class RowOf, class Each>
   ATTENTION_DEVICE bool differentiate(const ProblemOf<kOrder>& p, const Block& block, const Dropout& dropout,
                                       RowOf&& rows, Each&& each) {
-    const auto scores = block.scores(weight.tile[0]);
-    if (kMode != ScoreMode::kAll && block.partial) hide(scores.score);
+    ModifiedScore<VectorOps<T, kTiles>> scores[kRowTiles];
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      scores[m] = block.scores(weight.tile[m], m);
+      if (kMode != ScoreMode::kAll && block.partial) hide(scores[m].score, m);
+    }
     const auto kept_scale = static_cast<T>(dropout.kept_scale);
-    for_each_kept<1, kTiles>(block, dropout, [&](int, int n, int i, bool kept) {
-      T &w = weight.tile[0][n].number[i], &g = grad.tile[0][n].number[i];
-      const RowNumbers<T, kOrder> row = rows(n, i);
-      const auto score = score_at(scores, n, i);
+    for_each_kept<kRowTiles, kTiles>(block, dropout, [&](int m, int n, int i, bool kept) {
+      T &w = weight.tile[m][n].number[i], &g = grad.tile[m][n].number[i];
+      const RowNumbers<T, kOrder> row = rows(m, n, i);
+      const auto score = score_at(scores[m], n, i);
       const T prob = weight_of<kMode>(score.score, block.exp_scale(), row.logsumexp);
       const bool hidden = (kMode == ScoreMode::kAll || kSecond) && prob == T(0);
       const T centred = (kept ? g * kept_scale : T(0)) - row.delta;
       g = hidden ? T(0) : prob * centred;
       if constexpr (kSecond) {
-        T &dt = dot_tangent.tile[0][n].number[i], &gt = grad_tangent.tile[0][n].number[i];
-        const auto tangent = score_tangent(p, p.tangent, block, score, dt, block.query(0, n, i), block.key(0, n, i));
+        T &dt = dot_tangent.tile[m][n].number[i], &gt = grad_tangent.tile[m][n].number[i];
+        const auto tangent = score_tangent(p, p.tangent, block, score, dt, block.query(m, n, i), block.key(m, n, i));
         const T prob_tangent = prob * (tangent.score - row.logsumexp_tangent);
         const T centred_tangent = (kept ? gt * kept_scale : T(0)) - row.delta_tangent;
         const T second = hidden ? T(0) : multiply_add(prob_tangent, centred, prob * centred_tangent);
-        each(n, i, second);
+        each(m, n, i, second);
         w = hidden || !kept ? T(0) : prob_tangent;
         gt = multiply_add(second, score.softcap_grad, g * score.softcap_grad2 * tangent.dot);
       } else {
-        each(n, i, g);
+        each(m, n, i, g);
         w = kept ? prob : T(0);
       }
       g *= score.softcap_grad;
@@ -159,19 +163,22 @@ class GradientBlock {
   }
 
   // Hidden keys have nothing to do with gradients.
-  ATTENTION_DEVICE void hide(const typename VectorOps<T, kTiles>::V& score) {
+  ATTENTION_DEVICE void hide(const typename VectorOps<T, kTiles>::V& score, int m) {
     for_each_number<kTiles>([&](int n, int i) {
-      T& g = grad.tile[0][n].number[i];
+      T& g = grad.tile[m][n].number[i];
       g = score.number[4 * n + i] == -infinity<T>() ? T(0) : g;
     });
   }
 
   ATTENTION_DEVICE bool any_gradient() const {
     bool any = false;
-    for_each_number<kTiles>([&](int n, int i) {
-      any |= grad.tile[0][n].number[i] != T(0);
-      if (kSecond) any |= grad_tangent.tile[0][n].number[i] != T(0);
-    });
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      for_each_number<kTiles>([&](int n, int i) {
+        any |= grad.tile[m][n].number[i] != T(0);
+        if (kSecond) any |= grad_tangent.tile[m][n].number[i] != T(0);
+      });
+    }
     return any;
   }
 

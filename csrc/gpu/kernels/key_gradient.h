@@ -71,7 +71,7 @@ class KeyGradient {
         const bool partial = is_partial(head, {q, q + Shape::kRows}, k_);
         for (int row = 0; row < tile_rows; row += kColumns) {
           const ScoreBlock<T, kMode, true> block{p_, head, {q + row, static_cast<int>(k_.begin) + row_}, partial};
-          add_block(block, own, queries, row, [&](int n, int i) { return numbers.at(stage, row, n, i); });
+          add_block(block, own, queries, row, [&](int, int n, int i) { return numbers.at(stage, row, n, i); });
         }
       };
       stream_rows<kThreads, Shape::kStages, QueryTile>(memory, query_sources<E>(p_, head),
@@ -85,7 +85,7 @@ class KeyGradient {
                                   const QueryTiles& queries, int row, RowOf&& rows) {
     GradientBlock<C, kMode, kOrder, true, kTiles> products;
     products.multiply(p_, keys, queries, row);
-    products.differentiate(p_, block, dropout_, rows, [](int, int, T) {});
+    products.differentiate(p_, block, dropout_, rows, [](int, int, int, T) {});
     if constexpr (kOfValue) multiply_weights<C>(value_sums_, products.weight, queries.tile[1], row);
     if constexpr (kOfKey) products.add_gradient(p_, key_sums_, queries, row);
   }

@@ -71,8 +71,8 @@ class MaskGradient {
     GradientBlock<C, kMode, kOrder, false, kTiles> products;
     products.multiply(p_, OwnRows<C, QueryTile, kQuerySources<kOrder>, false>(queries, row_), keys, 0);
     products.differentiate(
-        p_, block, dropout_, [&](int n, int i) { return rows.row(block.query(0, n, i)); },
-        [&](int n, int i, T gradient) { sums_.tile[0][n].number[i] += gradient; });
+        p_, block, dropout_, [&](int, int n, int i) { return rows.row(block.query(0, n, i)); },
+        [&](int, int n, int i, T gradient) { sums_.tile[0][n].number[i] += gradient; });
     synchronize_block();
   }
 

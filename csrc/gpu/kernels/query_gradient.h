@@ -16,20 +16,23 @@ class QueryGradient {
   using T = typename C::Scalar;
   using E = typename C::Element;
   using Shape = GradientShape<C, kDim, kOrder>;
+  // A warp owns 32 queries where registers hold their sums and operands: keys are read half as often.
+  static constexpr bool kHigh = Shape::kHoldsOwn && kDim <= 64 && kMode == ScoreMode::kMask;
+  static constexpr int kRowTiles = kHigh ? 2 : 1, kColumns = kHigh && kDim > 32 ? 16 : Shape::kColumns;
 
  public:
   using Problem = ProblemOf<kOrder>;
-  static constexpr int kQueries = Shape::kWarps * kFragmentRows;
+  static constexpr int kQueries = Shape::kWarps * kRowTiles * kFragmentRows;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
 
  private:
-  static constexpr int kTiles = Shape::kColumns / kFragmentColumns;
+  static constexpr int kTiles = kColumns / kFragmentColumns;
   using QueryTile = SharedTile<E, kQueries, kDim>;
   using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
-  using OwnQueries = OwnRows<C, QueryTile, kQuerySources<kOrder>, Shape::kHoldsOwn>;
+  using OwnQueries = OwnRows<C, QueryTile, kQuerySources<kOrder>, Shape::kHoldsOwn, kRowTiles>;
   using KeyTile = SharedTile<E, Shape::kRows, kDim>;
   using KeyTiles = TileSet<KeyTile, kKeySources<kOrder>>;
-  using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
+  using Sums = Fragments<T, kRowTiles, kDim / kFragmentColumns>;
 
  public:
   static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
@@ -57,10 +60,11 @@ class QueryGradient {
         head_(head),
         q_(q),
         part_(part),
-        row_(thread_index() / kWarpSize * kFragmentRows),
+        row_(thread_index() / kWarpSize * kRowTiles * kFragmentRows),
         dropout_(dropout_by<kMode, T>(p)) {
     const RowSource<T, kOrder> source(p, head, memory);
-    for (int r = 0; r < 2; ++r) {
+    ATTENTION_UNROLL
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
       rows_[r] = source.row(static_cast<int>(q.begin) + row_ + r * 8 + lane_group());
       if (kResult == QueryResult::kDelta) rows_[r].delta = T(0);
     }
@@ -77,7 +81,7 @@ class QueryGradient {
       own.load();
       const auto add_tiles = [&](int k, const KeyTiles& keys, int) {
         const bool partial = is_partial(head_, q_, {k, k + Shape::kRows});
-        for (int row = 0; row < rows; row += Shape::kColumns) {
+        for (int row = 0; row < rows; row += kColumns) {
           add_block({p_, head_, {static_cast<int>(q_.begin) + row_, k + row}, partial}, own, keys, row);
         }
       };
@@ -89,21 +93,22 @@ class QueryGradient {
 
   ATTENTION_DEVICE void add_block(const ScoreBlock<T, kMode>& block, const OwnQueries& queries, const KeyTiles& keys,
                                   int row) {
-    GradientBlock<C, kMode, kOrder, false, kTiles> products;
+    GradientBlock<C, kMode, kOrder, false, kTiles, kRowTiles> products;
     products.multiply(p_, queries, keys, row);
-    T slopes = 0, deltas[2] = {};
+    T slopes = 0, deltas[2 * kRowTiles] = {};
     const bool any = products.differentiate(
-        p_, block, dropout_, [&](int, int i) { return rows_[i / 2]; },
-        [&](int n, int i, T gradient) {
+        p_, block, dropout_, [&](int m, int, int i) { return rows_[2 * m + i / 2]; },
+        [&](int m, int n, int i, T gradient) {
           if constexpr (kResult == QueryResult::kDelta) {
-            deltas[i / 2] += gradient;
+            deltas[2 * m + i / 2] += gradient;
           } else if (kMode == ScoreMode::kAll && p_.grad_alibi_slopes) {
-            const auto at = block.at(block.query(0, n, i), block.key(0, n, i));
+            const auto at = block.at(block.query(m, n, i), block.key(m, n, i));
             slopes += gradient * head_.mods.alibi.slope_grad<NumberOps<T>>(at);
           }
         });
     if constexpr (kResult == QueryResult::kDelta) {
-      for (int r = 0; r < 2; ++r) delta_sums_[r] += deltas[r];
+      ATTENTION_UNROLL
+      for (int r = 0; r < 2 * kRowTiles; ++r) delta_sums_[r] += deltas[r];
     } else {
       if (kMode == ScoreMode::kAll && p_.grad_alibi_slopes) slope_sum_.add(slopes);
       // Keys that are hidden from all these rows may hold anything.
@@ -113,7 +118,8 @@ class QueryGradient {
 
   ATTENTION_DEVICE void epilogue() {
     if constexpr (kResult == QueryResult::kDelta) {
-      for (int r = 0; r < 2; ++r) {
+      ATTENTION_UNROLL
+      for (int r = 0; r < 2 * kRowTiles; ++r) {
         const T delta = sum_of_group(delta_sums_[r]);
         const int64_t q = q_.begin + row_ + r * 8 + lane_group();
         if (lane_member() == 0 && q < q_.end)
@@ -128,16 +134,19 @@ class QueryGradient {
   }
 
   ATTENTION_DEVICE void store() const {
-    const auto scale = static_cast<T>(p_.scale);
     if (parts(p_) == 1) {
-      const T factor[2] = {scale, scale};
-      const Rows<E> to = head_rows<E>(head_, p_.grad_query, p_.head_dim);
-      store_rows(to, q_.begin + row_, q_.end, sums_.tile[0], factor);
+      store(head_rows<E>(head_, p_.grad_query, p_.head_dim), static_cast<T>(p_.scale));
     } else {
-      const T factor[2] = {T(1), T(1)};
-      const Rows<T> to{memory_.query_part(p_, part_, row_of(p_, head_.sequence, head_.head)), p_.head_dim, 1,
-                       static_cast<int>(p_.head_dim)};
-      store_rows(to, q_.begin + row_, q_.end, sums_.tile[0], factor);
+      T* const first = memory_.query_part(p_, part_, row_of(p_, head_.sequence, head_.head));
+      store(Rows<T>{first, p_.head_dim, 1, static_cast<int>(p_.head_dim)}, T(1));
+    }
+  }
+  template <class Result>
+  ATTENTION_DEVICE void store(const Rows<Result>& to, T scale) const {
+    const T factor[2] = {scale, scale};
+    ATTENTION_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      store_rows(to, q_.begin + row_ + m * kFragmentRows, q_.end, sums_.tile[m], factor);
     }
   }
 
@@ -148,9 +157,9 @@ class QueryGradient {
   const int64_t part_;  // of the keys
   const int row_;       // of the tile, the warp's first
   const Dropout dropout_;
-  RowNumbers<T, kOrder> rows_[2];
+  RowNumbers<T, kOrder> rows_[2 * kRowTiles];  // two for each row tile: those of the lane's group, and 8 further
   Sums sums_;
-  T delta_sums_[2] = {};
+  T delta_sums_[2 * kRowTiles] = {};
   LongSum<T> slope_sum_;
 };
 

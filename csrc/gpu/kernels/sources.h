@@ -57,7 +57,7 @@ struct TileSet {
 };
 
 // The rows of each tile from `row` on, as operands that a warp reads again and again.
-template <class C, class Tile, int kCount, bool kHeld>
+template <class C, class Tile, int kCount, bool kHeld, int kRowTiles = 1>
 class OwnRows {
  public:
   ATTENTION_DEVICE OwnRows(const TileSet<Tile, kCount>& tiles, int row) : tiles_(tiles), row_(row) {}
@@ -70,8 +70,8 @@ class OwnRows {
 };
 
 // Held in registers.
-template <class C, class Tile, int kCount>
-class OwnRows<C, Tile, kCount, true> {
+template <class C, class Tile, int kCount, int kRowTiles>
+class OwnRows<C, Tile, kCount, true, kRowTiles> {
  public:
   ATTENTION_DEVICE OwnRows(const TileSet<Tile, kCount>& tiles, int row) : tiles_(tiles), row_(row) {}
   ATTENTION_DEVICE void load() {
@@ -81,12 +81,12 @@ class OwnRows<C, Tile, kCount, true> {
     ATTENTION_UNROLL
     for (int i = 0; i < kCount; ++i) held_[i].load(tiles_.tile[i], row_);
   }
-  ATTENTION_DEVICE const HeldRows<C, 1, Tile::kColumns>& operator[](int i) const { return held_[i]; }
+  ATTENTION_DEVICE const HeldRows<C, kRowTiles, Tile::kColumns>& operator[](int i) const { return held_[i]; }
 
  private:
   const TileSet<Tile, kCount> tiles_;
   const int row_;
-  HeldRows<C, 1, Tile::kColumns> held_[kCount];
+  HeldRows<C, kRowTiles, Tile::kColumns> held_[kCount];
 };
 
 template <int kThreads, class Tile, int kCount, class E>
