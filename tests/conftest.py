@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attention_ext import _C
 from attention_ext.inspect import statistics
-from attention_ext.testing import Sample, assert_accurate
+from attention_ext.testing import Sample, assert_accurate, evaluate, operator, with_keep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,6 +89,20 @@ def check_accuracy(request: pytest.FixtureRequest) -> Callable[[Sample, dict[str
         for x in assert_accurate(sample, actual):
             entry = (str(sample.query.dtype).removeprefix("torch."), x.name, x.ratio, sample.name)
             request.node.user_properties.append(("accuracy", entry))
+
+    return check
+
+
+@pytest.fixture
+def check_passes(check_accuracy: Callable[[Sample, dict[str, Tensor]], None]) -> Callable[[Sample], None]:
+    """Check out, logsumexp and all gradients, and that a call without gradients gives the same bits."""
+
+    def check(sample: Sample) -> None:
+        out, logsumexp, rng_state = sample.call(operator)
+        actual = evaluate(sample, operator)
+        assert torch.equal(out, actual["out"])
+        assert torch.equal(logsumexp, actual["logsumexp"])
+        check_accuracy(with_keep(sample, rng_state), actual)
 
     return check
 

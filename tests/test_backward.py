@@ -1,4 +1,7 @@
-"""Gradients pass the tolerance rule, and are computed for exactly the inputs that require grad."""
+"""out, logsumexp and gradients pass the tolerance rule, for every feature, pair of features, dtype and size.
+
+A call without gradients gives the same bits. Gradients are computed for exactly the inputs that require grad.
+"""
 
 from __future__ import annotations
 
@@ -24,54 +27,47 @@ from attention_ext.testing import (
     evaluate,
     operator,
     operator_options,
-    with_keep,
 )
 
-Check = Callable[[Sample, dict[str, torch.Tensor]], None]
+Check = Callable[[Sample], None]
 
 ALL_INPUTS = Spec("all_inputs", mask="float 1hqk", alibi="heads", sinks="heads", heads=(4, 2), head_dims="wider_value")
 
 
-def check_backward(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
-    sample = spec.build(dtype, "large", device)
-    rng_state = sample.call(operator)[2]
-    check_accuracy(with_keep(sample, rng_state), evaluate(sample, operator))
-
-
 @pytest.mark.every_isa
 @pytest.mark.parametrize("spec", FEATURES, ids=lambda x: x.name)
-def test_features(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
-    check_backward(spec, dtype, device, check_accuracy)
+def test_features(spec: Spec, dtype: torch.dtype, device: str, check_passes: Check) -> None:
+    check_passes(spec.build(dtype, "large", device))
 
 
 @pytest.mark.parametrize("spec", HARD, ids=lambda x: x.name)
-def test_hard_inputs(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
-    check_backward(spec, dtype, device, check_accuracy)
+def test_hard_inputs(spec: Spec, dtype: torch.dtype, device: str, check_passes: Check) -> None:
+    check_passes(spec.build(dtype, "large", device))
 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("spec", LENGTHS, ids=lambda x: x.name)
-def test_lengths(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
-    check_backward(spec, dtype, device, check_accuracy)
+def test_lengths(spec: Spec, dtype: torch.dtype, device: str, check_passes: Check) -> None:
+    check_passes(spec.build(dtype, "large", device))
 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("spec", LONG, ids=lambda x: x.name)
-def test_many_keys(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
-    check_backward(spec, dtype, device, check_accuracy)
+def test_many_keys(spec: Spec, dtype: torch.dtype, device: str, check_passes: Check) -> None:
+    check_passes(spec.build(dtype, "large", device))
 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("spec", HEAD_DIMS, ids=lambda x: x.name)
-def test_head_dims(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
-    check_backward(spec, dtype, device, check_accuracy)
+def test_head_dims(spec: Spec, dtype: torch.dtype, device: str, check_passes: Check) -> None:
+    check_passes(spec.build(dtype, "large", device))
 
 
 @pytest.mark.parametrize("spec", EMPTY, ids=lambda x: x.name)
-def test_empty(spec: Spec, dtype: torch.dtype, device: str, check_accuracy: Check) -> None:
+def test_empty(spec: Spec, dtype: torch.dtype, device: str, check_passes: Check) -> None:
     sample = spec.build(dtype, device=device)
     if spec.head_dims == (3, 0):  # no value: only logsumexp has a gradient
-        return check_backward(spec, dtype, device, check_accuracy)
+        return check_passes(sample)
     gradients = evaluate(sample, operator)
     for name, x in sample.inputs().items():
         assert gradients[f"grad_{name}"].shape == x.shape
