@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import math_attention
-from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention.flex_attention import (
     AuxRequest,
     BlockMask,
@@ -25,8 +24,6 @@ from torch.nn.attention.flex_attention import (
 from torch.nn.attention.flex_attention import flex_attention as torchs
 
 from attention_ext import SparseMask, flex_attention
-from attention_ext.flex.calls import key_of
-from attention_ext.flex.traces import traced
 from attention_ext.integrations.flex import flex
 from attention_ext.testing.score_mods import HEADS, LENGTH, SCORE_MODS, captured_by
 
@@ -191,57 +188,6 @@ def test_hidden_scores_have_no_gradient_where_the_derivative_is_infinite() -> No
     inputs = tensors()
     out = attend(*inputs, score_mod=lambda score, b, h, q, k: torch.where(k <= q, score.abs().sqrt(), -torch.inf))
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), inputs))
-
-
-def small() -> Any:
-    torch.manual_seed(0)
-    shapes = [(1, 2, 3, 2), (1, 2, 4, 2), (1, 2, 4, 3), (2, 3)]
-    return [torch.randn(x, dtype=torch.float64, requires_grad=True) for x in shapes]
-
-
-def small_call(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Any:
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return torch.tanh(score * table[h, 0]) + torch.sigmoid(table)[h, (q + k) % 3] * score
-
-    mask = SparseMask.from_mask_mod(lambda b, h, q, k: k <= q + 1, None, None, 3, 4)
-    return flex_attention(query, key, value, score_mod, mask, return_lse=True)
-
-
-def test_derivatives() -> None:
-    inputs = small()
-    assert gradcheck(small_call, inputs, check_forward_ad=True)
-    assert gradgradcheck(small_call, inputs, check_fwd_over_rev=True)
-
-
-def test_derivatives_of_a_function_without_captured_tensors() -> None:
-    inputs = small()[:3]
-
-    def call(*x):
-        return attend(*x, score_mod=lambda score, b, h, q, k: 2 * torch.tanh(score / 2) + q)
-
-    assert gradcheck(call, inputs, check_forward_ad=True)
-    assert gradgradcheck(call, inputs)
-
-
-def test_third_derivatives_raise() -> None:
-    inputs = small()
-    out, _ = small_call(*inputs)
-    (first,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="third-order derivatives"):
-        second.sum().backward()
-
-
-def test_functional_transforms() -> None:
-    query, key, value, table = small()
-
-    def loss(query):
-        return small_call(query, key, value, table)[0].square().sum()
-
-    expected = torch.autograd.grad(loss(query), query)[0]
-    torch.testing.assert_close(torch.func.grad(loss)(query.detach()), expected)
-    tangent = torch.func.jvp(loss, (query.detach(),), (key.detach()[:, :, :3],))[1]
-    torch.testing.assert_close(tangent, (expected * key[:, :, :3]).sum())
 
 
 def test_results_do_not_depend_on_threads_or_runs() -> None:
@@ -465,16 +411,3 @@ def test_a_function_that_was_compiled_outside_is_compiled_again_within_a_block()
     within.sum().backward()
     with pytest.raises(Exception, match="does not support backward on CPU"):
         call(*inputs)
-
-
-def test_operators() -> None:
-    import attention_ext.flex.graph  # noqa: F401  # registers the derivative
-
-    slopes, inputs = torch.rand(HEADS, dtype=torch.float64, requires_grad=True), tensors()
-    key = key_of(traced(lambda score, b, h, q, k: torch.tanh(score) * slopes[h], torch.float64))
-    forward = torch.ops.attention_ext.flex_attention_forward
-    torch.library.opcheck(forward.default, (*inputs, key, [slopes], True))
-    out, lse, _ = forward(*inputs, key, [slopes], False)
-    saved = [x.detach() for x in (torch.randn_like(out), torch.randn_like(lse), *inputs, out, lse)]
-    backward = torch.ops.attention_ext.flex_attention_backward
-    torch.library.opcheck(backward.default, (*saved, key, [slopes.detach()], [True]))

@@ -139,16 +139,14 @@ class SparseMask(NamedTuple):
 
     def rows_to_dense(self, begin: int, end: int, seqlen_k: int) -> Tensor:
         """The same of the queries from `begin` to `end` alone."""
-        block_q = self.block_size[0]
-        first = begin // block_q
-        partial = (self.bits.unsqueeze(-1) >> _byte(self.bits)).bitwise_and(1).bool().flatten(2)
-        both = partial.new_tensor([True, False]).view(2, 1, 1).expand(2, *partial.shape[1:])
-        last = partial.shape[0]
-        blocks = self.blocks[:, :, first : _ceil_div(end, block_q)]
-        index = torch.where(blocks == FULL, last, torch.where(blocks == EMPTY, last + 1, blocks))
-        dense = torch.cat([partial, both])[index.long()]  # (B, H, query blocks, key blocks, block_q, block_k)
-        rows = slice(begin - first * block_q, end - first * block_q)
-        return dense.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, rows, :seqlen_k]
+        block_q, block_k = self.block_size
+        q = torch.arange(begin, end, device=self.blocks.device)
+        k = torch.arange(seqlen_k, device=self.blocks.device)
+        block = self.blocks[:, :, q // block_q][..., k // block_k]  # (B, H, queries, keys)
+        if self.bits.shape[0] == 0:
+            return block == FULL
+        bit = self.bits[block.clamp_min(0), (q % block_q)[:, None], k % block_k // KEYS_PER_BYTE] >> k % KEYS_PER_BYTE
+        return (block == FULL) | ((block >= 0) & bit.bitwise_and(1).bool())
 
 
 def _build(

@@ -11,13 +11,16 @@ import shlex
 import subprocess
 import tempfile
 import threading
+from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
 from attention_ext import _C
-from attention_ext.flex.codegen import Source
+from attention_ext.flex.codegen import Source, generate
+from attention_ext.flex.trace import ScoreMod, undisturbed
 from attention_ext.paths import include_path
 
 _FLAGS = (
@@ -31,6 +34,29 @@ _SECONDS = 120  # a compiler that takes longer hangs
 
 _lock = threading.Lock()
 _loaded: dict[str, ctypes.CDLL] = {}
+_keys: dict[Hashable, str] = {}
+_score_mods: dict[str, ScoreMod] = {}
+
+
+def key_of(score_mod: ScoreMod) -> str:
+    """The key under which the operators find the compiled functions."""
+    structure = (str(score_mod.body), score_mod.dtypes, score_mod.differentiable, score_mod.dtype)
+    if structure not in _keys:
+        with undisturbed():
+            key = compiled(generate(score_mod), score_mod.dtype, len(score_mod.dtypes))
+        _score_mods[key] = replace(score_mod, captured=())
+        _keys[structure] = key
+    return _keys[structure]
+
+
+def score_mod_of(key: str) -> ScoreMod:
+    """What was compiled under a key."""
+    if key not in _score_mods:
+        raise RuntimeError(
+            f"flex_attention: expected `score_mod` to be one that this process compiled, got {key}: call "
+            "attention_ext.flex_attention with the function, here too"
+        )
+    return _score_mods[key]
 
 
 def compiled(source: Source, dtype: torch.dtype, captured: int) -> str:

@@ -1,12 +1,15 @@
-"""flex_attention by operators of torch that are differentiable themselves: for second derivatives and forward mode, in
-blocks of queries, and as the fallback that is asked for."""
+"""flex_attention by operators of torch that are differentiable themselves: for forward mode and derivatives beyond the
+first, in blocks of queries, and as the fallback that is asked for."""
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_gradtrackingtensor
 
 from attention_ext.flex.block_mask import SparseMask
 from attention_ext.flex.trace import ScoreMod, reader
@@ -24,12 +27,33 @@ class Call:
     score_mod: ScoreMod
     scale: float
     enable_gqa: bool
-    block_mask: tuple[Tensor, Tensor] | tuple[None, None]
+    block_mask: tuple[Tensor | None, Tensor | None]
 
     def options(self) -> dict[str, Any]:
         """Of the operators."""
         blocks, bits = self.block_mask
         return {"scale": self.scale, "enable_gqa": self.enable_gqa, "block_mask": blocks, "block_mask_bits": bits}
+
+    def check_gradients(self, wanted: Sequence[bool]) -> None:
+        """wanted: for each captured tensor."""
+        for i, (compiled, needed) in enumerate(zip(self.score_mod.differentiable, wanted, strict=True)):
+            if needed and not compiled:
+                raise RuntimeError(
+                    f"flex_attention: expected `captured[{i}]` not to require a gradient, as when `score_mod` was "
+                    "compiled: call attention_ext.flex_attention with a tensor that requires one"
+                )
+
+
+def constant(mask: Tensor | None) -> Tensor | None:
+    """A mask without the wrappers of what is made under torch.func's transforms, for a call that outlives them."""
+    while mask is not None and is_gradtrackingtensor(mask):
+        mask = get_unwrapped(mask)
+    if mask is not None and is_batchedtensor(mask):
+        raise NotImplementedError(
+            "flex_attention: expected `block_mask` not to be mapped by vmap with `score_mod`, got a mask for each sample: "
+            "make one mask of the batch, or write the masks as a part of the score_mod"
+        )
+    return mask
 
 
 def attend(
@@ -93,51 +117,89 @@ def mapped(score_mod: Callable[..., Tensor]) -> Modify:
     return modify
 
 
-def second_order(
-    call: Call,
-    inputs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    tangents: Sequence[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Derivatives of the gradients' product with tangents: by the inputs, and by the gradients of the outputs.
+class InBlocks(NamedTuple):
+    """A function of tensors that is evaluated in blocks of queries; so are its derivatives.
 
-    The second is also the tangents of the outputs. Inputs are query, key, value and the captured tensors, grads those
-    of out and logsumexp, tangents of the inputs. Memory is that of some rows of scores.
+    Attributes:
+        function: of a range of queries, and of the tensors with the queries of this range.
+        inputs: for each tensor the dimension of its queries, or None where it has none.
+        outputs: for each result likewise; a result that has none is the sum over blocks.
+        length: number of queries.
+        scores: of one query.
     """
-    modify = traced(call.score_mod)
-    blocks, bits = call.block_mask
-    mask = None if blocks is None or bits is None else SparseMask(blocks, bits)
-    sums = [torch.zeros_like(x) for x in inputs]
-    outputs: list[list[Tensor]] = [[], []]
-    for rows in _blocks(inputs[0], inputs[1]):
-        visible = None
-        if mask is not None:
-            visible = mask.rows_to_dense(rows.start, rows.stop, inputs[1].shape[2])
-        leaves = [inputs[0][:, :, rows], *inputs[1:]]
-        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
-        given = [x[:, :, rows].detach().requires_grad_() for x in grads]
-        with torch.enable_grad():
-            query, key, value, *captured = leaves
-            *made, _ = attend(modify, call.scale, visible, rows.start, query, key, value, captured)
-            wanted = [x for x in leaves if x.requires_grad]
-            first = torch.autograd.grad(
-                made, wanted, given, create_graph=True, allow_unused=True, materialize_grads=True
+
+    function: Callable[..., tuple[Tensor, ...]]
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
+    length: int
+    scores: int
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        parts: list[list[Tensor]] = [[] for _ in self.outputs]
+        step = max(1, _SCORES // max(1, self.scores))
+        for begin in range(0, max(self.length, 1), step):
+            rows = range(begin, min(begin + step, self.length))
+            given = (
+                x if dim is None else x.narrow(dim, begin, len(rows))
+                for x, dim in zip(tensors, self.inputs, strict=True)
             )
-            along = [tangents[0][:, :, rows], *tangents[1:]]
-            along = [x for x, leaf in zip(along, leaves, strict=True) if leaf.requires_grad]
-            product = sum(((x * y).sum() for x, y in zip(first, along, strict=True)), leaves[0].new_zeros(()))
-        found = torch.autograd.grad(product, [*wanted, *given], allow_unused=True, materialize_grads=True)
-        by_input = iter(found[: len(wanted)])
-        for i, leaf in enumerate(leaves):
-            if leaf.requires_grad:
-                (sums[i][:, :, rows] if i == 0 else sums[i]).add_(next(by_input))
-        for output, x in zip(outputs, found[len(wanted) :], strict=True):
-            output.append(x)
-    return sums, [torch.cat(x, 2) for x in outputs]
+            for part, dim, made in zip(parts, self.outputs, self.function(rows, *given), strict=True):
+                if dim is None and part:
+                    part[0] = part[0] + made
+                else:
+                    part.append(made)
+        return tuple(
+            part[0] if dim is None else torch.cat(part, dim) for part, dim in zip(parts, self.outputs, strict=True)
+        )
+
+    def vjp(self, wanted: Sequence[int]) -> InBlocks:
+        """The gradients of the wanted inputs, from the inputs and the gradients of the outputs."""
+
+        def pull(rows: range, *tensors: Tensor) -> tuple[Tensor, ...]:
+            inputs, grads = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
+
+            def of_wanted(*chosen: Tensor) -> tuple[Tensor, ...]:
+                given = dict(zip(wanted, chosen, strict=True))
+                return self.function(rows, *(given.get(i, x) for i, x in enumerate(inputs)))
+
+            return torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))[1](grads)
+
+        return self._replace(
+            function=pull, inputs=self.inputs + self.outputs, outputs=tuple(self.inputs[i] for i in wanted)
+        )
+
+    def jvp(self, moving: Sequence[int]) -> InBlocks:
+        """The tangents of the outputs, from the inputs and the tangents of the moving inputs.
+
+        They are the gradient of `vjp`, which is linear, by its gradients: torch does not nest forward mode.
+        """
+        pull = self.vjp(moving)
+
+        def push(rows: range, *tensors: Tensor) -> tuple[Tensor, ...]:
+            inputs, tangents = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
+            at = [torch.zeros_like(x) for x in self.function(rows, *inputs)]
+            return torch.func.vjp(lambda *grads: pull.function(rows, *inputs, *grads), *at)[1](tangents)
+
+        inputs = self.inputs + tuple(self.inputs[i] for i in moving)
+        return self._replace(function=push, inputs=inputs)
+
+    def vmap(self, samples: int, dims: Sequence[int | None]) -> InBlocks:
+        """Of samples, which are in front where `dims` has a number, and in front of every result."""
+        in_dims = (None, *(None if x is None else 0 for x in dims))
+        inputs = tuple(x if x is None or dim is None else x + 1 for x, dim in zip(self.inputs, dims, strict=True))
+        outputs = tuple(x if x is None else x + 1 for x in self.outputs)
+        return InBlocks(torch.vmap(self.function, in_dims), inputs, outputs, self.length, self.scores * samples)
 
 
-def _blocks(query: Tensor, key: Tensor) -> Iterator[slice]:
+def attention(call: Call, query: Tensor, key: Tensor, captured: int) -> InBlocks:
+    """Output and logsumexp of a query, key, value and captured tensors like these."""
+    modify, (blocks, bits) = traced(call.score_mod), call.block_mask
+
+    def function(rows: range, query: Tensor, key: Tensor, value: Tensor, *captured: Tensor) -> tuple[Tensor, Tensor]:
+        visible = None
+        if blocks is not None and bits is not None:
+            visible = SparseMask(blocks, bits).rows_to_dense(rows.start, rows.stop, key.shape[2])
+        return attend(modify, call.scale, visible, rows.start, query, key, value, captured)[:2]
+
     batch, heads, length = query.shape[:3]
-    rows = max(1, _SCORES // max(1, batch * heads * key.shape[2]))
-    for begin in range(0, max(length, 1), rows):
-        yield slice(begin, min(begin + rows, length))
+    return InBlocks(function, (2, *(None,) * (2 + captured)), (2, 2), length, batch * heads * key.shape[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,8 +38,8 @@ def flex_attention(
     A score is ``score_mod(scale * query @ key^T, b, h, q_idx, kv_idx)``, then ``block_mask`` hides keys. The function
     is traced, its derivatives are taken by torch, and both are compiled by the C++ compiler that torch.compile uses,
     once for each function, and kept on disk. Then calls are fast without torch.compile too. Memory is linear in the
-    lengths. Gradients go to query, key, value and to tensors that the function captures; second derivatives and forward
-    mode hold as well.
+    lengths. Gradients go to query, key, value and to tensors that the function captures. Derivatives of any order, forward
+    mode and the transforms of torch.func are there too, vmap of captured tensors included.
 
     Args:
         query: ``(B, Hq, L, D)``. float32, bfloat16, float16 or float64, any strides.
@@ -133,8 +134,9 @@ def _modified(
         options = {"enable_gqa": enable_gqa, "max_scores": max_scores, "has_mask_mod": mask_mod is not None}
         return flex_attention_in_graph(query, key, value, score_mod, (blocks, bits, mask_mod), scale, options)
     from attention_ext.flex.calls import attend_modified
+    from attention_ext.flex.traces import traced
 
-    return attend_modified(query, key, value, score_mod, (blocks, bits), scale, enable_gqa, max_scores)
+    return attend_modified(query, key, value, partial(traced, score_mod), (blocks, bits), scale, enable_gqa, max_scores)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, enable_gqa: bool) -> None:

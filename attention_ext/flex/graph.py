@@ -2,12 +2,11 @@
 
 Dynamo makes a graph of the function that a call is given, and inputs of the tensors that it captures, for higher-order
 operators whose name it knows. These are known as torch's own is. They are no nodes of a compiled graph: where a backend
-traces one, it calls the operators, whose derivative is registered here.
+traces one, they call the operators as an eager call does.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor
 from torch._dynamo.variables import higher_order_ops
 from torch._higher_order_ops.flex_attention import flex_attention as torchs
+from torch._higher_order_ops.utils import setup_compilation_env
 from torch._ops import HigherOrderOperator
 
 from attention_ext.flex.block_mask import SparseMask
-from attention_ext.flex.calls import autocast, key_of
-from attention_ext.flex.trace import ScoreMod, trace, undisturbed
-
-ops = torch.ops.attention_ext
+from attention_ext.flex.calls import attend_modified
+from attention_ext.flex.trace import ScoreMod, needs_grad, stand_in, trace, undisturbed
+from attention_ext.flex.traces import traced
 
 Graph = Callable[..., Tensor]
 _traced = WeakKeyDictionary[Any, dict[Any, tuple[Any, ScoreMod]]]()  # by the graph of the score_mod
@@ -73,7 +72,8 @@ class _TorchsOnCpus(_AsTorchs):
     ) -> Any:
         """torch's operator, which returns logarithms to base 2."""
         if query.device.type != "cpu":
-            return torchs(
+            call = torchs if isinstance(score_mod, torch.fx.GraphModule) else _torchs_eager
+            return call(
                 query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_buffers, mask_mod_buffers
             )
         counts, indices, full_counts, full_indices = block_mask[2:6]
@@ -96,6 +96,12 @@ class _TorchsOnCpus(_AsTorchs):
         return out, lse / math.log(2), largest / math.log(2)
 
 
+def _torchs_eager(*arguments: Any) -> Any:
+    """As torch's function calls its operator outside of torch.compile."""
+    with setup_compilation_env() as backend:
+        return torch.compile(lambda *x: torchs(*x), backend=backend, fullgraph=True)(*arguments)
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -107,30 +113,31 @@ def _attend(
     max_scores: bool,
     buffers: tuple[Sequence[Any], Sequence[Any]],
 ) -> Any:
-    query, key, value = (autocast(x) for x in (query, key, value))
     blocks, bits, mask_mod = masks
-    given = (*buffers[0], *(buffers[1] if mask_mod is not None else ()))
-    traced = _trace_once(score_mod, mask_mod, torch.promote_types(query.dtype, torch.float32), given, len(buffers[0]))
-    return ops.flex_attention_forward(
-        query, key, value, key_of(traced[0]), traced[1].tensors(), max_scores, scale=scale, enable_gqa=enable_gqa,
-        block_mask=blocks, block_mask_bits=bits,
-    )  # fmt: skip
+    function = score_mod if mask_mod is None else _hiding(score_mod, mask_mod, len(buffers[0]))
+
+    def score_mod_for(dtype: torch.dtype) -> ScoreMod:
+        if not isinstance(score_mod, torch.fx.GraphModule):
+            return traced(function, dtype)
+        given = (*buffers[0], *(buffers[1] if mask_mod is not None else ()))
+        return _trace_once(function, (score_mod, mask_mod), dtype, given)
+
+    return attend_modified(query, key, value, score_mod_for, (blocks, bits), scale, enable_gqa, max_scores)
 
 
 def _trace_once(
-    score_mod: Graph, mask_mod: Graph | None, dtype: torch.dtype, buffers: Sequence[Any], count: int
-) -> tuple[ScoreMod, ScoreMod]:
-    """As it was traced, on stand-ins of the buffers, and with the buffers themselves."""
+    function: Graph, of: tuple[torch.fx.GraphModule, Graph | None], dtype: torch.dtype, buffers: Sequence[Any]
+) -> ScoreMod:
+    """Traces the function of a score_mod and a mask_mod on stand-ins of the buffers, unless that was done before."""
+    score_mod, mask_mod = of
     seen = (id(mask_mod), dtype, *(_kind(x) for x in buffers))
     made = _traced.setdefault(score_mod, {})
     if seen not in made:
-        function = score_mod if mask_mod is None else _hiding(score_mod, mask_mod, count)
         with undisturbed():
-            stand_ins = [_stand_in(x) for x in buffers]
+            stand_ins = [stand_in(x) if isinstance(x, Tensor) else int(x) for x in buffers]
             made[seen] = (mask_mod, stand_ins), trace(function, dtype, stand_ins)
-    (_, stand_ins), traced = made[seen]
-    given = {id(x): buffer for x, buffer in zip(stand_ins, buffers, strict=True)}
-    return traced, replace(traced, captured=tuple(given.get(id(x), x) for x in traced.captured))
+    (_, stand_ins), graph = made[seen]
+    return graph.on(stand_ins, buffers)
 
 
 def _hiding(score_mod: Graph, mask_mod: Graph, count: int) -> Graph:
@@ -146,39 +153,8 @@ def _hiding(score_mod: Graph, mask_mod: Graph, count: int) -> Graph:
 def _kind(buffer: Any) -> Any:
     if not isinstance(buffer, Tensor):
         return int(buffer)
-    return tuple(int(x) for x in buffer.shape), buffer.dtype, buffer.requires_grad
-
-
-def _stand_in(buffer: Any) -> Any:
-    """Real, of the same kind: only fake tensors are made of it."""
-    if not isinstance(buffer, Tensor):
-        return int(buffer)
-    made = torch.empty([int(x) for x in buffer.shape], dtype=buffer.dtype)
-    return made.requires_grad_(buffer.requires_grad)
+    return tuple(int(x) for x in buffer.shape), buffer.dtype, needs_grad(buffer)
 
 
 flex_attention_in_graph = _FlexAttention("attention_ext_flex_attention")
 torchs_on_cpus = _TorchsOnCpus("attention_ext_torchs_flex_attention")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, ctx.key, captured, _, *options = inputs
-    ctx.options = options
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output[:2], *captured)
-
-
-def _backward(ctx: Any, grad_out: Any, grad_logsumexp: Any, _: Any) -> Any:
-    query, key, value, out, logsumexp, *captured = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    wanted = list(ctx.needs_input_grad[4])
-    *grads, of_captured = ops.flex_attention_backward(
-        grad_out, grad_logsumexp, query, key, value, out, logsumexp, ctx.key, captured, wanted, *ctx.options
-    )
-    of_captured = [g if w else None for g, w in zip(of_captured, wanted, strict=True)]
-    others = len(ctx.needs_input_grad) - 5  # as many as the dispatcher was given: defaults at the end are left out
-    return *grads, None, of_captured, *(None for _ in range(others))
-
-
-torch.library.register_autograd("attention_ext::flex_attention_forward", _backward, setup_context=_setup_context)

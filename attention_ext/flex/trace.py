@@ -5,13 +5,16 @@ stays torch's, `body` makes a modified score of a score, its position and number
 tensors by index. Code is generated from the body; `ScoreMod.run` also runs it on whole blocks of scores.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import (
@@ -21,7 +24,9 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 
 ARGUMENTS = ("score", "b", "h", "q", "k")
 aten = torch.ops.aten
@@ -31,9 +36,9 @@ Read = Callable[..., Tensor]  # of (number of the captured tensor, *index)
 # Of a single number these return the number.
 _IDENTITIES = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten.alias.default,
-    aten.detach.default, aten.clone.default, aten.squeeze.default, aten.lift_fresh_copy.default,
-    aten.lift_fresh.default, aten.contiguous.default,
+    aten.detach.default, aten.clone.default, aten.squeeze.default, aten.contiguous.default,
 }  # fmt: skip
+_FRESH = {aten.lift_fresh_copy.default, aten.lift_fresh.default}
 _NUMBERS = {aten.scalar_tensor.default, aten.full.default}
 _HALVES = (torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -91,6 +96,41 @@ class ScoreMod:
                 values[node] = target(*args, **fx.map_arg(node.kwargs, values.__getitem__))
         return values[node].to(score.dtype)
 
+    def on(self, stand_ins: Sequence[Any], tensors: Sequence[Any]) -> ScoreMod:
+        """The same, of tensors instead of the stand-ins that it was traced with."""
+        given = {id(x): tensor for x, tensor in zip(stand_ins, tensors, strict=True)}
+        return replace(self, captured=tuple(given.get(id(x), x) for x in self.captured))
+
+    def reads_batch(self) -> bool:
+        return any(x.name == "b" and x.users for x in self.body.nodes)
+
+    def of_samples(self, apart: Sequence[bool]) -> ScoreMod:
+        """The same for a batch of samples, one after another.
+
+        Args:
+            apart: the tensors of which each sample has its own, along a new first dimension.
+
+        Returns:
+            A score_mod that reads one more tensor, without dimensions: the batch size of a sample.
+        """
+        body, values, sample = fx.Graph(), dict[fx.Node, Any](), None
+        for node in self.body.nodes:
+            made = values[node] = body.node_copy(node, values.__getitem__)
+            if node.target is _read and apart[node.args[0]]:
+                made.args = (made.args[0], sample, *made.args[1:])
+            if node.name == "k":  # the last argument
+                b = next(x for x in values if x.name == "b")
+                size = body.call_function(_read, (len(apart),))
+                sample = body.call_function(aten.floor_divide.default, (values[b], size))
+                values[b] = body.call_function(aten.remainder.Tensor, (values[b], size))
+        return replace(
+            self,
+            captured=(),
+            differentiable=(*self.differentiable, False),
+            dtypes=(*self.dtypes, torch.int32),
+            body=body,
+        )
+
 
 def _read(tensor: int, *index: Any) -> Any:
     """Stands for a read in a body."""
@@ -115,6 +155,44 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
+def needs_grad(x: Tensor) -> bool:
+    """At any level of torch.func's transforms."""
+    while is_functorch_wrapped_tensor(x):
+        if x.requires_grad:
+            return True
+        x = get_unwrapped(x)
+    return x.requires_grad
+
+
+def stand_in(x: Tensor) -> Tensor:
+    """A tensor of the same kind, of which fake tensors are made."""
+    made = torch.empty([int(size) for size in x.shape], dtype=x.dtype)
+    return made.requires_grad_(needs_grad(x))
+
+
+class _Unwrapped(TorchFunctionMode):
+    """Gives functions stand-ins of the tensors that transforms of torch.func wrap, which cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrapped: list[Tensor] = []
+        self.stand_ins: list[Tensor] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*tree_map(self.unwrapped, args), **tree_map(self.unwrapped, kwargs or {}))
+
+    def unwrapped(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not is_functorch_wrapped_tensor(x):
+            return x
+        for wrapped, made in zip(self.wrapped, self.stand_ins, strict=True):
+            if wrapped is x:
+                return made
+        with _disable_current_modes():
+            self.stand_ins.append(stand_in(x))
+        self.wrapped.append(x)
+        return self.stand_ins[-1]
+
+
 def trace(score_mod: Callable[..., Any], dtype: torch.dtype, buffers: Sequence[Any] = ()) -> ScoreMod:
     """Traces ``score_mod(score, b, h, q_idx, kv_idx, *buffers)``.
 
@@ -131,14 +209,15 @@ def trace(score_mod: Callable[..., Any], dtype: torch.dtype, buffers: Sequence[A
         return score_mod(*arguments)
 
     try:
-        with torch.no_grad(), TransformGetItemToIndex():
+        with torch.no_grad(), TransformGetItemToIndex(), _Unwrapped() as unwrapped:
             traced = make_fx(positional, tracing_mode="fake", _allow_non_fake_inputs=True)(*scalars, *buffers)
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
         raise ScoreModError(
             "Python code that reads the value of a tensor, as `if`, `while`, `.item()` and `int()` do",
             "write torch.where(condition, a, b)",
         ) from error
-    return _Split(traced, buffers, dtype).score_mod()
+    made = _Split(traced, buffers, dtype).score_mod()
+    return made.on(unwrapped.stand_ins, unwrapped.wrapped)
 
 
 class _Split:
@@ -240,7 +319,8 @@ class _Split:
                     f"an index of shape {tuple(value.shape)} and dtype {value.dtype}",
                     "index by integer tensors without dimensions",
                 )
-            indices[i] = self._number(index)
+            constant = self._constant(index)
+            indices[i] = self._number(index) if constant is None else constant
         self._fill(node, view, indices)
 
     def _fill(self, node: fx.Node, view: tuple[int, list[Any]], indices: list[Any]) -> None:
@@ -273,8 +353,7 @@ class _Split:
             return self.values.get(node, node)
         if node in self.varying:
             raise ScoreModError(f"{node.target} of a whole row of a captured tensor", "index all of its dimensions")
-        if node.op == "call_function" and node.target in _NUMBERS and not node.all_input_nodes:
-            number = node.args[-1]
+        if (number := self._constant(node)) is not None:
             dtype = node.meta["val"].dtype
             made = self.body.call_function(aten.scalar_tensor.default, (number,), {"dtype": dtype})
             made.meta["val"] = node.meta["val"]
@@ -289,6 +368,14 @@ class _Split:
             )
         self._read(node, self._leaf(node), ())
         return self.values[node]
+
+    def _constant(self, node: fx.Node) -> Any:
+        """The number that the function makes a tensor of, or None."""
+        if node.target in _NUMBERS and not node.all_input_nodes:
+            return node.args[-1]
+        if node.target in _FRESH and node.args[0] in self.sources and node.meta["val"].dim() == 0:
+            return self.sources[node.args[0]].item()  # type: ignore[index]
+        return None
 
     def _prelude(self, leaves: Sequence[fx.Node]) -> tuple[tuple[Any, ...], fx.GraphModule, tuple[bool, ...]]:
         needed = set(leaves)

@@ -16,7 +16,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from attention_ext.flex.trace import ScoreMod, trace, undisturbed
+from attention_ext.flex.trace import ScoreMod, needs_grad, trace, undisturbed
 
 _MODULES = (torch, math, torch.nn.functional)
 _MOST = 64  # traces of one function
@@ -51,15 +51,17 @@ def traced(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> ScoreMod:
 
 def _seen_by(value: Any, depth: int) -> Hashable:
     if isinstance(value, Tensor):
-        return id(value), value.dtype, value.shape, value.requires_grad
+        return id(value), value.dtype, value.shape, needs_grad(value)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return type(value), repr(value)  # which tells 0.0 from -0.0
     if isinstance(value, ModuleType) and value in _MODULES:
         return id(value)
     if isinstance(value, BuiltinFunctionType) or any(value is x for x in vars(builtins).values()):
         return id(value)
-    if isinstance(value, FunctionType) and depth < 4:
-        if value.__module__.partition(".")[0] == "torch":
+    if isinstance(value, tuple):
+        return tuple(_seen_by(x, depth) for x in value)
+    if isinstance(value, FunctionType) and depth < 8:
+        if value.__module__.partition(".")[0] == "torch" and value.__closure__ is None:
             return id(value)
         cells = (x.cell_contents for x in value.__closure__ or ())
         named = (value.__globals__[x] for x in sorted(_names(value.__code__)) if x in value.__globals__)
