@@ -5,7 +5,7 @@
 //   attention_backward           backward: attention_double_backward   forward mode: itself + attention_double_backward
 //   attention_jvp                backward: both of the above           forward mode: itself + composed (composed_jvp.h)
 //   attention_double_backward    along its tangents, in which it is linear, operators of the chain; else both raise
-//   attention_weights_forward    composed, to any order (weights_derivative.h)
+//   attention_weights_forward    composed, to any order (autograd_weights.cpp)
 //
 // Where out and logsumexp are arguments they are taken to be the results of attention_forward on the other arguments:
 // derivatives are total, and out and logsumexp have no edge of their own. A tangent or a graph is never dropped.
@@ -14,70 +14,19 @@
 #include <algorithm>
 #include <utility>
 
-#include "torch/autograd_node.h"
 #include "torch/composed_jvp.h"
+#include "torch/input_gradients.h"
 #include "torch/outputs.h"
 #include "torch/tangents.h"
-#include "torch/weights_derivative.h"
 
 namespace attention_ext {
 
 namespace {
 
 using at::Tensor;
-using torch::autograd::collect_next_edges;
-using torch::autograd::compute_requires_grad;
-
-template <class... Argument>
-bool any_requires_grad(const std::tuple<Argument...>& arguments) {
-  return std::apply([](const auto&... argument) { return compute_requires_grad(argument...); }, arguments);
-}
-
-template <class... Argument>
-edge_list edges_of(const std::tuple<Argument...>& arguments) {
-  return std::apply([](const auto&... argument) { return collect_next_edges(argument...); }, arguments);
-}
-
-Tensor sum_of(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
-
-std::optional<Tensor> if_defined(const Tensor& tensor) {
-  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
-}
-
-Tensor or_zeros(const Tensor& tensor, const Tensor& like) { return tensor.defined() ? tensor : at::zeros_like(like); }
-
 using ops::differentiable;
 using ops::kInputs;
 constexpr size_t kGrads = 2;  // grad_out and grad_logsumexp, or the tangents of out and logsumexp
-
-// The flags of the differentiable inputs, which begin at `first`.
-ops::OutputMask input_mask(const std::vector<bool>& wanted, size_t first) {
-  ops::OutputMask mask;
-  std::copy_n(wanted.begin() + static_cast<std::ptrdiff_t>(first), mask.size(), mask.begin());
-  return mask;
-}
-
-// The gradients of attention_backward's results, which begin at `first`, as tangents of the inputs.
-ops::InputTangents tangents_from(const variable_list& grads, size_t first) {
-  return [&]<size_t... i>(std::index_sequence<i...>) {
-    return ops::InputTangents{if_defined(grads[first + i])...};
-  }(std::make_index_sequence<kInputs>());
-}
-
-bool wants_any(const ops::OutputMask& mask) { return std::find(mask.begin(), mask.end(), true) != mask.end(); }
-
-// The gradients of the inputs, the last of an operator's outputs; undefined where not wanted.
-template <class Outputs>
-variable_list gradients_of(const Outputs& outputs, const ops::OutputMask& wanted) {
-  constexpr size_t kFirst = std::tuple_size_v<Outputs> - kInputs;
-  return [&]<size_t... i>(std::index_sequence<i...>) {
-    return variable_list{(wanted[i] ? std::get<kFirst + i>(outputs) : Tensor())...};
-  }(std::make_index_sequence<kInputs>());
-}
-
-void set_tangent(const Tensor& output, const Tensor& tangent) {
-  if (tangent.defined()) output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
-}
 
 // out, logsumexp with respect to the inputs
 struct AttentionRule {
@@ -339,49 +288,11 @@ ops::SecondOrder attention_double_backward_autograd(const ops::InputTangents& ta
   return outputs;
 }
 
-// with respect to query, key, logsumexp, attn_mask, alibi_slopes; sinks are in logsumexp already
-struct WeightsRule {
-  static constexpr const char* kName = "AttentionExtAttentionWeightsBackward";
-
-  static variable_list gradients(const Request& request, const Tensor& query, const Tensor& key,
-                                 const Tensor& logsumexp, const Tensor& rng_state, const AttentionOptions& options,
-                                 bool average_heads, std::optional<c10::SymInt> row_begin,
-                                 std::optional<c10::SymInt> row_end) {
-    if (!request.grads[0].defined()) return variable_list(request.wanted.size());
-    const WeightsCall call(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
-    return weights_gradients(call, request.grads[0], request.wanted);
-  }
-};
-
-Tensor attention_weights_forward_autograd(const Tensor& query, const Tensor& key, const Tensor& logsumexp,
-                                          const Tensor& rng_state, const AttentionOptions& options, bool average_heads,
-                                          std::optional<c10::SymInt> row_begin, std::optional<c10::SymInt> row_end) {
-  Tensor weights = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return ops::attention_weights_forward(query, key, logsumexp, rng_state, options, average_heads, row_begin, row_end);
-  }();
-  const auto inputs = std::tie(query, key, logsumexp, options.attn_mask, options.alibi_slopes);
-  if (any_requires_grad(inputs)) {
-    record<WeightsRule>({weights}, edges_of(inputs), query, key, logsumexp, rng_state, options, average_heads,
-                        row_begin, row_end);
-  }
-  auto tangents = tangents_of(query, key, Tensor(), options);
-  tangents.sinks = std::nullopt;
-  const Tensor logsumexp_tangent = tangent_of(logsumexp);
-  if (any_tangent(tangents) || logsumexp_tangent.defined()) {
-    const WeightsCall call(primal(query), primal(key), primal(logsumexp), rng_state, primal(options), average_heads,
-                           row_begin, row_end);
-    set_tangent(weights, weights_tangent(call, tangents, logsumexp_tangent));
-  }
-  return weights;
-}
-
 TORCH_LIBRARY_IMPL(attention_ext, Autograd, m) {
   m.impl("attention_forward", flat_kernel<attention_forward_autograd>);
   m.impl("attention_backward", flat_kernel<attention_backward_autograd>);
   m.impl("attention_jvp", flat_kernel<attention_jvp_autograd>);
   m.impl("attention_double_backward", flat_kernel<attention_double_backward_autograd>);
-  m.impl("attention_weights_forward", flat_kernel<attention_weights_forward_autograd>);
 }
 
 }  // namespace

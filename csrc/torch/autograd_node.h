@@ -182,6 +182,22 @@ class RuleNodeOf<Rule, variable_list(const Request&, Argument...)> : public Node
   std::tuple<Kept<Argument>...> kept_;
 };
 
+template <class... Argument>
+bool any_requires_grad(const std::tuple<Argument...>& arguments) {
+  return std::apply([](const auto&... argument) { return torch::autograd::compute_requires_grad(argument...); },
+                    arguments);
+}
+
+template <class... Argument>
+edge_list edges_of(const std::tuple<Argument...>& arguments) {
+  return std::apply([](const auto&... argument) { return torch::autograd::collect_next_edges(argument...); },
+                    arguments);
+}
+
+inline void set_tangent(const at::Tensor& output, const at::Tensor& tangent) {
+  if (tangent.defined()) output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
+}
+
 // Gives `outputs` a history: the rule's gradients with respect to `edges`, computed from these arguments.
 template <class Rule, class... Argument>
 void record(const variable_list& outputs, edge_list edges, const Argument&... argument) {
