@@ -43,6 +43,30 @@ struct SparseMask {
     }
     return found >> (k.begin - first * kKeysPerByte);
   }
+  // Whether any of the queries sees any of the eight keys from `key` on, a multiple of 8.
+  ATTENTION_INLINE bool shows_octet(int64_t b, int64_t h, Range q, int64_t key) const {
+    const int64_t bytes = block_k / kKeysPerByte;
+    for (int64_t i = q.begin / block_q; i * block_q < q.end; ++i) {
+      const int32_t block = row(b, h, i)[key / block_k];
+      if (block == kFullBlock) return true;
+      if (block == kEmptyBlock) continue;
+      const Range rows{maximum(q.begin - i * block_q, int64_t{0}), minimum(q.end - i * block_q, block_q)};
+      const uint8_t* from = bits_of(block, rows.begin, key % block_k / kKeysPerByte);
+      for (int64_t r = 0; r < rows.size(); ++r) {
+        if (from[r * bytes] != 0) return true;
+      }
+    }
+    return false;
+  }
+  // Of k, what lies between the first and the last key that any of the queries sees, in whole octets.
+  ATTENTION_INLINE Range seen_keys(int64_t b, int64_t h, Range q, Range k) const {
+    int64_t begin = k.begin / kKeysPerByte * kKeysPerByte;
+    while (begin < k.end && !shows_octet(b, h, q, begin)) begin += kKeysPerByte;
+    if (begin >= k.end) return {};
+    int64_t end = (k.end - 1) / kKeysPerByte * kKeysPerByte;
+    while (!shows_octet(b, h, q, end)) end -= kKeysPerByte;
+    return {maximum(k.begin, begin), minimum(k.end, end + kKeysPerByte)};
+  }
 
   // Whether the queries see all, some or none of the keys; a block with bits counts as partial.
   ATTENTION_INLINE BlockMask block_mask(int64_t b, int64_t h, Range q, Range k) const {

@@ -395,6 +395,17 @@ std::vector<Case> cases() {
     c.alibi = c.sinks = true;
     c.slope = 0.001;
   });
+  add("sparse mask of many keys", [](Case& c) {  // backward gives groups neighbouring blocks
+    c.seqlen_q = 333;
+    c.seqlen_k = 2000;
+    c.head_dim = c.head_dim_v = 4;
+    c.block_q = 48;
+    c.block_k = 64;
+    c.window_left = 50;
+    c.window_right = 40;
+    c.alibi = true;
+    c.slope = 0.01;
+  });
   add("many queries", [](Case& c) {  // double backward deals their tiles to groups
     c.batch = 1;
     c.seqlen_q = 1800;

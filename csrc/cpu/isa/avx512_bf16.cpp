@@ -8,6 +8,7 @@
 
 #include "cpu/vec/avx512.h"
 
+#include "cpu/kernels/backward.h"
 #include "cpu/kernels/bfloat16.h"
 #include "cpu/kernels/double_backward.h"
 #include "cpu/kernels/forward.h"

@@ -1,4 +1,5 @@
-// Gradients of every input from grad_out and grad_logsumexp, in three or four phases:
+// Gradients of every input from grad_out and grad_logsumexp, in phases:
+//   shares   only with a sparse mask: which keys each group of jobs takes (query_sums.h)
 //   rows     delta = rowsum(grad_out * out) - grad_logsumexp; sums that several jobs share become 0
 //   delta    only where a 16-bit out is too coarse: the same from sums that were never rounded (delta.h)
 //   blocks   weights again from logsumexp, block by block, then the five products
@@ -7,49 +8,15 @@
 // thread runs what: sums that jobs share are kept apart until the last phase.
 #pragma once
 
-#include "cpu/kernels/backward_memory.h"
-#include "cpu/kernels/delta.h"
+#include "cpu/kernels/backward_queries.h"
 #include "cpu/kernels/gradient.h"
-#include "cpu/kernels/probability.h"
+#include "cpu/kernels/tile_parts.h"
 
 namespace attention_ext {
 namespace {
 
-ATTENTION_INLINE GradientJobs backward_jobs(const BackwardProblem& p) {
-  return {p, p.max_seqlen_k, p.grad_attn_mask.stride_col};
-}
-
 // Of the gradients of captured tensors, 0 where none are wanted.
 inline int64_t sum_copies(const BackwardProblem& p) { return p.score_mod ? p.score_mod->copies : 0; }
-
-template <class C>
-struct BackwardShared {
-  using T = typename C::Scalar;
-  T* delta;
-  SlopeSums slope_sums;
-  GroupSums<T> query_sums;  // grad_query / scale
-
-  BackwardShared(Arena& arena, const BackwardProblem& p, const BackwardShape<C>& shape, int64_t groups)
-      : delta(take_rows<T>(arena, p)),
-        slope_sums(arena, p, groups),
-        query_sums(arena, p, shape.adds_queries ? groups : 0, p.heads, p.seqlen_q, shape.columns) {}
-};
-
-template <class C>
-void run_backward_rows(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
-  const auto& p = static_cast<const BackwardProblem&>(problem);
-  const BackwardShape<C> shape(p);
-  const int64_t groups = backward_jobs(p).groups;
-  Arena arena(shared_memory);
-  const BackwardShared<C> shared(arena, p, shape, groups);
-  const int64_t head = job % p.heads;
-  const Sequence s = sequence_of(p, job / p.heads);
-  write_delta(p, s, head, shared.delta);
-  for (int64_t group = 0; group < groups; ++group) {
-    if (p.grad_alibi_slopes) shared.slope_sums.of(group, s, head) = 0.0;
-    if (shape.adds_queries) shared.query_sums.clear(group, s, head, s.begin_q, s.length_q);
-  }
-}
 
 template <class C>
 class BackwardBlocks {
@@ -62,7 +29,7 @@ class BackwardBlocks {
     const BackwardShape<C> shape(p);
     const GradientJobs jobs = backward_jobs(p);
     Arena shared_arena(shared_memory), scratch_arena(scratch_memory);
-    const BackwardShared<C> shared(shared_arena, p, shape, jobs.groups);
+    const BackwardShared<C> shared(shared_arena, p, shape, jobs);
     const BackwardScratch<C> scratch(scratch_arena, p, shape);
     if (sum_copies(p) == 0) return BackwardBlocks(p, shape, shared, scratch, 0).mainloop(jobs, job);
     // Jobs that add to the same copy of sums run one after another.
@@ -83,12 +50,13 @@ class BackwardBlocks {
     for (int64_t batch = b.begin; batch < b.end; ++batch) {
       sequence_ = sequence_of(p_, batch);
       const int64_t rows = key_rows_of(p_, sequence_);
-      const int64_t groups = jobs.groups_for(rows);
-      if (group_ >= groups) continue;
+      if (group_ >= jobs.groups_for(rows)) continue;
       for (kv_head_ = h.begin; kv_head_ < h.end; ++kv_head_) {
-        int64_t k = group_ * kKeys;
-        do block({k, minimum(k + kKeys, rows)});  // also without keys: grad_query is 0 then
-        while ((k += groups * kKeys) < rows);
+        share_ = shared_.query_sums.share(group_, sequence_, kv_head_);
+        if (share_.keys.empty() && rows > 0) continue;
+        int64_t k = share_.keys.begin;
+        do block({k, minimum(k + kKeys, share_.keys.end)});  // also without keys: grad_query is 0 then
+        while ((k += share_.step) < share_.keys.end);
       }
     }
   }
@@ -97,11 +65,13 @@ class BackwardBlocks {
     rows_ = rows;
     clear_lanes(scratch_.grad_key, (shape_.keys + 1) * shape_.columns);
     clear_lanes(scratch_.grad_value, (shape_.keys + 1) * shape_.value_columns);
-    const Range seen = visible_keys(p_, sequence_, {0, sequence_.length_q});
+    queries_ = {0, sequence_.length_q};
+    const Range seen = visible_keys(p_, sequence_, queries_);
     Range k{maximum(rows.begin, seen.begin), minimum(rows.end, seen.end)};
-    if (p_.sparse_mask && !k.empty()) {
-      const int64_t head = kv_head_ * p_.group_size();
-      k = p_.sparse_mask.hull(sequence_.batch, {head, head + p_.group_size()}, {0, sequence_.length_q}, k);
+    if (p_.sparse_mask) {
+      const Shown shown = shown_of(p_, sequence_, kv_head_, rows);
+      k = shown.keys;
+      if (!finishes_queries()) queries_ = shown.queries;
     }
     if (!k.empty()) {
       pair_padding_ = k.begin % C::kPair;
@@ -110,7 +80,7 @@ class BackwardBlocks {
       pack_keys(k);
     }
     for (int64_t g = 0; g < p_.group_size(); ++g) {
-      for (int64_t t = 0; t < ceil_div(sequence_.length_q, kQueries<T>); ++t) {
+      for (int64_t t = queries_.begin / kQueries<T>; t < ceil_div(queries_.end, kQueries<T>); ++t) {
         process_tile(tile_of<T>(sequence_, kv_head_ * p_.group_size() + g, t), k);
       }
     }
@@ -121,8 +91,11 @@ class BackwardBlocks {
     }
   }
 
+  // One block holds all keys then.
+  bool finishes_queries() const { return p_.grad_query && !shape_.adds_queries; }
+
   void process_tile(const Tile& tile, Range k) {
-    const bool finishes = p_.grad_query && !shape_.adds_queries;
+    const bool finishes = finishes_queries();
     const Matrix<T> sums{scratch_.grad_query, shape_.columns};
     if (finishes) clear_block(sums, kQueries<T>, shape_.columns / kLanes<T>);
     for_each_part<C>(p_, tile, k, [&](const Tile& part, int64_t lane, Range keys) {
@@ -163,7 +136,7 @@ class BackwardBlocks {
     load_rows(shared_.delta + row_of(p_, sequence_, tile.head) + tile.q.begin, tile, scratch_.delta);
 
     const Matrix<T> weight{scratch_.weight, kQueries<T>}, grad_score{scratch_.grad_score, kQueries<T>};
-    const int64_t next = row + tile.q.size(), unread = minimum(tile.q.size(), sequence_.length_q - tile.q.end);
+    const int64_t next = row + tile.q.size(), unread = minimum(tile.q.size(), queries_.end - tile.q.end);
     multiply_queries<C>(rows_from(key_, skip), query.operand, tile, weight, rows, Start::kZero,
                         RowsAhead(head_rows(p_.query, tile.head, next), unread, p_.head_dim));
     multiply_queries<C>(rows_from(value_, skip), grad_out.operand, tile, grad_score, rows, Start::kZero,
@@ -242,7 +215,7 @@ class BackwardBlocks {
     return {scratch_.grad_value + (k - rows_.begin) * shape_.value_columns, shape_.value_columns};
   }
   Matrix<T> grad_query_sums(const Tile& tile) const {
-    return rows_from(shared_.query_sums.of(group_, sequence_, tile.head, sequence_.begin_q), tile.q.begin);
+    return rows_from(shared_.query_sums.of(share_, group_, sequence_, tile.head), tile.q.begin - share_.queries.begin);
   }
 
   const BackwardProblem& p_;
@@ -253,51 +226,25 @@ class BackwardBlocks {
   int64_t copy_;  // of the gradients of captured tensors
   Sequence sequence_{};
   int64_t group_ = 0, kv_head_ = 0;
+  GroupShare share_{};
+  Range queries_{};           // that see any of the block's keys, or all
   Range rows_{};              // the block's keys
   Range packed_kv_{};         // of them, those that any query sees, packed
   int64_t pair_padding_ = 0;  // rows before them that only complete a pair
   Matrix<const Element> key_, key_lanes_, value_;
 };
 
-// Sum over queries of prob(sink) * f(q), the first derivative of anything by the sink of a head.
-template <class T, class F>
-ATTENTION_INLINE double sum_over_sink(const BackwardProblem& p, const Sequence& s, int64_t head, F&& f) {
-  double sum = 0.0;
-  for (int64_t q = 0; q < s.length_q; ++q) sum += sink_prob<T>(p, s, head, q) * f(q);
-  return sum;
-}
-
-template <class C>
-void run_backward_queries(const AttentionProblem& problem, void* shared_memory, void*, int64_t job) {
-  using T = typename C::Scalar;
-  const auto& p = static_cast<const BackwardProblem&>(problem);
-  const BackwardShape<C> shape(p);
-  Arena arena(shared_memory);
-  const GradientJobs jobs = backward_jobs(p);
-  const BackwardShared<C> shared(arena, p, shape, jobs.groups);
-  const int64_t head = job % p.heads;
-  const Sequence s = sequence_of(p, job / p.heads);
-  if (shape.adds_queries) {
-    const int64_t groups = jobs.groups_for(key_rows_of(p, s));
-    shared.query_sums.write(p.grad_query, p.head_dim, s, head, s.begin_q, s.length_q, groups, p.scale);
-  }
-  if (p.grad_alibi_slopes) p.grad_alibi_slopes[s.batch * p.heads + head] = shared.slope_sums.total(s, head);
-  if (p.grad_sinks) {
-    const T* delta = shared.delta + row_of(p, s, head);
-    p.grad_sinks[s.batch * p.heads + head] =
-        sum_over_sink<T>(p, s, head, [&](int64_t q) { return -static_cast<double>(delta[q]); });
-  }
-}
-
 template <class C>
 Plan plan_backward(const AttentionProblem& problem) {
   const auto& p = static_cast<const BackwardProblem&>(problem);
   const BackwardShape<C> shape(p);
   const GradientJobs jobs = backward_jobs(p);
-  Arena shared(nullptr), scratch(nullptr);
-  BackwardShared<C>(shared, p, shape, jobs.groups);
+  Arena unplaced(nullptr), shared(nullptr), scratch(nullptr);
+  const auto& sums = BackwardShared<C>(unplaced, p, shape, jobs).query_sums;
+  BackwardShared<C>(shared, p, shape, jobs, sums.dealt() ? sums.deal() : 0);
   BackwardScratch<C>(scratch, p, shape);
   Plan plan;
+  if (sums.dealt()) plan.phases[plan.phase_count++] = {1, deal_backward_queries<C>};
   plan.phases[plan.phase_count++] = {p.batch * p.heads, run_backward_rows<C>};
   add_delta_phase(p, plan);
   plan.phases[plan.phase_count++] = {sum_copies(p) == 0 ? jobs.count : sum_copies(p), BackwardBlocks<C>::run};

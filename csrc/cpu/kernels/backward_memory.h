@@ -78,6 +78,44 @@ T* take_rows(Arena& arena, const AttentionProblem& p) {
   return arena.take<T>((p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.seqlen_q);
 }
 
+// Sums of some rows of a sequence.
+template <class T>
+struct RowSums {
+  Range rows;
+  Matrix<T> data;
+};
+
+// All that `count` sums hold of each row, added in their order, times factor, into the rows of a tensor.
+template <class T>
+void write_sums(const Source& to, int64_t length, int64_t width, const RowSums<T>* sums, int64_t count, double factor) {
+  const auto one_factor = static_cast<T>(factor);
+  for (Range part; part.begin < length; part.begin = part.end) {
+    part.end = length;  // or where the first of the sums begins or ends
+    for (int64_t i = 0; i < count; ++i) {
+      for (const int64_t edge : {sums[i].rows.begin, sums[i].rows.end}) {
+        if (edge > part.begin) part.end = minimum(part.end, edge);
+      }
+    }
+    Matrix<T> total{};
+    for (int64_t i = 0; i < count; ++i) {
+      if (part.begin < sums[i].rows.begin || part.end > sums[i].rows.end) continue;
+      const Matrix<T> more = rows_from(sums[i].data, part.begin - sums[i].rows.begin);
+      if (total.data) {
+        for (int64_t j = 0; j < part.size() * total.stride; j += kLanes<T>) {
+          store(total.data + j, load(total.data + j) + load(more.data + j));
+        }
+      } else {
+        total = more;
+      }
+    }
+    if (total.data) {
+      write_rows(rows_from(to, part.begin), part.size(), width, as_operand(total), &one_factor, 0);
+    } else {
+      clear_rows<T>(rows_from(to, part.begin), part.size(), width);
+    }
+  }
+}
+
 // Sums that groups keep apart until all are done: (group, b, h, row, columns), with a spare row after each sequence.
 template <class T>
 struct GroupSums {
@@ -106,15 +144,9 @@ struct GroupSums {
   // The sums of the first `count` groups, in their order, times factor, into the rows of a tensor.
   void write(const View& to, int64_t width, const Sequence& s, int64_t head, int64_t begin, int64_t length,
              int64_t count, double factor) const {
-    const Matrix<T> total = of(0, s, head, begin);
-    for (int64_t group = 1; group < count; ++group) {
-      const T* more = of(group, s, head, begin).data;
-      for (int64_t i = 0; i < length * columns; i += kLanes<T>) {
-        store(total.data + i, load(total.data + i) + load(more + i));
-      }
-    }
-    const auto one_factor = static_cast<T>(factor);
-    write_rows(source_of(to, s.tensor_batch, head, begin), length, width, as_operand(total), &one_factor, 0);
+    RowSums<T> sums[kMostGroups];
+    for (int64_t group = 0; group < count; ++group) sums[group] = {{0, length}, of(group, s, head, begin)};
+    write_sums(source_of(to, s.tensor_batch, head, begin), length, width, sums, count, factor);
   }
 };
 

@@ -167,6 +167,18 @@ void write_rows(const Source& to, int64_t rows, int64_t columns, Matrix<const T>
   });
 }
 
+template <class T>
+void clear_rows(const Source& to, int64_t rows, int64_t columns) {
+  with_storage<T>(to.dtype, [&](auto* storage) __attribute__((always_inline)) {
+    auto* data = reinterpret_cast<decltype(storage)>(const_cast<char*>(to.data));
+    for (int64_t r = 0; r < rows; ++r) {
+      for_each_vector_of_row<T>(columns, [&](int64_t c, auto count) __attribute__((always_inline)) {
+        store_strided<T>(data + r * to.stride_row + c * to.stride_col, to.stride_col, Vec<T>{}, count);
+      });
+    }
+  });
+}
+
 // A run of memory handed out piece by piece; on a null base it only measures.
 class Arena {
  public:

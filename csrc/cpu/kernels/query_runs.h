@@ -2,7 +2,7 @@
 // blocks of keys, packs each block once for all its tiles, and keeps their sums in its scratch.
 #pragma once
 
-#include "cpu/kernels/tile.h"
+#include "cpu/kernels/tile_parts.h"
 
 namespace attention_ext {
 namespace {

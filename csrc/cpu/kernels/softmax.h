@@ -1,7 +1,7 @@
 // Online softmax over blocks of keys (Milakov & Gimelshein, arXiv 1805.02867), in base 2, one query per lane.
 #pragma once
 
-#include "cpu/kernels/tile.h"
+#include "cpu/kernels/block.h"
 
 namespace attention_ext {
 namespace {

@@ -21,6 +21,11 @@ ATTENTION_INLINE Source source_of(const View& view, int64_t b, int64_t h, int64_
           view.stride_col};
 }
 
+// The rows from `first` on.
+ATTENTION_INLINE Source rows_from(const Source& from, int64_t first) {
+  return {from.data + first * from.stride_row * size_of(from.dtype), from.dtype, from.stride_row, from.stride_col};
+}
+
 // The columns from `first` on.
 ATTENTION_INLINE Source columns_from(const Source& from, int64_t first) {
   return {from.data + first * from.stride_col * size_of(from.dtype), from.dtype, from.stride_row, from.stride_col};

@@ -1,6 +1,7 @@
 // All kernels of one instruction set, for its row in the kernel table.
 #pragma once
 
+#include "cpu/kernels/backward.h"
 #include "cpu/kernels/decode.h"
 #include "cpu/kernels/double_backward.h"
 #include "cpu/kernels/forward.h"
