@@ -123,7 +123,7 @@ def operator_sources() -> list[str]:
 
 
 def prebuilt(files: list[str]) -> tuple[list[str], list[str]]:
-    """What is left to compile, and objects of ATTENTION_EXT_OBJECTS, which tools/prebuild.py made, for the rest."""
+    """The files left to compile, and for the others the objects of ATTENTION_EXT_OBJECTS, made by tools/prebuild.py."""
     folder = os.environ.get("ATTENTION_EXT_OBJECTS")
     if not folder:
         return files, []
@@ -188,7 +188,7 @@ def write_build_facts(version: str) -> None:
 
 
 def local_version() -> str:
-    """What of torch a build fits, as in 0.1.0+torch2.13cpu; a source distribution fits any."""
+    """The torch that a build fits, as in 0.1.0+torch2.13cpu; a source distribution fits any."""
     minor = ".".join(torch.__version__.split(".")[:2])
     device = f"cu{torch.version.cuda}".replace(".", "") if TOOLKIT else "cpu"
     return "" if "sdist" in sys.argv else f"+torch{minor}{device}"

@@ -22,7 +22,7 @@ def attend(query: Any, key: Any, value: Any, refused: dict[str, Tensor | None], 
 
 
 def reason_to_refuse(x: Any) -> str:
-    """What is expected of x, what it is, and what to write instead; empty where x is served."""
+    """The end of an error message: what x has to be, what it is and what to write instead. Empty if x is served."""
     if not x.is_nested:
         return "to be a nested tensor as the others, got a dense tensor: nest it too, or pad the others"
     if x.layout is not torch.jagged:

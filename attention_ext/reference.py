@@ -19,7 +19,7 @@ NEG_INF = -math.inf
 
 
 class Result(NamedTuple):
-    """What the reference returns.
+    """The outputs of the reference.
 
     out: ``(..., heads, seqlen_q, head_dim_v)``, logsumexp: ``(..., heads, seqlen_q)``, weights (after dropout):
     ``(..., heads, seqlen_q, seqlen_k)``. With ``cu_seqlens`` weights are

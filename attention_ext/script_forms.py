@@ -1,4 +1,4 @@
-"""What TorchScript compiles where a script calls `attention` or `attention_varlen`.
+"""The functions that TorchScript compiles where a script calls `attention` or `attention_varlen`.
 
 Their result depends on the flag `return_logsumexp`, which TorchScript's types cannot say, and their keyword-only
 arguments have defaults, which it does not compile. It offers one way out, made for `F.max_pool2d(return_indices=)`: a

@@ -1,4 +1,4 @@
-"""What sharding a sequence takes: operations, bytes and hops by the number of devices. Nothing is run.
+"""Plans a sharded sequence: prints operations, bytes and hops by the number of devices. Nothing is run.
 
 python benchmarks/plan_distributed.py
 python benchmarks/plan_distributed.py --tflops 400 --gigabytes 25 --length 1048576
@@ -59,18 +59,20 @@ def hop_pairs(layer: Layer, ranks: int) -> int:
 
 
 def hop_bytes(layer: Layer, ranks: int) -> tuple[int, int]:
-    """What a rank sends in a hop: forward keys and values, backward those again and their gradients."""
+    """Bytes that a rank sends in a hop: forward keys and values, backward those again and their gradients."""
     elements = 2 * layer.kv_heads * (layer.length // ranks) * layer.head_dim
     return elements * layer.element, elements * (layer.element + layer.accumulated)
 
 
 def ring_bytes(layer: Layer, ranks: int) -> int:
-    """What a rank sends in a step, of balanced shards: each of its keys goes to every other rank."""
+    """Bytes that a rank sends in a step, of balanced shards: each of its keys goes to every other rank."""
     return (ranks - 1) * sum(hop_bytes(layer, ranks))
 
 
 def ulysses_bytes(layer: Layer, ranks: int) -> int:
-    """What a rank sends in a step, on average: query, key, value, out and logsumexp; backward the gradients of four.
+    """Bytes that a rank sends in a step, on average.
+
+    Forward query, key, value, out and logsumexp are sent, backward the gradients of the first four.
 
     Exact where ranks and heads are powers of two.
     """

@@ -1,4 +1,4 @@
-"""What attention costs on this machine: time and memory of a training step against the length, torch's and ours.
+"""Measures attention on this machine: time and memory of a training step against the length, torch's and ours.
 
 The step is that of nn.MultiheadAttention(512, 8, dropout=0.1) on one sequence, forward and backward. The time of both
 grows with the square of the length, torch's memory too; ours grows with the length. Lengths for which torch would need

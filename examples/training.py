@@ -1,4 +1,4 @@
-"""What the task examples share: their options, a Transformer block, the training loop, and the report of the scores."""
+"""Shared by the task examples: their options, a Transformer block, the training loop, and the report of the scores."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import attention_ext
 
 
 class Printed(nn.Module):
-    """What the tutorial prints: q gains an axis and v is transposed, so that samples meet in the batch dimensions."""
+    """The tutorial's code: q gains an axis and v is transposed, so that samples meet in the batch dimensions."""
 
     def __init__(self, input_dim: int) -> None:
         super().__init__()

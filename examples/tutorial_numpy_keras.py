@@ -19,7 +19,7 @@ FEATURES, HEADS, KEY_DIM = 16, 2, 4
 
 
 def printed(x: np.ndarray) -> np.ndarray:
-    """What the tutorial prints: no keepdims, so the sums of rows divide columns, and exp of the bare scores."""
+    """The tutorial's code: no keepdims, so the sums of rows divide columns, and exp of the bare scores."""
     scores = np.dot(x, x.T)
     weights = np.exp(scores) / np.sum(np.exp(scores), axis=1)
     return np.dot(weights, x)

@@ -22,7 +22,7 @@ WIDTH, HEADS, DFF = SIZES = 64, 4, 256
 
 
 class Printed(nn.Module):
-    """What the tutorial prints: `dff` goes nowhere, and nothing says that the sequence comes first."""
+    """The tutorial's code: `dff` is unused, and MultiheadAttention takes the sequence first, which it does not say."""
 
     def __init__(self, d_model: int, num_heads: int, dff: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ PEOPLE, PLACES, FACTS = 12, 10, 6
 
 
 class Printed(nn.Module):
-    """What the tutorial prints."""
+    """The tutorial's code."""
 
     def __init__(self, d_model: int, d_k: int) -> None:
         super().__init__()

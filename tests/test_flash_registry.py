@@ -349,7 +349,7 @@ def half(*lengths: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_cuda_kernels_on_a_cpu(is_causal: bool) -> None:
-    """What they compute, and that it looks as the meta kernels of torch's CUDA operators say."""
+    """Their results are right, and of the shapes and strides of the meta kernels of torch's CUDA operators."""
     query, key, value = half(7, 7, 7)
     exact = [x.double().requires_grad_() for x in (query, key, value)]
     grad_out = torch.cos(query)

@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What one rank was given.
+    """The arguments of one rank.
 
     Attributes:
         name: of the function, for errors.
@@ -67,7 +67,7 @@ class Call:
 
 
 class Agreement(NamedTuple):
-    """What all ranks of a group know of a call: the lengths of their shards, and the state of dropout."""
+    """The lengths of all ranks' shards and the state of dropout, which every rank of a group knows."""
 
     queries: list[int]
     keys: list[int]

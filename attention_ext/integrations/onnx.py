@@ -65,7 +65,7 @@ def _function(op: Any, translate: Callable[[dict[str, Any]], Any]) -> Callable[.
 
 
 def _draw(given: dict[str, Any]) -> Any:
-    """What dropout draws before attention; the exporter has no translation for it."""
+    """Refuses the random numbers that dropout draws before attention: the exporter cannot translate them."""
     raise NotImplementedError("ONNX: expected no dropout, got random numbers, as dropout_p > 0 draws: use model.eval()")
 
 

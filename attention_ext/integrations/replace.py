@@ -24,7 +24,7 @@ _NESTED_FLAG = "_use_nested_tensor_before_replacement"
 
 @dataclass(repr=False)
 class Replacement:
-    """What `replace_` or `restore_` did.
+    """The changes that `replace_` or `restore_` made.
 
     Attributes:
         model: the model.

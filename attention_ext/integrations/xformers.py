@@ -113,7 +113,7 @@ def _window(attn_bias: Any) -> tuple[int, int | None] | None:
 
 
 def _one_dimension_of_heads(bias: Tensor, heads: torch.Size) -> Tensor:
-    """What broadcasts to (B, *heads, Mq, Mkv), as what broadcasts to (B, H, Mq, Mkv)."""
+    """Reshapes a bias that broadcasts to (B, *heads, Mq, Mkv) to one that broadcasts to (B, H, Mq, Mkv)."""
     if len(heads) == 0 and bias.dim() == 3:
         return bias.unsqueeze(1)
     if len(heads) == 2 and bias.dim() > 2:

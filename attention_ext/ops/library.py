@@ -50,7 +50,7 @@ def _minor(version: str) -> list[str]:
 
 
 def _built_for(path: str) -> str:
-    """What the file says, which needs no loading."""
+    """The version of torch that the file names, read without loading it."""
     found = re.search(rb"attention_ext was built for torch ([\w.+]+)", Path(path).read_bytes())
     return found[1].decode() if found else "of an unknown version"
 

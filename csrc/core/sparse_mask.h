@@ -7,7 +7,7 @@ namespace attention_ext {
 
 enum class BlockMask : uint8_t { kEmpty, kPartial, kFull };
 
-// What a block holds where it has no bits.
+// The entries of `blocks` for blocks that need no bits.
 constexpr int32_t kEmptyBlock = -1, kFullBlock = -2;
 constexpr int64_t kKeysPerByte = 8;
 

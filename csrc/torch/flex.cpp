@@ -33,7 +33,7 @@ Sizes check(const char* op, const Tensor& query, const Tensor& key, const Tensor
   return check_attention(op, query, key, &value, options);
 }
 
-// What a problem with a score_mod points at.
+// Holds the memory that a problem with a score_mod points to.
 class Call {
  public:
   // wanted: for each captured tensor, whether its gradient is; none if empty.

@@ -64,7 +64,7 @@ def test_outputs_and_gradients_are_those_of_eager(name: str, side: str) -> None:
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_weights_are_those_of_eager(name: str) -> None:
-    """What BertViz reads: a tuple with a tensor (batch, heads, queries, keys) for each layer."""
+    """BertViz reads them: a tuple with a tensor (batch, heads, queries, keys) for each layer."""
     model = models.build(name)
     given, real = models.inputs(name)
     outputs, logits, _ = step(model, "attention_ext", {**given, "output_attentions": True}, real)

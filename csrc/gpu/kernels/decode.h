@@ -33,8 +33,8 @@ class Decode {
   using Block = ScoreBlock<T, kMode>;  // one for each of a lane's two rows, which may be of different heads
   using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
 
-  // What the warps found, in the place of the last tiles of keys: the state of each row, then its sums, in rows that
-  // begin in different banks.
+  // Results of the warps, in the memory of the last tiles of keys: the state of each row, then its sums. Rows begin in
+  // different banks.
   static constexpr int kRows = Shape::kWarps * kFragmentRows, kPitch = kDim + kFragmentColumns;
   static constexpr size_t kMergedBytes = kRows * (2 + kPitch) * sizeof(T);
 
