@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, func
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -40,6 +42,13 @@ def test_grouped_heads() -> None:
     with counted() as counter:
         attention_ext.attention(q, k[:, :1], v[:, :1], enable_gqa=True)
     assert counter.get_total_flops() == 2 * B * H * L * S * (D + DV)
+
+
+def test_flex_attention() -> None:
+    with counted() as counter:
+        out: Any = attention_ext.flex_attention(*tensors(), lambda score, b, h, q, k: score * 2)
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * B * H * L * S * ((D + DV) + (3 * D + 2 * DV))
 
 
 def test_packed_sequences() -> None:

@@ -20,7 +20,7 @@ from torch._ops import HigherOrderOperator
 
 from attention_ext.flex.block_mask import SparseMask
 from attention_ext.flex.calls import attend_modified
-from attention_ext.flex.trace import ScoreMod, needs_grad, stand_in, trace, undisturbed
+from attention_ext.flex.trace import ScoreMod, hint_of, needs_grad, stand_in, trace, undisturbed
 from attention_ext.flex.traces import traced
 
 Graph = Callable[..., Tensor]
@@ -120,21 +120,22 @@ def _attend(
         if not isinstance(score_mod, torch.fx.GraphModule):
             return traced(function, dtype)
         given = (*buffers[0], *(buffers[1] if mask_mod is not None else ()))
-        return _trace_once(function, (score_mod, mask_mod), dtype, given)
+        return _trace_once(function, (score_mod, mask_mod), dtype, [_as_tensor(x, dtype) for x in given])
 
     return attend_modified(query, key, value, score_mod_for, (blocks, bits), scale, enable_gqa, max_scores)
 
 
 def _trace_once(
-    function: Graph, of: tuple[torch.fx.GraphModule, Graph | None], dtype: torch.dtype, buffers: Sequence[Any]
+    function: Graph, of: tuple[torch.fx.GraphModule, Graph | None], dtype: torch.dtype, buffers: Sequence[Tensor]
 ) -> ScoreMod:
     """Traces the function of a score_mod and a mask_mod on stand-ins of the buffers, unless that was done before."""
     score_mod, mask_mod = of
-    seen = (id(mask_mod), dtype, *(_kind(x) for x in buffers))
+    size_of = int if _reads_sizes(score_mod) or _reads_sizes(mask_mod) else hint_of  # int is a guard of the compiler
+    seen = (id(mask_mod), dtype, *(_kind(x, size_of) for x in buffers))
     made = _traced.setdefault(score_mod, {})
     if seen not in made:
         with undisturbed():
-            stand_ins = [stand_in(x) if isinstance(x, Tensor) else int(x) for x in buffers]
+            stand_ins = [stand_in(x) for x in buffers]
             made[seen] = (mask_mod, stand_ins), trace(function, dtype, stand_ins)
     (_, stand_ins), graph = made[seen]
     return graph.on(stand_ins, buffers)
@@ -150,10 +151,22 @@ def _hiding(score_mod: Graph, mask_mod: Graph, count: int) -> Graph:
     return hiding
 
 
-def _kind(buffer: Any) -> Any:
-    if not isinstance(buffer, Tensor):
-        return int(buffer)
-    return tuple(int(x) for x in buffer.shape), buffer.dtype, needs_grad(buffer)
+def _as_tensor(buffer: Any, dtype: torch.dtype) -> Tensor:
+    """A number that changes from call to call is read as a captured tensor is."""
+    if isinstance(buffer, Tensor):
+        return buffer
+    is_whole = isinstance(buffer, int | torch.SymInt)
+    return torch.scalar_tensor(buffer, dtype=torch.int64 if is_whole else dtype)
+
+
+def _kind(buffer: Tensor, size_of: Callable[[Any], int]) -> Any:
+    return tuple(size_of(x) for x in buffer.shape), buffer.dtype, needs_grad(buffer)
+
+
+def _reads_sizes(graph: Graph | None) -> bool:
+    return isinstance(graph, torch.fx.GraphModule) and any(
+        x.op == "call_method" and x.target == "size" for x in graph.graph.nodes
+    )
 
 
 flex_attention_in_graph = _FlexAttention("attention_ext_flex_attention")

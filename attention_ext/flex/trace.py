@@ -8,7 +8,7 @@ tensors by index. Code is generated from the body; `ScoreMod.run` also runs it o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +17,13 @@ from torch import Tensor, fx
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
@@ -150,8 +149,16 @@ def reader(tensors: Sequence[Tensor], dim: int) -> Read:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Without the modes and transforms that a call runs under."""
-    with _disable_current_modes(), temporarily_clear_interpreter_stack(), _set_fwd_grad_enabled(False):
+    """Without the modes, transforms and other traces that a call runs under."""
+    with (
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+        _set_fwd_grad_enabled(False),
+        tracing(None),
+        ExitStack() as function_modes,
+    ):
+        while _len_torch_function_stack():
+            function_modes.enter_context(_pop_mode_temporarily())
         yield
 
 
@@ -164,17 +171,24 @@ def needs_grad(x: Tensor) -> bool:
     return x.requires_grad
 
 
+def hint_of(size: int | torch.SymInt) -> int:
+    """The size that a compiler saw first, where it stands for others too."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(size if hint is None else hint)
+
+
 def stand_in(x: Tensor) -> Tensor:
     """A tensor of the same kind, of which fake tensors are made."""
-    made = torch.empty([int(size) for size in x.shape], dtype=x.dtype)
+    made = torch.empty([hint_of(size) for size in x.shape], dtype=x.dtype)
     return made.requires_grad_(needs_grad(x))
 
 
 class _Unwrapped(TorchFunctionMode):
-    """Gives functions stand-ins of the tensors that transforms of torch.func wrap, which cannot be traced."""
+    """Gives functions stand-ins of tensors of torch.func's transforms and of other traces, which cannot be traced."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.fake_mode: Any = None  # of this trace
         self.wrapped: list[Tensor] = []
         self.stand_ins: list[Tensor] = []
 
@@ -182,7 +196,10 @@ class _Unwrapped(TorchFunctionMode):
         return func(*tree_map(self.unwrapped, args), **tree_map(self.unwrapped, kwargs or {}))
 
     def unwrapped(self, x: Any) -> Any:
-        if not isinstance(x, Tensor) or not is_functorch_wrapped_tensor(x):
+        is_foreign = isinstance(x, FunctionalTensor) or (
+            isinstance(x, FakeTensor) and x.fake_mode is not self.fake_mode
+        )
+        if not isinstance(x, Tensor) or not (is_foreign or is_functorch_wrapped_tensor(x)):
             return x
         for wrapped, made in zip(self.wrapped, self.stand_ins, strict=True):
             if wrapped is x:
@@ -205,11 +222,15 @@ def trace(score_mod: Callable[..., Any], dtype: torch.dtype, buffers: Sequence[A
     """
     scalars = [torch.zeros((), dtype=dtype), *(torch.zeros((), dtype=torch.int32) for _ in range(4))]
 
+    unwrapped = _Unwrapped()
+
     def positional(*arguments: Any) -> Any:
-        return score_mod(*arguments)
+        unwrapped.fake_mode = arguments[0].fake_mode
+        with unwrapped:
+            return score_mod(*arguments)
 
     try:
-        with torch.no_grad(), TransformGetItemToIndex(), _Unwrapped() as unwrapped:
+        with torch.no_grad(), TransformGetItemToIndex():
             traced = make_fx(positional, tracing_mode="fake", _allow_non_fake_inputs=True)(*scalars, *buffers)
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
         raise ScoreModError(

@@ -4,6 +4,7 @@ Two operations for each multiply-add of a matrix product, recomputed scores incl
 subtracted. Packed sequences count their own lengths, or equal ones where a tracer hides them.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,13 +36,14 @@ def scores(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], query: Tensor
     return heads * sum(q * k for q, k in pairs)
 
 
-def attention_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **kwargs: Any) -> int:
+def forward(op: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **kwargs: Any) -> int:
     """query key^T and prob value."""
-    count = scores(ops.attention_forward, (query, key, value, *rest), kwargs, query, key)
+    count = scores(op, (query, key, value, *rest), kwargs, query, key)
     return 2 * count * (query.shape[3] + value.shape[3])
 
 
-def attention_backward(
+def backward(
+    op: Any,
     grad_out: Tensor,
     grad_logsumexp: Tensor | None,
     query: Tensor,
@@ -53,7 +55,7 @@ def attention_backward(
 ) -> int:
     """Scores again, grad_out value^T, and the gradients of query, key and value."""
     args = (grad_out, grad_logsumexp, query, key, value, *rest)
-    count = scores(ops.attention_backward, args, kwargs, query, key)
+    count = scores(op, args, kwargs, query, key)
     return 2 * count * (3 * query.shape[3] + 2 * value.shape[3])
 
 
@@ -81,8 +83,10 @@ def attention_weights_forward(query: Tensor, key: Tensor, *rest: Any, out_val: A
 
 def register() -> None:
     for op, formula in (
-        (ops.attention_forward, attention_forward),
-        (ops.attention_backward, attention_backward),
+        (ops.attention_forward, partial(forward, ops.attention_forward)),
+        (ops.attention_backward, partial(backward, ops.attention_backward)),
+        (ops.flex_attention_forward, partial(forward, ops.flex_attention_forward)),
+        (ops.flex_attention_backward, partial(backward, ops.flex_attention_backward)),
         (ops.attention_jvp, attention_jvp),
         (ops.attention_double_backward, attention_double_backward),
         (ops.attention_weights_forward, attention_weights_forward),
