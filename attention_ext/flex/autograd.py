@@ -110,7 +110,7 @@ class Gradients(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, of_out: Any, of_logsumexp: Any, ___: Any, ____: Any, *tangents: Any) -> Any:
-        gradients, wanted = _gradients(ctx)
+        gradients, _ = _gradients(ctx)
         made = iter(_push(gradients, ctx.saved_tensors, (*tangents, of_out, of_logsumexp)))
         return tuple(next(made) if w else None for w in ctx.wanted)
 
@@ -222,8 +222,8 @@ def _call(op: Any, query: Tensor, key: str, first: int, options: Sequence[Any]) 
     for x in declared:
         if x.name not in _OPTIONS and given[x.name] != x.default_value:
             raise NotImplementedError(
-                f"{op.__name__}: expected no `{x.name}` with a score_mod, got {given[x.name]}: write it as a part of the "
-                "score_mod or of the block mask"
+                f"{op.__name__}: expected no `{x.name}` with a score_mod, got {given[x.name]}: write it as a part of "
+                "the score_mod or of the block mask"
             )
     scale = 1.0 / math.sqrt(query.shape[-1]) if given["scale"] is None else given["scale"]
     masks = (given["block_mask"], given["block_mask_bits"])

@@ -50,8 +50,8 @@ def constant(mask: Tensor | None) -> Tensor | None:
         mask = get_unwrapped(mask)
     if mask is not None and is_batchedtensor(mask):
         raise NotImplementedError(
-            "flex_attention: expected `block_mask` not to be mapped by vmap with `score_mod`, got a mask for each sample: "
-            "make one mask of the batch, or write the masks as a part of the score_mod"
+            "flex_attention: expected `block_mask` not to be mapped by vmap with `score_mod`, got a mask for each "
+            "sample: make one mask of the batch, or write the masks as a part of the score_mod"
         )
     return mask
 

@@ -38,8 +38,8 @@ def flex_attention(
     A score is ``score_mod(scale * query @ key^T, b, h, q_idx, kv_idx)``, then ``block_mask`` hides keys. The function
     is traced, its derivatives are taken by torch, and both are compiled by the C++ compiler that torch.compile uses,
     once for each function, and kept on disk. Then calls are fast without torch.compile too. Memory is linear in the
-    lengths. Gradients go to query, key, value and to tensors that the function captures. Derivatives of any order, forward
-    mode and the transforms of torch.func are there too, vmap of captured tensors included.
+    lengths. Gradients go to query, key, value and to tensors that the function captures. Derivatives of any order,
+    forward mode and the transforms of torch.func are there too, vmap of captured tensors included.
 
     Args:
         query: ``(B, Hq, L, D)``. float32, bfloat16, float16 or float64, any strides.
