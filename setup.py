@@ -204,6 +204,9 @@ class Build(cpp_extension.BuildExtension):
         check_compiler()
         if len(CXX) > 1:
             os.environ["CXX"] = compiler_in_one_word()
+        if TOOLKIT:
+            own = shlex.join([sys.executable, str(ROOT / "tools" / "nvcc.py")])
+            os.environ["PYTORCH_NVCC"] = f"{own} {os.environ.get('PYTORCH_NVCC', TOOLKIT.nvcc)}"
         write_build_facts(self.distribution.get_version().removesuffix(local_version()))
         super().run()
 

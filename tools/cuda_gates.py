@@ -113,7 +113,7 @@ class Unit:
 
 def compile_unit(compiler: str, disassembler: str | None, unit: Path, loops: list[Loop]) -> Unit | None:
     """None, after printing the compiler's output, if it does not compile."""
-    chips = nvcc.for_chips(nvcc.DEFAULT_CHIPS)
+    chips = nvcc.of_unit(nvcc.for_chips(nvcc.DEFAULT_CHIPS), unit.name)
     with tempfile.TemporaryDirectory() as folder:
         output = ["-fatbin", "-o", f"{folder}/unit.fatbin", "--keep", "--keep-dir", folder]
         command = [compiler, *nvcc.FLAGS, *STRICT, *chips, *output, str(unit)]

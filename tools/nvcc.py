@@ -1,4 +1,7 @@
-"""Finds nvcc with its headers and runtime library, and has the flags of CUDA kernels for the build and the checks."""
+"""Finds nvcc with its headers and runtime library, and has the flags of CUDA kernels for the build and the checks.
+
+As a program: calls the nvcc that comes first with the flags that follow, as its unit wants them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,8 +48,15 @@ class Toolkit:
 
 
 def for_chips(names: Sequence[str]) -> list[str]:
-    """All from the PTX of sm_80, beyond which kernels use no instruction, so that each unit is optimised only once."""
+    """All from the PTX of sm_80, beyond which most units use no instruction, so that each is optimised only once."""
     return [f"-gencode=arch=compute_80,code={name}" for name in names]
+
+
+def of_unit(flags: Sequence[str], unit: str) -> list[str]:
+    """Units of float64 have larger products from sm_90 on, for which they are made from its PTX."""
+    if not unit.endswith("_float64.cu"):
+        return list(flags)
+    return [re.sub(r"^(-gencode=arch=compute_)80(?=,code=sm_(9|\d\d\d))", r"\g<1>90", flag) for flag in flags]
 
 
 def find() -> str | None:
@@ -185,3 +196,7 @@ def _cudart(version: str, folders: Sequence[Path]) -> Path:
 
 def _listed(folders: Sequence[Path]) -> str:
     return ", ".join(dict.fromkeys(os.path.normpath(folder) for folder in folders))
+
+
+if __name__ == "__main__":
+    os.execvp(sys.argv[1], of_unit(sys.argv[1:], next((x for x in sys.argv if x.endswith(".cu")), "")))

@@ -66,7 +66,7 @@ def take(folder: Path, sources: list[str], chips: list[str]) -> tuple[list[str],
 
 def compile_unit(toolkit: nvcc.Toolkit, unit: str, chips: list[str]) -> bool:
     print(unit, flush=True)
-    flags = [*nvcc.FLAGS, *toolkit.header_flags(), *nvcc.for_chips(chips), "-Xcompiler=-fPIC", "-c"]
+    flags = [*nvcc.FLAGS, *toolkit.header_flags(), *nvcc.of_unit(nvcc.for_chips(chips), unit), "-Xcompiler=-fPIC", "-c"]
     command = [str(toolkit.nvcc), *flags, unit, "-o", str(OBJECTS / object_name(unit))]
     return subprocess.run(command, cwd=ROOT).returncode == 0
 

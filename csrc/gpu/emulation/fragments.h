@@ -28,16 +28,19 @@ struct Shape16x8x16 {
   static float number(uint32_t pair, int i) { return widen(E{static_cast<uint16_t>(pair >> (i * 16))}); }
 };
 
+// Of double, or of tf32 numbers as uint32_t.
+template <class R>
 struct Shape16x8x8 {
   static constexpr const char* kName = "mma.m16n8k8";
-  static constexpr OperandType kType{16, 8, sizeof(float), -126};
-  using Register = uint32_t;
-  using Number = float;
+  using Register = R;
+  using Number = std::conditional_t<sizeof(R) == 8, double, float>;
+  static constexpr OperandType kType{16, 8, sizeof(R), sizeof(R) == 8 ? -1022 : -126};
   static constexpr int kA = 4, kB = 2, kC = 4, kNumbersPerRegister = 1;
   static Place a(int group, int member, int i) { return {group + i % 2 * 8, member + i / 2 * 4}; }
   static Place b(int group, int member, int i) { return {member + i * 4, group}; }
   static Place c(int group, int member, int i) { return {group + i / 2 * 8, member * 2 + i % 2}; }
   static float number(uint32_t bits, int) { return __builtin_bit_cast(float, bits & ~0x1FFFu); }
+  static double number(double x, int) { return x; }
 };
 
 struct Shape8x8x4 {

@@ -57,6 +57,8 @@ struct Compute16 {
   using Element = E;
   using Scalar = float;
   static constexpr int kDepth = 16, kUnrolledSteps = 8;
+  static constexpr bool kSplits = false;  // numbers, each into several
+  static constexpr int kChain = 1;        // steps of depth whose sum is made apart before it is added to C, if several
   struct A {
     uint32_t pair[4];
   };
@@ -102,66 +104,115 @@ struct Compute16 {
   }
 };
 
+// A float as the sum of two tf32 numbers: the nearest one, and what a tensor core takes of the rest, whose last bit may
+// be cut off.
+struct SplitFloat {
+  float big, rest;
+  SplitFloat() = default;
+  ATTENTION_DEVICE SplitFloat(float big_part, float rest_part) : big(big_part), rest(rest_part) {}
+
+  // An infinity or a NaN is the rest: so it meets only the other side's big part, which has its sign, and stays
+  // infinite or NaN.
+  ATTENTION_DEVICE explicit SplitFloat(float x) {
+    big = __builtin_fabsf(nearest(x)) < infinity<float>() ? nearest(x) : 0.0f;
+    rest = x - big;
+  }
+  // In two instructions less; an infinity becomes NaN.
+  ATTENTION_DEVICE static SplitFloat of_finite(float x) { return {nearest(x), x - nearest(x)}; }
+
+ private:
+  // round_to_tf32 in two instructions in place of five, for all but NaN.
+  ATTENTION_DEVICE static float nearest(float x) { return float_of((bits_of(x) + 0x1000u) & ~0x1fffu); }
+};
+
+// The two parts of a tile of float32 (SplitFloat).
+template <class Tile>
+struct SplitTile {
+  static constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns;
+  static constexpr size_t kBytes = 2 * Tile::kBytes;
+  using Part = Tile;
+  Tile big, rest;
+
+  ATTENTION_DEVICE static SplitTile in(char* memory) { return {Tile::in(memory), Tile::in(memory + Tile::kBytes)}; }
+};
+
 // Of float and double, operands are read a pair at a time from rows or a number at a time from columns.
 template <class T, class Operand>
 struct ComputeWide {
   using Element = T;
   using Scalar = T;
   static constexpr int kDepth = 8, kUnrolledSteps = 4;
+  static constexpr bool kSplits = sizeof(Operand) > sizeof(T);
+  static constexpr int kChain = kSplits ? 2 : 1;
   struct A {
     Operand number[4];  // as in Fragment
   };
-  struct B {
-    Operand number[2];
-  };
+  using B = Pair<Operand>;
 
   template <class Tile>
   ATTENTION_DEVICE static A load_a(const Tile& tile, int row, int column) {
     A a;
     for (int i = 0; i < 2; ++i) {
-      const T* pair = tile.at(row + i * 8 + lane_group(), column + 2 * lane_member());
-      a.number[2 * i] = Operand(load_shared(pair));
-      a.number[2 * i + 1] = Operand(load_shared(pair + 1));
+      const auto pair = load<Pair<T>>(tile, row + i * 8, lane_group(), column, 2 * lane_member());
+      for (int j = 0; j < 2; ++j) a.number[2 * i + j] = of_row(pair.number[j]);
     }
     return a;
   }
   template <class Tile>
   ATTENTION_DEVICE static void load_b(B (&b)[2], const Tile& tile, int row, int column) {
-    for (int i = 0; i < 2; ++i) {
-      const T* pair = tile.at(row + i * 8 + lane_group(), column + 2 * lane_member());
-      b[i] = {Operand(load_shared(pair)), Operand(load_shared(pair + 1))};
-    }
+    for (int i = 0; i < 2; ++i) b[i] = load_pair(tile, row + i * 8, column);
   }
   template <class Tile>
   ATTENTION_DEVICE static void load_b_transposed(B (&b)[2], const Tile& tile, int row, int column) {
     for (int i = 0; i < 2; ++i) {
-      const int depth = row + 2 * lane_member(), n = column + i * 8 + lane_group();
-      b[i] = {Operand(load_shared(tile.at(depth, n))), Operand(load_shared(tile.at(depth + 1, n)))};
+      for (int j = 0; j < 2; ++j) b[i].number[j] = load_of_column(tile, row, j, column + i * 8);
     }
   }
   ATTENTION_DEVICE static A narrow(const Fragment<T>* c) {
     A a;
-    for (int i = 0; i < 4; ++i) a.number[i] = Operand(c->number[i]);
+    for (int i = 0; i < 4; ++i) a.number[i] = of_row(c->number[i]);
     return a;
-  }
-};
-
-// A float as the sum of two tf32 numbers. An infinity or a NaN is the small one: so it meets only the other side's big
-// part, which has its sign, and stays infinite or NaN.
-struct SplitFloat {
-  uint32_t big, small;
-  SplitFloat() = default;
-  ATTENTION_DEVICE explicit SplitFloat(float x) {
-    const uint32_t nearest = nearest_tf32(x);
-    const float rest = x - float_of(nearest);
-    const bool finite = rest - rest == 0.0f;
-    big = finite ? nearest : 0;
-    small = finite ? nearest_tf32(rest) : bits_of(x);
   }
 
  private:
-  // round_to_tf32 in two instructions in place of five, for all but NaN.
-  ATTENTION_DEVICE static uint32_t nearest_tf32(float x) { return (bits_of(x) + 0x1000u) & ~0x1fffu; }
+  // Of operand A, where an infinity may become NaN: infinite queries make their softmax NaN anyway, and infinite keys
+  // and values the gradients of queries.
+  ATTENTION_DEVICE static Operand of_row(T x) {
+    if constexpr (kSplits) {
+      return Operand::of_finite(x);
+    } else {
+      return Operand(x);
+    }
+  }
+
+  template <class Number, class Tile>
+  ATTENTION_DEVICE static Number load(const Tile& tile, int row, int lane_row, int column, int lane_column) {
+    return load_shared(shared_pointer<Number>(tile.address_of(row, lane_row, column, lane_column)));
+  }
+
+  // Neighbours in the row of a lane's group.
+  template <class Tile>
+  ATTENTION_DEVICE static B load_pair(const Tile& tile, int row, int column) {
+    const auto pair = load<Pair<T>>(tile, row, lane_group(), column, 2 * lane_member());
+    return {Operand(pair.number[0]), Operand(pair.number[1])};
+  }
+  template <class Tile>
+  ATTENTION_DEVICE static B load_pair(const SplitTile<Tile>& tile, int row, int column) {
+    const auto big = load<Pair<T>>(tile.big, row, lane_group(), column, 2 * lane_member());
+    const auto rest = load<Pair<T>>(tile.rest, row, lane_group(), column, 2 * lane_member());
+    return {Operand(big.number[0], rest.number[0]), Operand(big.number[1], rest.number[1])};
+  }
+
+  // Number j of two neighbours in the column of a lane's group.
+  template <class Tile>
+  ATTENTION_DEVICE static Operand load_of_column(const Tile& tile, int row, int j, int column) {
+    return Operand(load<T>(tile, row, 2 * lane_member() + j, column, lane_group()));
+  }
+  template <class Tile>
+  ATTENTION_DEVICE static Operand load_of_column(const SplitTile<Tile>& tile, int row, int j, int column) {
+    return {load<T>(tile.big, row, 2 * lane_member() + j, column, lane_group()),
+            load<T>(tile.rest, row, 2 * lane_member() + j, column, lane_group())};
+  }
 };
 
 // One TF32 product, as torch's own where it allows TF32.
@@ -183,25 +234,25 @@ struct ComputeTf32 : ComputeWide<float, RoundedFloat> {
 // many keys that adds up: so their sums begin at 0 here and are added to C rounded to nearest.
 struct ComputeFloat : ComputeWide<float, SplitFloat> {
   ATTENTION_DEVICE static void multiply(Fragment<float>& c, const A& a, const B& b) {
-    const uint32_t big_a[4] = {a.number[0].big, a.number[2].big, a.number[1].big, a.number[3].big};
-    const uint32_t small_a[4] = {a.number[0].small, a.number[2].small, a.number[1].small, a.number[3].small};
-    const uint32_t big_b[2] = {b.number[0].big, b.number[1].big};
-    const uint32_t small_b[2] = {b.number[0].small, b.number[1].small};
-    float sum[4] = {};
-    multiply_16x8x8(sum, small_a, big_b);
-    multiply_16x8x8(sum, big_a, small_b);
-    multiply_16x8x8(sum, big_a, big_b);
-    for (int i = 0; i < 4; ++i) c.number[i] += sum[i];
+    uint32_t big_a[4], rest_a[4], big_b[2], rest_b[2];
+    for (int i = 0; i < 4; ++i) {
+      big_a[i] = bits_of(a.number[i / 2 + i % 2 * 2].big);
+      rest_a[i] = bits_of(a.number[i / 2 + i % 2 * 2].rest);
+    }
+    for (int i = 0; i < 2; ++i) {
+      big_b[i] = bits_of(b.number[i].big);
+      rest_b[i] = bits_of(b.number[i].rest);
+    }
+    multiply_16x8x8(c.number, rest_a, big_b);
+    multiply_16x8x8(c.number, big_a, rest_b);
+    multiply_16x8x8(c.number, big_a, big_b);
   }
 };
 
 struct ComputeDouble : ComputeWide<double, double> {
   ATTENTION_DEVICE static void multiply(Fragment<double>& c, const A& a, const B& b) {
-    for (int i = 0; i < 2; ++i) {
-      for (int half = 0; half < 2; ++half) {
-        multiply_8x8x4(c.number[2 * half], c.number[2 * half + 1], a.number[2 * half + i], b.number[i]);
-      }
-    }
+    const double rows[4] = {a.number[0], a.number[2], a.number[1], a.number[3]};
+    multiply_16x8x8(c.number, rows, b.number);
   }
 };
 

@@ -20,7 +20,7 @@ class Forward {
   static constexpr int kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kColumns / kFragmentColumns;
   static constexpr int kQueries = Shape::kQueries;
   using QueryTile = SharedTile<E, kQueries, kDim>;
-  using KeyTile = SharedTile<E, Shape::kRows, kDim>;
+  using KeyTile = StreamedTile<C, Shape, kDim>;
   using KeyTiles = TileSet<KeyTile, 2>;
   using Scores = Fragments<T, kRowTiles, kKeyTiles>;
   using Sums = Fragments<T, kRowTiles, kDim / kFragmentColumns>;
@@ -30,7 +30,7 @@ class Forward {
   // Those by which parts are counted, the same in all modes, so that dropout changes no bit of logsumexp.
   using Tiles = QueryTiles<ForwardShape<C, kDim, ScoreMode::kMask>::kQueries>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
-  static constexpr size_t kSharedBytes = QueryTile::kBytes + Shape::kStages * KeyTiles::kBytes;
+  static constexpr size_t kSharedBytes = QueryTile::kBytes + kStreamBytes<KeyTile, 2, Shape::kStages>;
   static_assert(kSharedBytes <= (Shape::kRowBytes <= 1024 ? kFewSharedBytes : kMostSharedBytes));
 
   static int64_t blocks(const AttentionProblem& p) {

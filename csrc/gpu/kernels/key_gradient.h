@@ -20,7 +20,7 @@ class KeyGradient {
                        kTiles = kColumns / kFragmentColumns;
   using KeyTile = SharedTile<E, kKeys, kDim>;
   using KeyTiles = TileSet<KeyTile, kKeySources<kOrder>>;
-  using QueryTile = SharedTile<E, Shape::kRows, kDim>;
+  using QueryTile = StreamedTile<C, Shape, kDim>;
   using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
   static constexpr bool kHoldsOwn = Shape::kHoldsOwn && (kMode == ScoreMode::kMask || kDim < 128);  // by registers
   using OwnKeys = OwnRows<C, KeyTile, kKeySources<kOrder>, kHoldsOwn>;
@@ -30,7 +30,7 @@ class KeyGradient {
  public:
   using Problem = ProblemOf<kOrder>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
-  static constexpr size_t kQueryBytes = Shape::kStages * QueryTiles::kBytes;
+  static constexpr size_t kQueryBytes = kStreamBytes<QueryTile, kQuerySources<kOrder>, Shape::kStages>;
   static constexpr size_t kSharedBytes = KeyTiles::kBytes + kQueryBytes + QueryNumbers::kBytes;
   static_assert(Shape::kRows <= kThreads);
   static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);

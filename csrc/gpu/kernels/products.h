@@ -67,23 +67,45 @@ struct HeldRows {
 template <class C, int kSteps, int kSums>
 constexpr int kUnrolled = kSteps <= C::kUnrolledSteps && kSteps * kSums < 128 ? C::kUnrolledSteps : 4;
 
+// c += the products of C::kChain steps of depth, with column j of two.
+template <class C>
+ATTENTION_DEVICE void multiply_steps(Fragment<typename C::Scalar>& c, const typename C::A (&a)[C::kChain],
+                                     const typename C::B (&b)[C::kChain][2], int j) {
+  if constexpr (C::kChain == 1) {
+    C::multiply(c, a[0], b[0][j]);
+  } else {
+    Fragment<typename C::Scalar> sum{};
+    ATTENTION_UNROLL
+    for (int s = 0; s < C::kChain; ++s) C::multiply(sum, a[s], b[s][j]);
+    ATTENTION_UNROLL
+    for (int i = 0; i < 4; ++i) c.number[i] += sum.number[i];
+  }
+}
+
 // c[m][n] += sum over columns of a[m][.] b[row_b + n][.]
 template <class C, int kRowTiles, int kTiles, class RowsA, class TileB>
 ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const RowsA& a, const TileB& b,
                                     int row_b) {
-  ATTENTION_UNROLL_BY((kUnrolled<C, RowsA::kColumns / C::kDepth, kRowTiles * kTiles>))
-  for (int depth = 0; depth < RowsA::kColumns; depth += C::kDepth) {
-    typename C::A rows[kRowTiles];
+  constexpr int kChain = C::kChain;
+  ATTENTION_UNROLL_BY((kUnrolled<C, RowsA::kColumns / C::kDepth, kRowTiles * kTiles> / kChain))
+  for (int depth = 0; depth < RowsA::kColumns; depth += kChain * C::kDepth) {
+    typename C::A rows[kRowTiles][kChain];
     ATTENTION_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) rows[m] = a.at(m, depth);
+    for (int m = 0; m < kRowTiles; ++m) {
+      ATTENTION_UNROLL
+      for (int s = 0; s < kChain; ++s) rows[m][s] = a.at(m, depth + s * C::kDepth);
+    }
     ATTENTION_UNROLL
     for (int n = 0; n < kTiles; n += 2) {
-      typename C::B columns[2];
-      C::load_b(columns, b, row_b + n * kFragmentColumns, depth);
+      typename C::B columns[kChain][2];
+      ATTENTION_UNROLL
+      for (int s = 0; s < kChain; ++s) {
+        C::load_b(columns[s], b, row_b + n * kFragmentColumns, depth + s * C::kDepth);
+      }
       ATTENTION_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
-        C::multiply(c.tile[m][n], rows[m], columns[0]);
-        C::multiply(c.tile[m][n + 1], rows[m], columns[1]);
+        multiply_steps<C>(c.tile[m][n], rows[m], columns, 0);
+        multiply_steps<C>(c.tile[m][n + 1], rows[m], columns, 1);
       }
     }
   }
@@ -95,22 +117,27 @@ ATTENTION_DEVICE void multiply_weights(Fragments<typename C::Scalar, kRowTiles, 
                                        const Fragments<typename C::Scalar, kRowTiles, kWeights>& weight, const TileB& b,
                                        int row_b) {
   constexpr int kStep = C::kDepth / kFragmentColumns, kSteps = kWeights / kStep;
-  typename C::A rows[kSteps][kRowTiles];
+  constexpr int kChain = C::kChain, kChains = kSteps / kChain;
+  typename C::A rows[kChains][kRowTiles][kChain];
   ATTENTION_UNROLL
   for (int k = 0; k < kSteps; ++k) {
     ATTENTION_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) rows[k][m] = C::narrow(weight.tile[m] + k * kStep);
+    for (int m = 0; m < kRowTiles; ++m) rows[k / kChain][m][k % kChain] = C::narrow(weight.tile[m] + k * kStep);
   }
   ATTENTION_UNROLL
   for (int n = 0; n < kTiles; n += 2) {
     ATTENTION_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      typename C::B columns[2];
-      C::load_b_transposed(columns, b, row_b + k * kStep * kFragmentColumns, n * kFragmentColumns);
+    for (int k = 0; k < kChains; ++k) {
+      typename C::B columns[kChain][2];
+      ATTENTION_UNROLL
+      for (int s = 0; s < kChain; ++s) {
+        const int row = row_b + (k * kChain + s) * kStep * kFragmentColumns;
+        C::load_b_transposed(columns[s], b, row, n * kFragmentColumns);
+      }
       ATTENTION_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
-        C::multiply(c.tile[m][n], rows[k][m], columns[0]);
-        C::multiply(c.tile[m][n + 1], rows[k][m], columns[1]);
+        multiply_steps<C>(c.tile[m][n], rows[k][m], columns, 0);
+        multiply_steps<C>(c.tile[m][n + 1], rows[k][m], columns, 1);
       }
     }
   }

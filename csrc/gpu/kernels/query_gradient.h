@@ -30,12 +30,13 @@ class QueryGradient {
   using QueryTile = SharedTile<E, kQueries, kDim>;
   using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
   using OwnQueries = OwnRows<C, QueryTile, kQuerySources<kOrder>, Shape::kHoldsOwn, kRowTiles>;
-  using KeyTile = SharedTile<E, Shape::kRows, kDim>;
+  using KeyTile = StreamedTile<C, Shape, kDim>;
   using KeyTiles = TileSet<KeyTile, kKeySources<kOrder>>;
   using Sums = Fragments<T, kRowTiles, kDim / kFragmentColumns>;
 
  public:
-  static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
+  static constexpr size_t kSharedBytes =
+      QueryTiles::kBytes + kStreamBytes<KeyTile, kKeySources<kOrder>, Shape::kStages>;
   static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
   ATTENTION_INLINE static int64_t tiles(const AttentionProblem& p) { return QueryTileIndex::count(p, kQueries); }

@@ -30,6 +30,7 @@ struct ForwardShape : Width<C, kDim> {
   // The same for all modes: other blocks of keys would be summed in another order, so that dropout, which alone calls
   // for ScoreMode::kAll too, would change bits of logsumexp.
   static constexpr int kColumns = kWide || kRows < 32 ? 16 : kNarrow && kDim <= 128 ? kRows : 32;
+  static constexpr bool kSplits = C::kSplits && kDim <= 128;
   static constexpr int kStages = kRowBytes <= 1024 ? 2 : 1;
 };
 
@@ -45,9 +46,10 @@ struct GradientShape : Width<C, kDim> {
   static constexpr int kWarps = kRowBytes <= (kFirst ? 1024 : 256) ? 4 : !kFirst && kRowBytes <= 512 ? 2 : 1;
   static constexpr int kRows = kRowBytes >= 512 ? 16 : kNarrow && kRowBytes <= (kFirst ? 256 : 128) ? 64 : 32;
   static constexpr int kColumns = kWide || kRows < 32 || !kFirst || (!kNarrow && kDim >= 128) ? 16 : 32;
-  static constexpr int kKeyColumns = kDim > 64 ? 16 : kColumns;        // where both gradients are held
-  static constexpr bool kHoldsOwn = kNarrow && kFirst && kDim <= 128;  // rows of the block's own, in registers
-  static constexpr int kStages = kFirst && kRowBytes <= 512 ? 2 : 1;
+  static constexpr int kKeyColumns = kDim > 64 || C::kSplits ? 16 : kColumns;  // where both gradients are held
+  static constexpr bool kHoldsOwn = kNarrow && kFirst && kDim <= 128;          // rows of the block's own, in registers
+  static constexpr bool kSplits = C::kSplits && kFirst && kDim <= 128;
+  static constexpr int kStages = kFirst && kRowBytes <= (kSplits ? 256 : 512) ? 2 : 1;
   static constexpr bool kBothGradients = kRowRegisters <= 64;  // of keys and values at once
   static constexpr size_t kSharedBytesAllowed = kRowBytes <= 512 ? kFewSharedBytes : kMostSharedBytes;
 };

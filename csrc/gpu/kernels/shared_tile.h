@@ -21,24 +21,38 @@ struct SharedTile {
 
   E* data;
 
+  ATTENTION_DEVICE static SharedTile in(char* memory) { return {reinterpret_cast<E*>(memory)}; }
+
   ATTENTION_DEVICE E* at(int row, int column) const {
     const int chunk = column / kChunk ^ permutation(row);
     return data + (row * kChunks + chunk) * kChunk + column % kChunk;
   }
 
-  // The chunk at row + lane_row and column + lane_chunk chunks; row is a multiple of 8, column of two chunks, lane_row
-  // is below 16 and lane_chunk below 2. What a lane adds is the same all over the tile, so that most of this is
-  // constant.
-  ATTENTION_DEVICE SharedAddress chunk_at(int row, int lane_row, int column, int lane_chunk) const {
-    const int own = lane_row * kRowBytes + (lane_chunk ^ permutation(lane_row)) * 16;
+  // The address of row + lane_row and column + lane_column; row is a multiple of 8, lane_row below 16, and column a
+  // multiple of a power of two that is above lane_column. What a lane adds is the same all over the tile, so that most
+  // of this is constant.
+  ATTENTION_DEVICE SharedAddress address_of(int row, int lane_row, int column, int lane_column) const {
+    const int own = lane_row * kRowBytes + (lane_column / kChunk ^ permutation(lane_row)) * 16 +
+                    lane_column % kChunk * static_cast<int>(sizeof(E));
     const auto chunk = static_cast<SharedAddress>(column / kChunk);
     return ((shared_address(data) + static_cast<SharedAddress>(own)) ^ (chunk % kPeriod * 16)) +
            chunk / kPeriod * (kPeriod * 16) + static_cast<SharedAddress>(row * kRowBytes);
+  }
+  ATTENTION_DEVICE SharedAddress chunk_at(int row, int lane_row, int column, int lane_chunk) const {
+    return address_of(row, lane_row, column, lane_chunk * kChunk);
   }
 
  private:
   ATTENTION_DEVICE static int permutation(int row) { return row * kPeriod / 8 % kPeriod; }
 };
+
+// Neighbours in a row, of which an even column comes first, or every fourth.
+template <class E, int kCount>
+struct alignas(kCount * sizeof(E)) Neighbours {
+  E number[kCount];
+};
+template <class E>
+using Pair = Neighbours<E, 2>;
 
 // Rows of one head of a tensor, from row 0 of a sequence on.
 template <class E>

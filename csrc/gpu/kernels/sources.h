@@ -42,6 +42,16 @@ constexpr int kQuerySources = kOrder == Order::kFirst ? 2 : 3;
 template <Order kOrder>
 constexpr int kKeySources = kOrder == Order::kFirst ? 2 : 4;
 
+// Tiles of streamed rows: as they are in memory, or split.
+template <class C, class Shape, int kDim>
+using StreamedTile = std::conditional_t<Shape::kSplits, SplitTile<SharedTile<typename C::Element, Shape::kRows, kDim>>,
+                                        SharedTile<typename C::Element, Shape::kRows, kDim>>;
+
+template <class Tile>
+constexpr bool kIsSplit = false;
+template <class Tile>
+constexpr bool kIsSplit<SplitTile<Tile>> = true;
+
 // The same rows of each source, in shared memory.
 template <class Tile, int kCount>
 struct TileSet {
@@ -49,9 +59,7 @@ struct TileSet {
 
   ATTENTION_DEVICE explicit TileSet(char* memory) {
     ATTENTION_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      tile[i] = {reinterpret_cast<typename Tile::Element*>(memory + i * Tile::kBytes)};
-    }
+    for (int i = 0; i < kCount; ++i) tile[i] = Tile::in(memory + i * Tile::kBytes);
   }
   static constexpr size_t kBytes = kCount * Tile::kBytes;
 };
@@ -95,6 +103,39 @@ ATTENTION_DEVICE void copy_set(const TileSet<Tile, kCount>& to, const Sources<E,
   for (int i = 0; i < kCount; ++i) copy_rows<kThreads>(to.tile[i], from.rows[i], first, valid);
 }
 
+// What stream_rows needs of shared memory.
+template <class Tile, int kCount, int kStages>
+constexpr size_t kStreamBytes = kStages * TileSet<Tile, kCount>::kBytes;
+template <class Part, int kCount, int kStages>
+constexpr size_t kStreamBytes<SplitTile<Part>, kCount, kStages> = (kStages + 1) * TileSet<Part, kCount>::kBytes;
+
+// Every number of the tiles becomes two. The threads of the block share the work.
+template <int kThreads, class Tile, int kCount>
+ATTENTION_DEVICE void split_set(const TileSet<SplitTile<Tile>, kCount>& to, const TileSet<Tile, kCount>& from) {
+  using Numbers = Neighbours<typename Tile::Element, 4>;
+  constexpr int kNumbers = static_cast<int>(Tile::kBytes / sizeof(Numbers));
+  static_assert(kNumbers % kThreads == 0);
+  ATTENTION_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    ATTENTION_UNROLL
+    for (int first = 0; first < kNumbers; first += kThreads) {
+      const auto place = [&](const Tile& tile) {
+        return reinterpret_cast<Numbers*>(tile.data) + first + thread_index();
+      };
+      const Numbers x = load_shared(place(from.tile[i]));
+      Numbers big, rest;
+      ATTENTION_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        const SplitFloat split(x.number[n]);
+        big.number[n] = split.big;
+        rest.number[n] = split.rest;
+      }
+      store_shared(place(to.tile[i].big), big);
+      store_shared(place(to.tile[i].rest), rest);
+    }
+  }
+}
+
 // Numbers of rows that stream_rows keeps beside their tiles: none.
 struct NoNumbers {
   ATTENTION_DEVICE void load(int) {}
@@ -133,6 +174,40 @@ ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& source
     if (kStages > 1) numbers.store(free);
     synchronize_block();
     stage = (stage + 1) % kStages;
+  }
+  wait_copies<0>();
+}
+
+// Likewise, where f works on split tiles. Of two stages one is for the next rows as they arrive; in one stage they
+// arrive where their big parts will be, once f is done.
+template <int kThreads, int kStages, class Tile, int kCount, class E, class F, class Numbers = NoNumbers>
+  requires kIsSplit<Tile>
+ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& sources, Range valid, F&& f,
+                                  Numbers&& numbers = {}) {
+  constexpr bool kAhead = kStages == 2;
+  const TileSet<Tile, kCount> tiles(memory);
+  TileSet<typename Tile::Part, kCount> arriving(memory + tiles.kBytes);
+  ATTENTION_UNROLL
+  for (int i = 0; i < kCount && !kAhead; ++i) arriving.tile[i] = tiles.tile[i].big;
+  const Span span(valid);
+  const auto copy = [&](int row) {
+    if (row < span.end) copy_set<kThreads>(arriving, sources, row, span);
+    commit_copies();
+    numbers.load(row);
+  };
+  const int first = span.begin / Tile::kRows * Tile::kRows;
+  copy(first);
+  for (int row = first; row < span.end; row += Tile::kRows) {
+    wait_copies<0>();
+    synchronize_block();
+    split_set<kThreads>(tiles, arriving);
+    numbers.store(0);
+    synchronize_block();
+    if (kAhead) copy(row + Tile::kRows);
+    f(row, tiles, 0);
+    if (kAhead) continue;
+    synchronize_block();
+    copy(row + Tile::kRows);
   }
   wait_copies<0>();
 }

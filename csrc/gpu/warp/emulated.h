@@ -71,6 +71,10 @@ using SharedAddress = uint32_t;  // in bytes
 inline SharedAddress shared_address(const void* pointer) {
   return static_cast<SharedAddress>(static_cast<const char*>(pointer) - shared_memory());
 }
+template <class T>
+const T* shared_pointer(SharedAddress address) {
+  return reinterpret_cast<const T*>(shared_memory() + address);
+}
 inline void copy_async(SharedAddress to, const void* from, int bytes) {
   emulation::current->copy_async(shared_memory() + to, from, bytes);
 }
@@ -94,7 +98,7 @@ void multiply_16x8x16(E, float (&c)[4], const uint32_t (&a)[4], const uint32_t (
   emulation::multiply<emulation::Shape16x8x16<E>>(c, a, b);
 }
 inline void multiply_16x8x8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::multiply<emulation::Shape16x8x8>(c, a, b);
+  emulation::multiply<emulation::Shape16x8x8<uint32_t>>(c, a, b);
 }
 inline void multiply_8x8x4(double& c0, double& c1, double a, double b) {
   double c[2] = {c0, c1};
@@ -102,6 +106,16 @@ inline void multiply_8x8x4(double& c0, double& c1, double a, double b) {
   emulation::multiply<emulation::Shape8x8x4>(c, a_fragment, b_fragment);
   c0 = c[0];
   c1 = c[1];
+}
+inline void multiply_16x8x8(double (&c)[4], const double (&a)[4], const double (&b)[2]) {
+  if (emulation::current->tensor_core().wide_double) {
+    emulation::multiply<emulation::Shape16x8x8<double>>(c, a, b);
+  } else {
+    for (int k = 0; k < 2; ++k) {
+      multiply_8x8x4(c[0], c[1], a[2 * k], b[k]);
+      multiply_8x8x4(c[2], c[3], a[2 * k + 1], b[k]);
+    }
+  }
 }
 
 // Numbers
