@@ -34,8 +34,8 @@ FORWARD = {
     "lanes of ldmatrix swapped": ("compute.h", "row, lane % 16, column, lane / 16", "row, lane / 2, column, lane % 2"),
     "chunks of a row permuted by the next row": (
         "shared_tile.h",
-        "lane_chunk ^ permutation(lane_row)",
-        "lane_chunk ^ permutation(lane_row + 1)",
+        "lane_column / kChunk ^ permutation(lane_row)",
+        "lane_column / kChunk ^ permutation(lane_row + 1)",
     ),
     "one row copied again and again": (
         "shared_tile.h",

@@ -16,10 +16,12 @@ namespace {
 constexpr int64_t kHeads = 2;
 constexpr int kBucket = 64;
 
+template <class E>
 struct Tensors {
+  using Tensor = TensorOf<E>;
   Tensor query{kHeads * kQueries, 1}, key{kKeys, 2}, value{kKeys, 3}, grad_out{kHeads * kQueries, 4};
   Tensor out{kHeads * kQueries}, grad_query{kHeads * kQueries}, grad_key{kKeys}, grad_value{kKeys};
-  Array<Half> weights{kQueries * kKeys};
+  Array<E> weights{kQueries * kKeys};
   Array<float> logsumexp{kHeads * kQueries}, logsumexp_tangent{kHeads * kQueries}, grad_mask{1};
   Array<double> slopes{kHeads}, sinks{kHeads}, grad_slopes{kHeads}, grad_sinks{kHeads};
 
@@ -30,22 +32,23 @@ struct Tensors {
   }
 };
 
-View of_heads(Tensor& x) {
+template <class E>
+View of_heads(TensorOf<E>& x) {
   View view = x.view();
   view.stride_h = kQueries * kDim;
   return view;
 }
 
 // Of `queries` and `keys`, causal from the last corner: with more queries than keys the first tiles see no key.
-template <class Problem>
-Problem problem_of(Tensors& x, int64_t queries, int64_t keys) {
+template <class Problem, class E>
+Problem problem_of(Tensors<E>& x, int64_t queries, int64_t keys) {
   Problem p;
   p.batch = p.kv_heads = 1;
   p.heads = kHeads;
   p.seqlen_q = p.max_seqlen_q = queries;
   p.seqlen_k = p.max_seqlen_k = keys;
   p.head_dim = p.head_dim_v = kDim;
-  p.dtype = DType::kFloat16;
+  p.dtype = kTypeOf<E>;
   p.scale = kScale;
   p.window_right = 0;
   p.bottom_right = true;
@@ -65,7 +68,8 @@ void run_kernel(const AttentionProblem& p, void* workspace) {
   }
 }
 
-void set_gradients(DoubleBackwardProblem& p, Tensors& x) {
+template <class E>
+void set_gradients(DoubleBackwardProblem& p, Tensors<E>& x) {
   p.out = of_heads(x.out);
   p.grad_out = of_heads(x.grad_out);
   p.tangent.query = of_heads(x.query);
@@ -80,18 +84,23 @@ void set_gradients(DoubleBackwardProblem& p, Tensors& x) {
   p.grad_sinks = x.grad_sinks.data.data();
 }
 
+template <Order kOrder, class C, int kKeyBucket = kBucket>
+void run_query_and_key(const DoubleBackwardProblem& p, void* workspace) {
+  run_kernel<QueryGradient<C, kBucket, ScoreMode::kAll, kOrder>>(p, workspace);
+  run_kernel<KeyGradient<C, kKeyBucket, ScoreMode::kAll, kOrder, KeyResult::kBoth>>(p, workspace);
+}
+
 template <Order kOrder, class C>
 void run_gradients(const DoubleBackwardProblem& p, void* workspace) {
   using Queries = QueryGradient<C, kBucket, ScoreMode::kAll, kOrder>;
-  run_kernel<Queries>(p, workspace);
-  run_kernel<KeyGradient<C, kBucket, ScoreMode::kAll, kOrder, KeyResult::kBoth>>(p, workspace);
+  run_query_and_key<kOrder, C>(p, workspace);
   run_kernel<MaskGradient<C, kBucket, kOrder>>(p, workspace);
   run_kernel<HeadGradient<C, kOrder, Queries::kQueries>>(p, workspace);
 }
 
 void run(int64_t queries, int64_t keys) {
   using C = Compute16<Half>;
-  Tensors x;
+  Tensors<Half> x;
   auto forward = problem_of<ForwardProblem>(x, queries, keys);
   forward.out = of_heads(x.out);
   run_kernel<Forward<C, kBucket, ScoreMode::kAll>>(forward, nullptr);
@@ -113,6 +122,15 @@ void run(int64_t queries, int64_t keys) {
   if (queries < 20) run_kernel<simt::MaskGradient<float, Order::kFirst>>(p, workspace);
 }
 
+// The next tiles arrive beside the split ones, or in their place.
+void run_split(int64_t queries, int64_t keys) {
+  Tensors<float> x;
+  auto p = problem_of<DoubleBackwardProblem>(x, queries, keys);
+  set_gradients(p, x);
+  const Array<char> memory(static_cast<int64_t>(BackwardMemory<float>::bytes(p, queries * kHeads)));
+  run_query_and_key<Order::kFirst, ComputeFloat, 2 * kBucket>(p, memory.data.data());
+}
+
 }  // namespace
 }  // namespace attention_ext
 
@@ -121,6 +139,8 @@ int main() {
     attention_ext::run(attention_ext::kQueries, attention_ext::kKeys);
     attention_ext::run(attention_ext::kQueries, 10);
     attention_ext::run(9, attention_ext::kKeys);
+    attention_ext::run_split(attention_ext::kQueries, attention_ext::kKeys);
+    attention_ext::run_split(attention_ext::kQueries, 10);
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;

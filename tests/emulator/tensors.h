@@ -1,5 +1,5 @@
-// Tensors of float16 for the programs of the mutation tests: (rows, kDim), one head. All memory that kernels see lies
-// between guards, and what they are to write begins as NaN.
+// Tensors, of float16 where not said, for the programs of the mutation tests: (rows, kDim), one head. All memory that
+// kernels see lies between guards, and what they are to write begins as NaN.
 #pragma once
 
 #include <algorithm>
@@ -29,21 +29,30 @@ struct Array {
         data(static_cast<T*>(memory.data()), static_cast<size_t>(size)) {}
 };
 
-struct Tensor : Array<Half> {
-  explicit Tensor(int64_t rows) : Array(rows * kDim) {}
+template <class E>
+constexpr DType kTypeOf = sizeof(E) == 2 ? DType::kFloat16 : DType::kFloat32;
+
+inline float narrow(float, float x) { return x; }
+
+template <class E>
+struct TensorOf : Array<E> {
+  using Array<E>::data;
+  explicit TensorOf(int64_t rows) : Array<E>(rows * kDim) {}
 
   // Values between -1 and 1, other ones for each seed.
-  Tensor(int64_t rows, int64_t seed) : Tensor(rows) {
+  TensorOf(int64_t rows, int64_t seed) : TensorOf(rows) {
     for (size_t i = 0; i < data.size(); ++i) {
       const int64_t x = ((static_cast<int64_t>(i) * 31 + seed) * 7919 + 104729) % 2001 - 1000;
-      data[i] = narrow(Half{}, static_cast<float>(x) / 1000.0f);
+      data[i] = narrow(E{}, static_cast<float>(x) / 1000.0f);
     }
   }
-  View view() { return {data.data(), DType::kFloat16, 0, static_cast<int64_t>(data.size()), kDim, 1}; }
+  View view() { return {data.data(), kTypeOf<E>, 0, static_cast<int64_t>(data.size()), kDim, 1}; }
   double at(int64_t row, int64_t d) const {
     return static_cast<double>(widen(data[static_cast<size_t>(row * kDim + d)]));
   }
 };
+
+using Tensor = TensorOf<Half>;
 
 inline double dot(const Tensor& a, int64_t row_a, const Tensor& b, int64_t row_b) {
   double sum = 0;
