@@ -140,6 +140,20 @@ def test_default_chips_are_known(nvcc: Any, real: Any) -> None:
     assert nvcc.chips("", [(9, 0)], known) == ["sm_90a"]
 
 
+def test_units_of_float64_are_made_from_the_ptx_of_sm_90_too(nvcc: Any) -> None:
+    flags = nvcc.for_chips(["sm_80", "sm_90a", "sm_100"]) + nvcc.FOR_LATER_CHIPS
+    command = [sys.executable, nvcc.__file__, "echo", *flags, "units/forward_float64.cu"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert said == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90a",
+        "-gencode=arch=compute_90,code=sm_100",
+        "-gencode=arch=compute_80,code=compute_80",
+        "units/forward_float64.cu",
+    ]
+    assert nvcc.of_unit(flags, "units/forward_float32.cu") == flags
+
+
 def test_objects_of_the_same_sources_only(nvcc: Any, tmp_path: Path) -> None:
     """Objects that tools/prebuild.py made stand for their sources; others are refused."""
     prebuild = importlib.import_module("prebuild")

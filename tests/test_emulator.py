@@ -121,6 +121,20 @@ def test_long_sums_on_other_tensor_cores(
     check_accuracy(sample, evaluate(sample, operator))
 
 
+@pytest.mark.parametrize("spec", [NAMED["everything"], SIZES[1]], ids=lambda x: x.name)
+def test_doubles_by_larger_products(
+    spec: Spec, emulate: Any, check_accuracy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From sm_90 on one instruction makes what four make before, in the same order."""
+    sample = spec.build(torch.float64)
+    emulate()
+    expected = evaluate(sample, operator)
+    monkeypatch.setenv("ATTENTION_EXT_TENSOR_CORE", "sm_90")
+    actual = evaluate(sample, operator)
+    check_accuracy(sample, actual)
+    assert [name for name, x in expected.items() if not torch.equal(x, actual[name])] == []
+
+
 @pytest.mark.parametrize("spec", [NAMED["everything"], NAMED["bias"], SIZES[0], SIZES[1], *LONG], ids=lambda x: x.name)
 def test_tf32(spec: Spec, emulate: Any, check_accuracy: Any) -> None:
     """float16 inputs are exact in TF32, so only the intermediates that float16 kernels round are rounded."""

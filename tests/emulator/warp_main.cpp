@@ -63,6 +63,28 @@ void test_product() {
   });
 }
 
+// The same of a 16 x 8 times b 8 x 8 in doubles, by each of the instructions that make it.
+void test_product_of_doubles() {
+  for (const char* core : {"sm_80", "sm_90"}) {
+    setenv("ATTENTION_EXT_TENSOR_CORE", core, 1);
+    run_warps(1, 0, [] {
+      const int group = thread_index() / 4, member = thread_index() % 4;
+      double a[4] = {}, b[2], c[4] = {1, 1, 1, 1};
+      for (int i = 0; i < 4; ++i) {
+        const int row = group + i % 2 * 8, column = member + i / 2 * 4;
+        if (column == (5 * row + 3) % 8) a[i] = row + 1;
+      }
+      for (int i = 0; i < 2; ++i) b[i] = 8 * (member + i * 4) + group;
+      multiply_16x8x8(c, a, b);
+      for (int i = 0; i < 4; ++i) {
+        const int row = group + i / 2 * 8, column = member * 2 + i % 2;
+        check(c[i] == 1 + (row + 1) * (8 * ((5 * row + 3) % 8) + column), "multiply_16x8x8 of doubles");
+      }
+    });
+  }
+  unsetenv("ATTENTION_EXT_TENSOR_CORE");
+}
+
 using emulation::OperandType, emulation::TensorCore;
 constexpr OperandType kHalf{16, 16, 2, -14}, kTf32{16, 8, 4, -126};
 
@@ -210,6 +232,7 @@ void test_accesses_without_order() {
 int main() {
   attention_ext::test_shuffle_and_vote();
   attention_ext::test_product();
+  attention_ext::test_product_of_doubles();
   attention_ext::test_sums_are_cut_off();
   attention_ext::test_copies_complete_at_their_wait();
   attention_ext::test_errors();

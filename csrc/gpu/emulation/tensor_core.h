@@ -7,14 +7,14 @@
 namespace attention_ext::emulation {
 
 struct TensorCore {
-  int block_bytes;   // of a row's operands that are added at once; 0: every sum is rounded to nearest
-  int extra_bits;    // which alignment keeps below the 24 of a float
-  bool wide_double;  // products of 16 x 8 x 8 doubles
+  int block_bytes;           // of a row's operands that are added at once; 0: every sum is rounded to nearest
+  int extra_bits;            // which alignment keeps below the 24 of a float
+  bool wide_double = false;  // products of 16 x 8 x 8 doubles by one instruction
 
   static TensorCore named(const char* name);  // "sm_80", "sm_90" or "nearest"
 };
 
-constexpr TensorCore kSm80{16, 1, false}, kSm90{32, 2, true}, kNearest{0, 0, true};
+constexpr TensorCore kSm80{16, 1}, kSm90{32, 2, true}, kNearest{0, 0, true};
 
 struct OperandType {
   int rows, depth, bytes;

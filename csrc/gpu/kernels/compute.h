@@ -104,8 +104,7 @@ struct Compute16 {
   }
 };
 
-// A float as the sum of two tf32 numbers: the nearest one, and what a tensor core takes of the rest, whose last bit may
-// be cut off.
+// A float as the sum of two tf32 numbers: the nearest one, and the rest, whose bits are few enough.
 struct SplitFloat {
   float big, rest;
   SplitFloat() = default;
