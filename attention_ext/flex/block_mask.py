@@ -81,7 +81,9 @@ class SparseMask(NamedTuple):
     ) -> SparseMask:
         """Of a function of a position, as :func:`torch.nn.attention.flex_attention.create_block_mask`.
 
-        Every position is evaluated, some blocks at a time, so that memory does not grow with ``Q_LEN * KV_LEN``.
+        Nothing but its values tells which blocks are empty, so every position is evaluated, some blocks at a time: time
+        grows with ``B * H * Q_LEN * KV_LEN``, memory does not. Where the blocks are known, a BlockMask that has them is
+        converted by ``from_block_mask``, which evaluates partial blocks only.
 
         Args:
             mask_mod: ``mask_mod(b, h, q_idx, kv_idx)`` of integer scalar tensors, a bool scalar: whether the key is
