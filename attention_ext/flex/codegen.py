@@ -49,6 +49,7 @@ _ELEMENTWISE = {
     aten.floor_divide: "score::divide_down({0}, {1}, wrong)",
     aten.bitwise_and: "{0} & {1}", aten.bitwise_or: "{0} | {1}", aten.bitwise_xor: "{0} ^ {1}",
     aten.bitwise_left_shift: "{0} << {1}", aten.bitwise_right_shift: "{0} >> {1}",
+    aten.__lshift__: "{0} << {1}", aten.__rshift__: "{0} >> {1}",
 }  # fmt: skip
 # Of floating arguments; whole numbers stay as they are.
 _ROUNDING = {aten.floor: "std::floor", aten.ceil: "std::ceil", aten.round: "std::nearbyint", aten.trunc: "std::trunc"}
@@ -341,6 +342,8 @@ class _Function:
         if packet in _COMPARISONS:
             return define(_COMPARISONS[packet], args, of=_TYPES[_promoted(args)])
         if packet in _ELEMENTWISE:
+            if ctype == "bool" and packet is aten.bitwise_not:
+                return define("!{0}", args)
             if ctype == "bool" and packet is aten.mul:
                 return define("{0} & {1}", args)
             return define(_ELEMENTWISE[packet], args)

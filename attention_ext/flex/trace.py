@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._decomp import get_decompositions
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import tracing
@@ -39,6 +40,7 @@ _IDENTITIES = {
 }  # fmt: skip
 _FRESH = {aten.lift_fresh_copy.default, aten.lift_fresh.default}
 _NUMBERS = {aten.scalar_tensor.default, aten.full.default}
+_ONE_RESULT = get_decompositions([aten.log_sigmoid_forward])  # of operators that return more than a number
 _HALVES = (torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -231,12 +233,15 @@ def trace(score_mod: Callable[..., Any], dtype: torch.dtype, buffers: Sequence[A
 
     try:
         with torch.no_grad(), TransformGetItemToIndex():
-            traced = make_fx(positional, tracing_mode="fake", _allow_non_fake_inputs=True)(*scalars, *buffers)
+            traced = make_fx(positional, _ONE_RESULT, tracing_mode="fake", _allow_non_fake_inputs=True)(
+                *scalars, *buffers
+            )
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
         raise ScoreModError(
             "Python code that reads the value of a tensor, as `if`, `while`, `.item()` and `int()` do",
             "write torch.where(condition, a, b)",
         ) from error
+    traced.graph.eliminate_dead_code()
     made = _Split(traced, buffers, dtype).score_mod()
     return made.on(unwrapped.stand_ins, unwrapped.wrapped)
 

@@ -148,6 +148,58 @@ def transcendental(_: torch.dtype) -> ScoreMod:
     return score_mod
 
 
+def integers(_: torch.dtype) -> ScoreMod:
+    """Of negative numbers too, for which torch, Python and C++ round in unlike ways."""
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        distance = k - q
+        divided = distance // 3 + distance % 5 + distance // -4 + distance % -7 + distance / 3
+        to_zero = torch.div(distance, 3, rounding_mode="trunc") + torch.fmod(distance, 5)
+        bits = ((q ^ k) & 3) + (~q & 1) + (q << 1) + (distance >> 1)
+        rounded = torch.floor(q / 3) + torch.ceil(k / 4) + torch.round(k / 3) + torch.trunc(distance / 5)
+        return score + 0.01 * (divided + to_zero + bits + rounded + torch.minimum(q, k) ** 2)
+
+    return score_mod
+
+
+def choices(_: torch.dtype) -> ScoreMod:
+    allowed, step = torch.arange(LENGTH) % 5 != 1, (torch.arange(LENGTH) % 7 - 3).to(torch.int8)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        by_head = torch.where(
+            h == 0, score, torch.where((h == 1) & ~(b == 0), 2 * score, torch.where(q > k, -score, 3.0))
+        )
+        by_score = torch.where(score > 0.5, score * score, torch.where(score < -0.5, score - 1, by_head))
+        apart = torch.logical_and(q > k, torch.logical_not(allowed[k])) | torch.logical_xor(q == k, h != 2)
+        by_position = torch.where(~apart, by_score, by_score + step[q]) + allowed.to(torch.uint8)[k]
+        return (by_position * (q != k) + score * (score >= 0)).masked_fill(k - q > 60, -5.0)
+
+    return score_mod
+
+
+def powers(dtype: torch.dtype) -> ScoreMod:
+    functional, half = torch.nn.functional, torch.full((1,), 0.5, dtype=torch.bfloat16)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        power = (score.abs() + 1) ** 1.5 + torch.pow(2.0, -(q - k).abs().to(dtype)) + score**3 * half[0]
+        gate = torch.sigmoid(score) + functional.gelu(score, approximate="tanh") - functional.logsigmoid(score)
+        return power + gate + torch.rsqrt(score.square() + 1) + torch.tensor(0.25) * torch.exp2(-h.to(dtype))
+
+    return score_mod
+
+
+def pages(dtype: torch.dtype) -> ScoreMod:
+    """Keys lie in pages of 8, in any order; the image that positions are of has a bias of relative rows and columns."""
+    page, table = torch.randperm(LENGTH // 8), _random(HEADS, 9, 9, dtype=dtype)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        at = page[k // 8] * 8 + k % 8
+        row, column = (q // 7 - at // 7).clamp(-4, 4), (q % 7 - at % 7).clamp(-4, 4)
+        return score + table[h, row, column] + table[-1, -1, column + table.shape[-1] // 2]
+
+    return score_mod
+
+
 def constant(_: torch.dtype) -> ScoreMod:
     return lambda score, b, h, q, k: torch.zeros_like(score) + 0.5 * h
 
@@ -157,7 +209,8 @@ SCORE_MODS: dict[str, Callable[[torch.dtype], ScoreMod]] = {
     for x in (
         alibi, alibi_of_head_number, relative, relative_table, t5_buckets, softcap, captured_cap, head_scale, head_gate,
         batch_bias, bias_by_rows, strided_bias, position_factor, causal_by_score, document, document_table, even_heads,
-        grid, bent, activations, transcendental, constant,
+        grid, bent, activations, transcendental, integers, choices, powers, pages,
+        constant,
     )
 }  # fmt: skip
 
