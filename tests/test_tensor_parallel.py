@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import attention_ext
 from attention_ext.distributed import HeadParallel
-from attention_ext.modules import Attention
+from attention_ext.modules import Attention, KVCache
 
 WORLD = 2
 
@@ -76,6 +76,10 @@ def test_layers_of_torch_shard_attention() -> None:
     run_ranks(WORLD, check_layers_of_torch)
 
 
+def test_decoding_equals_one_process() -> None:
+    run_ranks(WORLD, check_decoding)
+
+
 def sharded(module: nn.Module, **options: Any) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import parallelize_module
@@ -122,6 +126,41 @@ def check_attention() -> None:
             check_equal(module, [x, mask], lambda m, x, mask: m(x, attn_mask=mask, key_lengths=lengths), name)
     x = x[:, :4].contiguous()
     check_equal(build("all"), [x], lambda m, x: m(x), "DTensor", use_local_output=False)
+
+
+@torch.no_grad()
+def check_decoding() -> None:
+    """A cache of local heads, or of DTensors, which keep their heads sharded; beams are reordered in both."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    x, order = torch.randn(2, 5, EMBED, dtype=torch.float64), torch.tensor([1, 1, 0])
+    of_ranks = distribute_tensor(order, mesh, [Replicate()])
+
+    def decode(module: Any, order: Tensor) -> list[Tensor]:
+        cache = KVCache(2)
+        outputs = [module(x[:, :2], cache=cache)[0]]
+        cache.reorder(order)
+        outputs += [module(step, cache=cache)[0] for step in x[[1, 1, 0], 2:].split((1, 2), dim=1)]
+        memory = module.cross_cache(x)
+        outputs.append(module(x, cache=memory)[0])
+        memory.reorder(order)
+        outputs.append(module(x[[1, 1, 0]], cache=memory)[0])
+        for keys in (cache.contents()[0], memory.contents()[0]):
+            assert getattr(keys, "placements", (Shard(1),)) == (Shard(1),)
+        return outputs
+
+    module = build("all").eval()
+    expected = decode(module, order)
+    colwise = {name: ColwiseParallel(use_local_output=False) for name in ("q_proj", "k_proj", "v_proj")}
+    of_torch = parallelize_module(copy.deepcopy(module), mesh, {**colwise, "out_proj": RowwiseParallel()})
+    for parallel, indices in ((sharded(module), order), (of_torch, order), (of_torch, of_ranks)):
+        for actual, want in zip(decode(parallel, indices), expected, strict=True):
+            torch.testing.assert_close(full(actual), want, rtol=1e-10, atol=1e-10)
+    with pytest.raises(RuntimeError, match=r"expected `indices` to be a plain tensor.*got a DTensor: pass indices"):
+        decode(sharded(module), of_ranks)
 
 
 def multihead(**options: Any) -> attention_ext.MultiheadAttention:

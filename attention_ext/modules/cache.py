@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attention_ext.modules.positional import blocks
+from attention_ext.ops.sharding import beside, is_dtensor
 
 __all__ = ["KVCache"]
 
@@ -79,7 +80,8 @@ class KVCache:
         first of the dimensions before the heads; views that :meth:`append` returned stay as they are.
 
         Args:
-            indices: ``(n,)``, int32 or int64, on the device of the cache.
+            indices: ``(n,)``, int32 or int64, on the device of the cache. With keys that are DTensors, which stay
+                sharded as they are, a tensor that is equal on all ranks, or a DTensor.
 
         Raises:
             IndexError: for an index that is not an entry; on a GPU it is the device that reports it.
@@ -102,6 +104,12 @@ class KVCache:
             raise RuntimeError(
                 f"KVCache.reorder: expected `indices` on {self._key.device}, as the keys, got {indices.device}"
             )
+        if is_dtensor(indices) and not is_dtensor(self._key):
+            raise RuntimeError(
+                "KVCache.reorder: expected `indices` to be a plain tensor, as the keys are, got a DTensor: pass "
+                "indices.full_tensor()"
+            )
+        indices = beside(indices, self._key)
         entries = self._key.size(0)
         if indices.device.type == "cpu" and not torch.compiler.is_compiling() and len(indices):
             lowest, highest = (int(x) for x in indices.aminmax())
@@ -122,14 +130,12 @@ class KVCache:
         if end <= buffer.size(-2):
             return buffer
         self.capacity = max(self.capacity, 2 ** math.ceil(math.log2(end)))
-        with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
-            grown = new.new_zeros(*new.shape[:-2], self.capacity, new.size(-1))
+        grown = _zeros(new, *new.shape[:-2], self.capacity, new.size(-1))
         grown[..., : self.length, :] = buffer[..., : self.length, :]
         return grown
 
     def _reordered(self, buffer: Tensor, indices: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            chosen = buffer.new_zeros(len(indices), *buffer.shape[1:])
+        chosen = _zeros(buffer, len(indices), *buffer.shape[1:])
         chosen[..., : self.length, :] = buffer[..., : self.length, :].index_select(0, indices)
         return chosen
 
@@ -139,6 +145,18 @@ class KVCache:
                 f"KVCache.{method}: expected a cache to append to, got a read-only one: Attention.cross_cache makes a "
                 "cache for one memory; make another one"
             )
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Of the dtype and device of `like`, and sharded as its dimensions before the length are."""
+    with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
+        if not is_dtensor(like):
+            return like.new_zeros(shape)
+        from torch.distributed.tensor import Replicate, zeros
+
+        mesh, given = like.device_mesh, like.placements  # type: ignore[attr-defined]
+        kept = [x if any(x.is_shard(i) for i in range(like.dim() - 2)) else Replicate() for x in given]
+        return zeros(*shape, dtype=like.dtype, device_mesh=mesh, placements=kept)
 
 
 def _check(key: Tensor, value: Tensor) -> None:
