@@ -234,7 +234,7 @@ def check_weights(sample: Sample, force: Callable[[], None]) -> None:
     expected = with_keep(sample, rng_state).map(torch.Tensor.double).call(reference.attention).weights
     expected = expected[:, :, rows.get("row_begin", 0) :]
     eps = max(torch.finfo(sample.query.dtype).eps, 1e-13)
-    tolerances = {"rtol": (4 if eps > 1e-4 else 50) * eps, "atol": eps}
+    tolerances: Any = {"rtol": (4 if eps > 1e-4 else 50) * eps, "atol": eps}
     weights, mean = (
         torch.ops.attention_ext.attention_weights(*inputs, **options, average_heads=x) for x in (False, True)
     )
