@@ -1,6 +1,8 @@
 """The lines of docs/libraries.md: small models of other libraries in float64, with torch's attention and with ours.
 
-A library that is not installed is skipped; these are not among the pinned requirements.
+A library that is not installed is skipped. diffusers, torch_geometric and x_transformers are among the pinned
+requirements; torchvision and what needs it are not, since it has to be built for the same torch, nor is whisper, which
+needs Triton.
 """
 
 from __future__ import annotations
