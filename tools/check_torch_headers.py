@@ -24,7 +24,7 @@ TORCH = "2.11.0"
 WHEEL = ["--platform", "macosx_11_0_arm64", "--python-version", "3.12", "--only-binary=:all:", "--no-deps"]
 HEADERS = ROOT / "build" / f"torch-{TORCH}-headers"
 INCLUDE = "torch/include/"
-SHARED = ("ATen/ATen.h", "torch/library.h", "torch/csrc/autograd/saved_variable.h")  # most of the headers
+SHARED = ("ATen/core/Tensor.h", "torch/library.h", "torch/csrc/autograd/saved_variable.h")  # most of the headers
 
 
 def fetch() -> bool:

@@ -1,5 +1,9 @@
 #include "torch/composed_jvp.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/zeros_like.h>
+
 #include <limits>
 
 #include "torch/own_precision.h"

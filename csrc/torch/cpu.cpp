@@ -1,5 +1,6 @@
 // The CPU: kernels run on torch's threads and torch's memory.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>

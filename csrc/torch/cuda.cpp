@@ -1,4 +1,5 @@
 // CUDA devices: kernels run on the current stream in memory of torch's allocator, and nothing waits for them.
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>

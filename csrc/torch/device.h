@@ -2,7 +2,7 @@
 // table: forced, explained and counted in one way.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <functional>
 #include <string>

@@ -2,6 +2,9 @@
 //
 // captured: the tensors that the score_mod reads by index, in the order of its compiled functions. Derivatives are
 // registered in Python (attention_ext/flex), where the function is known as a graph.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>

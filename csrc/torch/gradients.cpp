@@ -1,5 +1,8 @@
 #include "torch/gradients.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
 #include "torch/huge_pages.h"
 
 namespace attention_ext {

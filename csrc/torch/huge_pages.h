@@ -1,7 +1,7 @@
 // Fresh memory that is cheap to write to for the first time.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace attention_ext {
 

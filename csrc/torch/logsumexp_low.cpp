@@ -1,5 +1,10 @@
 #include "torch/logsumexp_low.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
 #include <cmath>
 #include <limits>
 

@@ -1,5 +1,7 @@
 // The operators on tensors without values: the same checks and the same outputs as on a device. Fake tensors, also
 // those with symbolic sizes, come here too.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "torch/outputs.h"

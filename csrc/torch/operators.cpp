@@ -2,6 +2,8 @@
 // here.
 #include "torch/operators.h"
 
+#include <ATen/ops/randint.h>
+
 #include <limits>
 
 #include "torch/device.h"

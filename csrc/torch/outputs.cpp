@@ -1,5 +1,8 @@
 #include "torch/outputs.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+
 #include "torch/huge_pages.h"
 
 namespace attention_ext {

@@ -1,5 +1,7 @@
 #include "torch/problem.h"
 
+#include <ATen/Context.h>
+
 #include <algorithm>
 
 #include "torch/device.h"

@@ -2,7 +2,7 @@
 // ties its members is a bundle; wherever a function takes one, its operator takes the members in that order.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>

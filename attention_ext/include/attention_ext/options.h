@@ -1,7 +1,7 @@
 // The arguments that all operators share. In C++ they are spelled here and in the schema text, nowhere else.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <optional>
