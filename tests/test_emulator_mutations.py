@@ -52,12 +52,8 @@ BACKWARD = {
     "delta of half a warp": ("backward_memory.h", "mask = kWarpSize / 2; mask > 0", "mask = kWarpSize / 4; mask > 0"),
     "delta without grad_logsumexp": ("backward_memory.h", "(p.grad_logsumexp ?", "(p.grad_logsumexp && row < 0 ?"),
     "score gradient without delta": ("gradient.h", "T(0)) - row.delta;", "T(0)) - row.delta * T(0);"),
-    "grad_query by one row's numbers": ("query_gradient.h", "return rows_[i / 2]; }", "return rows_[i / 4]; }"),
-    "grad_query without the scale": (
-        "query_gradient.h",
-        "factor[2] = {static_cast<T>(p_.scale),",
-        "factor[2] = {T(1),",
-    ),
+    "grad_query by one row's numbers": ("query_gradient.h", "rows_[2 * m + i / 2]; }", "rows_[2 * m + i / 4]; }"),
+    "grad_query without the scale": ("query_gradient.h", "static_cast<T>(p_.scale));", "T(1));"),
     "grad_key by one query's numbers": (
         "key_gradient.h",
         "numbers.at(stage, row, n, i)",
