@@ -74,14 +74,14 @@ JVP = {
     "out_tangent without out": ("jvp.h", "- means_[r] * widen(out)", "- means_[r] * widen(out) * T(0)"),
     "logsumexp_tangent of one lane": ("jvp.h", "sum_of_group(means_[r]) + sink_mean", "means_[r] + sink_mean"),
     "logsumexp_tangent of one row": ("jvp.h", "means[i / 2] += product", "means[i / 4] += product"),
-    "no product with query_tangent": ("jvp.h", "if (p_.tangent.query) multiply", "if (!p_.tangent.query) multiply"),
+    "no product with query_tangent": ("jvp.h", "if (p_.tangent.query) {", "if (!p_.tangent.query) {"),
     "key in the place of key_tangent": (
         "jvp.h",
         "own[0], keys.tile[2]",
         "own[0], keys.tile[0]",
     ),
     "value in the place of value_tangent": ("jvp.h", "weight, keys.tile[3]", "weight, keys.tile[1]"),
-    "score tangent without the scale": ("tangent.h", "dot_tangent * static_cast<T>(p.scale)", "dot_tangent"),
+    "score tangent without the scale": ("tangent.h", "dots[n].number[i] *= scale", "dots[n].number[i]"),
     "a sum over half a group": FORWARD["a sum over half a group"],
 }
 DECODE = {

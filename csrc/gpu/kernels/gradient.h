@@ -101,25 +101,35 @@ class GradientBlock {
   ATTENTION_DEVICE void multiply(const ProblemOf<kOrder>& p, const Own& own, const Streamed& streamed, int row) {
     weight.clear();
     grad.clear();
+    if constexpr (kSecond) return multiply_with_tangents(p, own, streamed, row);
     multiply_rows<C>(weight, own[0], streamed.tile[0], row);
     multiply_rows<C>(grad, own[1], streamed.tile[1], row);
-    if constexpr (kSecond) {
-      dot_tangent.clear();
-      grad_tangent.clear();
-      constexpr int kQueryTangent = 2, kKeyTangent = 2, kValueTangent = 3;
-      if (kTransposed ? p.tangent.key : p.tangent.query) {
-        multiply_rows<C>(dot_tangent, own[kTransposed ? kKeyTangent : kQueryTangent], streamed.tile[0], row);
-      }
-      if (kTransposed ? p.tangent.query : p.tangent.key) {
-        multiply_rows<C>(dot_tangent, own[0], streamed.tile[kTransposed ? kQueryTangent : kKeyTangent], row);
-      }
+  }
+
+  // Rows of queries or keys come together with their tangents, so that what both are multiplied by is read once.
+  template <class Own, class Streamed>
+  ATTENTION_DEVICE void multiply_with_tangents(const DoubleBackwardProblem& p, const Own& own, const Streamed& streamed,
+                                               int row) {
+    constexpr int kTangent = 2, kValueTangent = 3;
+    const View &own_tangent = kTransposed ? p.tangent.key : p.tangent.query,
+               &streamed_tangent = kTransposed ? p.tangent.query : p.tangent.key;
+    dot_tangent.clear();
+    grad_tangent.clear();
+    if (own_tangent) {
+      multiply_rows<C>(weight, own[0], dot_tangent, own[kTangent], streamed.tile[0], row);
+    } else {
+      multiply_rows<C>(weight, own[0], streamed.tile[0], row);
+    }
+    if (streamed_tangent) multiply_rows<C>(dot_tangent, own[0], streamed.tile[kTangent], row);
+    if constexpr (kTransposed) {
       if (p.tangent.value) {
-        if constexpr (kTransposed) {
-          multiply_rows<C>(grad_tangent, own[kValueTangent], streamed.tile[1], row);
-        } else {
-          multiply_rows<C>(grad_tangent, own[1], streamed.tile[kValueTangent], row);
-        }
+        multiply_rows<C>(grad, own[1], grad_tangent, own[kValueTangent], streamed.tile[1], row);
+      } else {
+        multiply_rows<C>(grad, own[1], streamed.tile[1], row);
       }
+    } else {
+      multiply_rows<C>(grad, own[1], streamed.tile[1], row);
+      if (p.tangent.value) multiply_rows<C>(grad_tangent, own[1], streamed.tile[kValueTangent], row);
     }
   }
 
@@ -129,11 +139,20 @@ class GradientBlock {
   template <class RowOf, class Each>
   ATTENTION_DEVICE bool differentiate(const ProblemOf<kOrder>& p, const Block& block, const Dropout& dropout,
                                       RowOf&& rows, Each&& each) {
+    static_assert(!kSecond || kRowTiles == 1);
     ModifiedScore<VectorOps<T, kTiles>> scores[kRowTiles];
     ATTENTION_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
       scores[m] = block.scores(weight.tile[m], m);
-      if (kMode != ScoreMode::kAll && block.partial) hide(scores[m].score, m);
+      if (kMode != ScoreMode::kAll && block.partial) hide(grad.tile[m], scores[m]);
+    }
+    [[maybe_unused]] typename VectorOps<T, kTiles>::V tangents;
+    if constexpr (kSecond) {
+      if (kMode != ScoreMode::kAll && block.partial) {
+        hide(dot_tangent.tile[0], scores[0]);
+        hide(grad_tangent.tile[0], scores[0]);
+      }
+      tangents = score_tangents(p.tangent, block, scores[0], dot_tangent.tile[0]);
     }
     const auto kept_scale = static_cast<T>(dropout.kept_scale);
     for_each_kept<kRowTiles, kTiles>(block, dropout, [&](int m, int n, int i, bool kept) {
@@ -141,18 +160,20 @@ class GradientBlock {
       const RowNumbers<T, kOrder> row = rows(m, n, i);
       const auto score = score_at(scores[m], n, i);
       const T prob = weight_of<kMode>(score.score, block.exp_scale(), row.logsumexp);
-      const bool hidden = (kMode == ScoreMode::kAll || kSecond) && prob == T(0);
+      const bool hidden = kMode == ScoreMode::kAll && prob == T(0);
       const T centred = (kept ? g * kept_scale : T(0)) - row.delta;
       g = hidden ? T(0) : prob * centred;
       if constexpr (kSecond) {
-        T &dt = dot_tangent.tile[m][n].number[i], &gt = grad_tangent.tile[m][n].number[i];
-        const auto tangent = score_tangent(p, p.tangent, block, score, dt, block.query(m, n, i), block.key(m, n, i));
-        const T prob_tangent = prob * (tangent.score - row.logsumexp_tangent);
+        T& gt = grad_tangent.tile[m][n].number[i];
+        const T prob_tangent = prob * (tangents.number[4 * n + i] - row.logsumexp_tangent);
         const T centred_tangent = (kept ? gt * kept_scale : T(0)) - row.delta_tangent;
         const T second = hidden ? T(0) : multiply_add(prob_tangent, centred, prob * centred_tangent);
         each(m, n, i, second);
         w = hidden || !kept ? T(0) : prob_tangent;
-        gt = multiply_add(second, score.softcap_grad, g * score.softcap_grad2 * tangent.dot);
+        gt = second;
+        if constexpr (kMode == ScoreMode::kAll) {
+          gt = multiply_add(second, score.softcap_grad, g * score.softcap_grad2 * dot_tangent.tile[m][n].number[i]);
+        }
       } else {
         each(m, n, i, g);
         w = kept ? prob : T(0);
@@ -162,24 +183,9 @@ class GradientBlock {
     return !block.changes_scores() || any_gradient();
   }
 
-  // Hidden keys have nothing to do with gradients.
-  ATTENTION_DEVICE void hide(const typename VectorOps<T, kTiles>::V& score, int m) {
-    for_each_number<kTiles>([&](int n, int i) {
-      T& g = grad.tile[m][n].number[i];
-      g = score.number[4 * n + i] == -infinity<T>() ? T(0) : g;
-    });
-  }
-
   ATTENTION_DEVICE bool any_gradient() const {
-    bool any = false;
-    ATTENTION_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
-      for_each_number<kTiles>([&](int n, int i) {
-        any |= grad.tile[m][n].number[i] != T(0);
-        if (kSecond) any |= grad_tangent.tile[m][n].number[i] != T(0);
-      });
-    }
-    return any;
+    if constexpr (kSecond) return any_of(grad) || any_of(grad_tangent);
+    return any_of(grad);
   }
 
   // sums += gradient . streamed, for query or key

@@ -13,10 +13,11 @@ template <class C, int kDim, ScoreMode kMode>
 class Jvp {
   using T = typename C::Scalar;
   using E = typename C::Element;
-  using Shape = GradientShape<C, kDim, Order::kSecond>;
+  using Shape = GradientShape<C, kDim, Order::kSecond, ScoreMode::kMask>;
   static constexpr int kQueries = Shape::kWarps * kFragmentRows, kTiles = Shape::kColumns / kFragmentColumns;
   using QueryTile = SharedTile<E, kQueries, kDim>;
   using QueryTiles = TileSet<QueryTile, 2>;
+  using OwnQueries = OwnRows<C, QueryTile, 2, Shape::kHoldsOwn>;
   using KeyTile = SharedTile<E, Shape::kRows, kDim>;
   using KeyTiles = TileSet<KeyTile, 4>;
   using Scores = Fragments<T, 1, kTiles>;
@@ -25,7 +26,8 @@ class Jvp {
  public:
   using Problem = JvpProblem;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
-  static constexpr size_t kSharedBytes = QueryTiles::kBytes + Shape::kStages * KeyTiles::kBytes;
+  static constexpr size_t kSharedBytes =
+      maximum(QueryTiles::kBytes, OwnQueries::kBytes + Shape::kStages * KeyTiles::kBytes);
   static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
   static int64_t blocks(const AttentionProblem& p) { return QueryTileIndex::count(p, kQueries); }
@@ -52,24 +54,28 @@ class Jvp {
     const Sources<E, 2> sources{
         {head_rows<E>(head_, p_.query, p_.head_dim), head_rows<E>(head_, p_.tangent.query, p_.head_dim)}};
     copy_set<kThreads>(queries, sources, static_cast<int>(q_.begin), Span(q_));
+    OwnQueries own(queries, row_);
+    own.load();
     const int rows = q_.begin + row_ < q_.end ? Shape::kRows : 0;  // a warp without queries only helps to copy
     const auto add_tiles = [&](int k, const KeyTiles& keys, int) {
-      for (int row = 0; row < rows; row += Shape::kColumns) add_block(queries, k + row, keys, row);
+      for (int row = 0; row < rows; row += Shape::kColumns) add_block(own, k + row, keys, row);
     };
-    stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
+    stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + OwnQueries::kBytes, key_sources<E>(p_, head_),
                                                    visible_keys(p_, head_.sequence, q_), add_tiles);
     epilogue(workspace);
   }
 
-  ATTENTION_DEVICE void add_block(const QueryTiles& queries, int k, const KeyTiles& keys, int row) {
+  ATTENTION_DEVICE void add_block(const OwnQueries& own, int k, const KeyTiles& keys, int row) {
     const ScoreBlock<T, kMode> block{
         p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
     Scores weight, dot_tangent;
     weight.clear();
     dot_tangent.clear();
-    const OwnRows<C, QueryTile, 2, false> own(queries, row_);
-    multiply_rows<C>(weight, own[0], keys.tile[0], row);
-    if (p_.tangent.query) multiply_rows<C>(dot_tangent, own[1], keys.tile[0], row);
+    if (p_.tangent.query) {
+      multiply_rows<C>(weight, own[0], dot_tangent, own[1], keys.tile[0], row);
+    } else {
+      multiply_rows<C>(weight, own[0], keys.tile[0], row);
+    }
     if (p_.tangent.key) multiply_rows<C>(dot_tangent, own[0], keys.tile[2], row);
     // Keys that are hidden from all these rows may hold anything.
     if (!any_in_warp(differentiate(block, weight, dot_tangent))) return;
@@ -77,24 +83,23 @@ class Jvp {
     if (p_.tangent.value) multiply_weights<C>(sums_, weight, keys.tile[3], row);
   }
 
-  // weight, dot_tangent: query . key and its tangent, before the scale, become P and P S', 0 where dropped.
+  // weight, dot_tangent: query . key and its tangent, before the scale, become P and P S', 0 where dropped. False where
+  // all are 0 in a block that hides some keys.
   ATTENTION_DEVICE bool differentiate(const ScoreBlock<T, kMode>& block, Scores& weight, Scores& dot_tangent) {
-    bool any = false;
     T means[2] = {};
     const auto scores = block.scores(weight.tile[0]);
+    if (kMode != ScoreMode::kAll && block.partial) hide(dot_tangent.tile[0], scores);
+    const auto tangents = score_tangents(p_.tangent, block, scores, dot_tangent.tile[0]);
     for_each_kept<1, kTiles>(block, dropout_, [&](int, int n, int i, bool kept) {
-      T &w = weight.tile[0][n].number[i], &t = dot_tangent.tile[0][n].number[i];
-      const int q = block.query(0, n, i), k = block.key(0, n, i);
-      const auto score = score_at(scores, n, i);
-      const T prob = weight_of<kMode>(score.score, block.exp_scale(), logsumexp_[i / 2]);
-      const T product = prob == T(0) ? T(0) : prob * score_tangent(p_, p_.tangent, block, score, t, q, k).score;
+      const T prob = weight_of<kMode>(score_at(scores, n, i).score, block.exp_scale(), logsumexp_[i / 2]);
+      const bool hidden = kMode == ScoreMode::kAll && prob == T(0);
+      const T product = hidden ? T(0) : prob * tangents.number[4 * n + i];
       means[i / 2] += product;
-      w = kept ? prob : T(0);
-      t = kept ? product : T(0);
-      any |= prob != T(0);
+      weight.tile[0][n].number[i] = kept ? prob : T(0);
+      dot_tangent.tile[0][n].number[i] = kept ? product : T(0);
     });
     for (int r = 0; r < 2; ++r) means_[r] += means[r];
-    return any;
+    return !block.changes_scores() || any_of(weight);
   }
 
   ATTENTION_DEVICE void epilogue(void* workspace) {

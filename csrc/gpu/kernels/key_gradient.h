@@ -14,7 +14,7 @@ template <class C, int kDim, ScoreMode kMode, Order kOrder, KeyResult kResult>
 class KeyGradient {
   using T = typename C::Scalar;
   using E = typename C::Element;
-  using Shape = GradientShape<C, kDim, kOrder>;
+  using Shape = GradientShape<C, kDim, kOrder, kMode, true>;
   static constexpr bool kOfKey = kResult != KeyResult::kValue, kOfValue = kResult != KeyResult::kKey;
   static constexpr int kKeys = Shape::kWarps * kFragmentRows, kColumns = Shape::kKeyColumns,
                        kTiles = kColumns / kFragmentColumns;
@@ -22,8 +22,7 @@ class KeyGradient {
   using KeyTiles = TileSet<KeyTile, kKeySources<kOrder>>;
   using QueryTile = StreamedTile<C, Shape, kDim>;
   using QueryTiles = TileSet<QueryTile, kQuerySources<kOrder>>;
-  static constexpr bool kHoldsOwn = Shape::kHoldsOwn && (kMode == ScoreMode::kMask || kDim < 128);  // by registers
-  using OwnKeys = OwnRows<C, KeyTile, kKeySources<kOrder>, kHoldsOwn>;
+  using OwnKeys = OwnRows<C, KeyTile, kKeySources<kOrder>, Shape::kHoldsOwn>;
   using QueryNumbers = StreamedNumbers<T, kOrder, Shape::kRows, Shape::kStages>;
   using Sums = Fragments<T, 1, kDim / kFragmentColumns>;
 
@@ -31,7 +30,8 @@ class KeyGradient {
   using Problem = ProblemOf<kOrder>;
   static constexpr int kThreads = Shape::kWarps * kWarpSize;
   static constexpr size_t kQueryBytes = kStreamBytes<QueryTile, kQuerySources<kOrder>, Shape::kStages>;
-  static constexpr size_t kSharedBytes = KeyTiles::kBytes + kQueryBytes + QueryNumbers::kBytes;
+  static constexpr size_t kSharedBytes =
+      maximum(KeyTiles::kBytes, OwnKeys::kBytes + kQueryBytes + QueryNumbers::kBytes);
   static_assert(Shape::kRows <= kThreads);
   static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
@@ -56,7 +56,7 @@ class KeyGradient {
     key_sums_.clear();
     value_sums_.clear();
     const KeyTiles keys(shared_memory());
-    char* const memory = shared_memory() + KeyTiles::kBytes;
+    char* const memory = shared_memory() + OwnKeys::kBytes;
     const Head first(p_, batch, kv_head * p_.group_size());
     const Range seen = visible_keys(p_, first.sequence, {0, first.sequence.length_q});
     const Span valid({maximum(k_.begin, seen.begin), minimum(k_.end, seen.end)});

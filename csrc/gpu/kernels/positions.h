@@ -95,6 +95,12 @@ struct ScoreBlock {
     return read_mask<T>(view, offset_of(view) + row * view.stride_row + column * view.stride_col);
   }
 
+  // The same for 16 rows at once: f(n, i, number).
+  template <int kTiles, class F>
+  ATTENTION_DEVICE void for_each_number_of(const View& view, F&& f, int m = 0) const {
+    for_each_mask_number<T, kTiles>(view, mask_place(view, m), f);
+  }
+
   ATTENTION_DEVICE bool changes_scores() const { return kMode == ScoreMode::kAll || partial; }
 
   // Dot products of 16 rows become scores, -inf where the key is hidden. With ScoreMode::kMask the scale is folded into
@@ -111,8 +117,7 @@ struct ScoreBlock {
     }
     if constexpr (kMode == ScoreMode::kAll) {
       if (head.mods.reads_bias()) {
-        for_each_mask_number<T, kTiles>(p.attn_mask, mask_place(p.attn_mask, m),
-                                        [&](int n, int i, T x) { position.bias.number[4 * n + i] = x; });
+        for_each_number_of<kTiles>(p.attn_mask, [&](int n, int i, T x) { position.bias.number[4 * n + i] = x; }, m);
       }
       modified = head.mods.score_mod<Ops>(dot, position);
       modified.score = head.mods.masked<Ops>(modified.score, position, partial);

@@ -37,20 +37,20 @@ ATTENTION_DEVICE void for_each_number(F&& f) {
 // Rows of operand A from a tile, as often as they are used.
 template <class C, class Tile>
 struct TileRows {
-  static constexpr int kColumns = Tile::kColumns;
+  using Operand = typename C::A;
+  static constexpr int kColumns = Tile::kColumns, kLoads = 1;  // of a step
   const Tile& tile;
   int row;
 
-  ATTENTION_DEVICE typename C::A at(int m, int column) const {
-    return C::load_a(tile, row + m * kFragmentRows, column);
-  }
+  ATTENTION_DEVICE Operand at(int m, int column) const { return C::load_a(tile, row + m * kFragmentRows, column); }
 };
 
 // The same, read once into registers.
 template <class C, int kRowTiles, int kWidth>
 struct HeldRows {
-  static constexpr int kColumns = kWidth, kSteps = kWidth / C::kDepth;
-  typename C::A rows[kRowTiles][kSteps];
+  using Operand = typename C::A;
+  static constexpr int kColumns = kWidth, kLoads = 0, kSteps = kWidth / C::kDepth;
+  Operand rows[kRowTiles][kSteps];
 
   template <class Tile>
   ATTENTION_DEVICE void load(const Tile& tile, int row) {
@@ -60,7 +60,7 @@ struct HeldRows {
       for (int i = 0; i < kSteps; ++i) rows[m][i] = C::load_a(tile, row + m * kFragmentRows, i * C::kDepth);
     }
   }
-  ATTENTION_DEVICE const typename C::A& at(int m, int column) const { return rows[m][column / C::kDepth]; }
+  ATTENTION_DEVICE const Operand& at(int m, int column) const { return rows[m][column / C::kDepth]; }
 };
 
 // Unrolled as a whole, long rows would load more than registers hold, and so would shorter ones beside many sums.
@@ -82,12 +82,11 @@ ATTENTION_DEVICE void multiply_steps(Fragment<typename C::Scalar>& c, const type
   }
 }
 
-// c[m][n] += sum over columns of a[m][.] b[row_b + n][.]
-template <class C, int kRowTiles, int kTiles, class RowsA, class TileB>
-ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const RowsA& a, const TileB& b,
-                                    int row_b) {
-  constexpr int kChain = C::kChain;
-  ATTENTION_UNROLL_BY((kUnrolled<C, RowsA::kColumns / C::kDepth, kRowTiles * kTiles> / kChain))
+// sums(m, n) += sum over columns of a[m][.] b[row_b + n][.]
+template <class C, int kRowTiles, int kTiles, class Sums, class RowsA, class TileB>
+ATTENTION_DEVICE void multiply_rows_into(Sums&& sums, const RowsA& a, const TileB& b, int row_b) {
+  constexpr int kChain = C::kChain, kSteps = maximum(1, RowsA::kLoads) * RowsA::kColumns / C::kDepth;
+  ATTENTION_UNROLL_BY((kUnrolled<C, kSteps, kRowTiles * kTiles> / kChain))
   for (int depth = 0; depth < RowsA::kColumns; depth += kChain * C::kDepth) {
     typename C::A rows[kRowTiles][kChain];
     ATTENTION_UNROLL
@@ -104,11 +103,38 @@ ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTi
       }
       ATTENTION_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
-        multiply_steps<C>(c.tile[m][n], rows[m], columns, 0);
-        multiply_steps<C>(c.tile[m][n + 1], rows[m], columns, 1);
+        multiply_steps<C>(sums(m, n), rows[m], columns, 0);
+        multiply_steps<C>(sums(m, n + 1), rows[m], columns, 1);
       }
     }
   }
+}
+
+template <class C, int kRowTiles, int kTiles, class RowsA, class TileB>
+ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, kRowTiles, kTiles>& c, const RowsA& a, const TileB& b,
+                                    int row_b) {
+  const auto sums = [&](int m, int n) -> auto& { return c.tile[m][n]; };
+  multiply_rows_into<C, kRowTiles, kTiles>(sums, a, b, row_b);
+}
+
+// Two operands as the row tiles of one.
+template <class RowsA>
+struct RowsOfTwo {
+  static constexpr int kColumns = RowsA::kColumns, kLoads = 2 * RowsA::kLoads;
+  const RowsA &first, &second;
+
+  ATTENTION_DEVICE typename RowsA::Operand at(int m, int column) const {
+    return m == 0 ? first.at(0, column) : second.at(0, column);
+  }
+};
+
+// The same of two operands with one b, each row of which is read once.
+template <class C, int kTiles, class RowsA, class TileB>
+ATTENTION_DEVICE void multiply_rows(Fragments<typename C::Scalar, 1, kTiles>& first, const RowsA& first_rows,
+                                    Fragments<typename C::Scalar, 1, kTiles>& second, const RowsA& second_rows,
+                                    const TileB& b, int row_b) {
+  const auto sums = [&](int m, int n) -> auto& { return (m == 0 ? first : second).tile[0][n]; };
+  multiply_rows_into<C, 2, kTiles>(sums, RowsOfTwo<RowsA>{first_rows, second_rows}, b, row_b);
 }
 
 // c[m][n] += sum over rows of weight[m][.] b[row_b + .][n]

@@ -15,9 +15,9 @@ template <class C, int kDim, ScoreMode kMode, Order kOrder, QueryResult kResult 
 class QueryGradient {
   using T = typename C::Scalar;
   using E = typename C::Element;
-  using Shape = GradientShape<C, kDim, kOrder>;
+  using Shape = GradientShape<C, kDim, kOrder, kMode>;
   // A warp owns 32 queries where registers hold their sums and operands: keys are read half as often.
-  static constexpr bool kHigh = Shape::kHoldsOwn && kDim <= 64 && kMode == ScoreMode::kMask;
+  static constexpr bool kHigh = Shape::kFirst && Shape::kHoldsOwn && kDim <= 64 && kMode == ScoreMode::kMask;
   static constexpr int kRowTiles = kHigh ? 2 : 1, kColumns = kHigh && kDim > 32 ? 16 : Shape::kColumns;
 
  public:
@@ -36,7 +36,7 @@ class QueryGradient {
 
  public:
   static constexpr size_t kSharedBytes =
-      QueryTiles::kBytes + kStreamBytes<KeyTile, kKeySources<kOrder>, Shape::kStages>;
+      maximum(QueryTiles::kBytes, OwnQueries::kBytes + kStreamBytes<KeyTile, kKeySources<kOrder>, Shape::kStages>);
   static_assert(kSharedBytes <= Shape::kSharedBytesAllowed);
 
   ATTENTION_INLINE static int64_t tiles(const AttentionProblem& p) { return QueryTileIndex::count(p, kQueries); }
@@ -86,7 +86,7 @@ class QueryGradient {
           add_block({p_, head_, {static_cast<int>(q_.begin) + row_, k + row}, partial}, own, keys, row);
         }
       };
-      stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + QueryTiles::kBytes, key_sources<E>(p_, head_),
+      stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + OwnQueries::kBytes, key_sources<E>(p_, head_),
                                                      part_of_keys(seen, Shape::kRows, part_, parts(p_)), add_tiles);
     }
     epilogue();

@@ -37,19 +37,33 @@ struct ForwardShape : Width<C, kDim> {
 // Of derivatives: gradients, or how gradients move along tangents of the inputs.
 enum class Order : uint8_t { kFirst, kSecond };
 
+// The widest rows of its own that a warp holds in registers, of 16-bit numbers: the more sums and mods there are, the
+// less is left for them.
+constexpr int widest_held(Order order, ScoreMode mode, bool owns_keys) {
+  const bool mask = mode == ScoreMode::kMask;
+  if (order == Order::kFirst) return mask || !owns_keys ? 128 : 96;
+  if (owns_keys) return mask ? 64 : 32;
+  return mask ? 128 : 0;
+}
+
 // A warp owns 16 queries or keys and loops over the others. With rows of up to 512 bytes (16-bit numbers, float32 to
 // head_dim 128, float64 to 64) a block fits the smallest GPUs here too.
-template <class C, int kDim, Order kOrder>
+template <class C, int kDim, Order kOrder, ScoreMode kMode = ScoreMode::kAll, bool kOwnsKeys = false>
 struct GradientShape : Width<C, kDim> {
   using Width<C, kDim>::kNarrow, Width<C, kDim>::kWide, Width<C, kDim>::kRowBytes, Width<C, kDim>::kRowRegisters;
   static constexpr bool kFirst = kOrder == Order::kFirst;
+  static constexpr bool kHoldsOwn = kNarrow && kDim <= widest_held(kOrder, kMode, kOwnsKeys);
   static constexpr int kWarps = kRowBytes <= (kFirst ? 1024 : 256) ? 4 : !kFirst && kRowBytes <= 512 ? 2 : 1;
-  static constexpr int kRows = kRowBytes >= 512 ? 16 : kNarrow && kRowBytes <= (kFirst ? 256 : 128) ? 64 : 32;
-  static constexpr int kColumns = kWide || kRows < 32 || !kFirst || (!kNarrow && kDim >= 128) ? 16 : 32;
-  static constexpr int kKeyColumns = kDim > 64 || C::kSplits ? 16 : kColumns;  // where both gradients are held
-  static constexpr bool kHoldsOwn = kNarrow && kFirst && kDim <= 128;          // rows of the block's own, in registers
+  static constexpr bool kFewRows = kRowBytes >= 512 || (kNarrow && !kFirst && kDim == 128 && !kHoldsOwn);
+  static constexpr int kRows = kFewRows ? 16 : kNarrow && kRowBytes <= (kFirst ? 256 : 128) ? 64 : 32;
+  static constexpr bool kFewColumns = kWide || kRows < 32 || (kFirst ? !kNarrow && kDim >= 128 : !kNarrow || kDim > 64);
+  static constexpr int kColumns = kFewColumns ? 16 : 32;
+  static constexpr bool kFewKeyColumns =
+      kDim > 64 || C::kSplits || (!kFirst && kMode == ScoreMode::kAll);  // of both gradients
+  static constexpr int kKeyColumns = kFewKeyColumns ? 16 : kColumns;
   static constexpr bool kSplits = C::kSplits && kFirst && kDim <= 128;
-  static constexpr int kStages = kFirst && kRowBytes <= (kSplits ? 256 : 512) ? 2 : 1;
+  static constexpr int kTwoStages = !kFirst ? (kNarrow ? 256 : 0) : kSplits ? 256 : 512;  // of bytes in a row
+  static constexpr int kStages = kRowBytes <= kTwoStages ? 2 : 1;
   static constexpr bool kBothGradients = kRowRegisters <= 64;  // of keys and values at once
   static constexpr size_t kSharedBytesAllowed = kRowBytes <= 512 ? kFewSharedBytes : kMostSharedBytes;
 };

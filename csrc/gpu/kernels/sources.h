@@ -70,6 +70,7 @@ class OwnRows {
  public:
   ATTENTION_DEVICE OwnRows(const TileSet<Tile, kCount>& tiles, int row) : tiles_(tiles), row_(row) {}
   ATTENTION_DEVICE void load() {}
+  static constexpr size_t kBytes = TileSet<Tile, kCount>::kBytes;  // of shared memory, from load() on
   ATTENTION_DEVICE TileRows<C, Tile> operator[](int i) const { return {tiles_.tile[i], row_}; }
 
  private:
@@ -88,7 +89,9 @@ class OwnRows<C, Tile, kCount, true, kRowTiles> {
     synchronize_block();
     ATTENTION_UNROLL
     for (int i = 0; i < kCount; ++i) held_[i].load(tiles_.tile[i], row_);
+    synchronize_block();
   }
+  static constexpr size_t kBytes = 0;
   ATTENTION_DEVICE const HeldRows<C, kRowTiles, Tile::kColumns>& operator[](int i) const { return held_[i]; }
 
  private:

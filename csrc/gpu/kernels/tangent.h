@@ -19,23 +19,47 @@ struct LogsumexpRows {
   ATTENTION_DEVICE T row(int q) const { return q >= end || data[q] == -infinity<T>() ? infinity<T>() : data[q]; }
 };
 
-template <class T>
-struct ScoreTangent {
-  T score, dot;  // of the score and of scale * query . key
-};
-
-// dot_tangent: query' . key + query . key', not scaled
-template <class Block, class Score, class T>
-ATTENTION_DEVICE ScoreTangent<T> score_tangent(const AttentionProblem& p, const Tangents& tangent, const Block& block,
-                                               const Score& score, T dot_tangent, int q, int k) {
-  ScoreTangent<T> result{T(0), dot_tangent * static_cast<T>(p.scale)};
-  result.score = result.dot * score.softcap_grad;
-  if (tangent.attn_mask) result.score += block.number_of(tangent.attn_mask, q, k);
-  if (tangent.alibi_slopes) {
-    const double slope = tangent.alibi_slopes[block.head.sequence.batch * p.heads + block.head.head];
-    result.score += static_cast<T>(slope) * block.head.mods.alibi.template slope_grad<NumberOps<T>>(block.at(q, k));
+// Of the scores of 16 rows. dots: the tangents of query . key, which become those of scale * query . key.
+template <class T, ScoreMode kMode, bool kTransposed, int kTiles>
+ATTENTION_DEVICE typename VectorOps<T, kTiles>::V score_tangents(const Tangents& tangent,
+                                                                 const ScoreBlock<T, kMode, kTransposed>& block,
+                                                                 const ModifiedScore<VectorOps<T, kTiles>>& scores,
+                                                                 Fragment<T> (&dots)[kTiles]) {
+  using Ops = VectorOps<T, kTiles>;
+  const auto scale = static_cast<T>(block.p.scale);
+  auto moved = Ops::of([&](int n, int i) { return dots[n].number[i] *= scale; });
+  if constexpr (kMode != ScoreMode::kAll) return moved;
+  moved = moved * scores.softcap_grad;
+  if (tangent.attn_mask) {
+    block.template for_each_number_of<kTiles>(tangent.attn_mask,
+                                              [&](int n, int i, T x) { moved.number[4 * n + i] += x; });
   }
-  return result;
+  if (tangent.alibi_slopes) {
+    const double slope = tangent.alibi_slopes[block.head.sequence.batch * block.p.heads + block.head.head];
+    const auto distance = [&](int n, int i) { return block.at(block.query(0, n, i), block.key(0, n, i)).distance; };
+    const Position<Ops> position{Ops::of(distance), Ops::splat(0.0)};
+    moved = moved + Ops::splat(slope) * block.head.mods.alibi.template slope_grad<Ops>(position);
+  }
+  return moved;
+}
+
+// Hidden keys have nothing to do with derivatives, whatever they hold.
+template <class T, int kTiles>
+ATTENTION_DEVICE void hide(Fragment<T> (&x)[kTiles], const ModifiedScore<VectorOps<T, kTiles>>& scores) {
+  for_each_number<kTiles>([&](int n, int i) {
+    T& number = x[n].number[i];
+    number = scores.score.number[4 * n + i] == -infinity<T>() ? T(0) : number;
+  });
+}
+
+template <class T, int kRowTiles, int kTiles>
+ATTENTION_DEVICE bool any_of(const Fragments<T, kRowTiles, kTiles>& x) {
+  bool any = false;
+  ATTENTION_UNROLL
+  for (int m = 0; m < kRowTiles; ++m) {
+    for_each_number<kTiles>([&](int n, int i) { any |= x.tile[m][n].number[i] != T(0); });
+  }
+  return any;
 }
 
 }  // namespace

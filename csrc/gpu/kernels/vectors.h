@@ -26,6 +26,9 @@ struct Vector {
   ATTENTION_DEVICE friend Vector operator-(const Vector& a, const Vector& b) {
     return of([&](int i) { return a.number[i] - b.number[i]; });
   }
+  ATTENTION_DEVICE friend Vector operator-(const Vector& a) {
+    return of([&](int i) { return -a.number[i]; });
+  }
   ATTENTION_DEVICE friend Vector operator*(const Vector& a, const Vector& b) {
     return of([&](int i) { return a.number[i] * b.number[i]; });
   }

@@ -48,7 +48,11 @@ struct Pairs {
   ATTENTION_DEVICE double sink() const { return p.sinks[head.sequence.batch * p.sinks_stride_b + head.head]; }
 };
 
-// Tangents of scores.
+template <class T>
+struct ScoreTangent {
+  T score, dot;  // of the score and of scale * query . key
+};
+
 template <class T>
 struct PairTangents {
   const Pairs<T>& pairs;
@@ -66,7 +70,15 @@ struct PairTangents {
     T dot_tangent = 0;
     if (query) dot_tangent += dot<T>(query, q, pairs.key, k);
     if (key) dot_tangent += dot<T>(pairs.query, q, key, k);
-    return score_tangent(pairs.p, tangent, pairs.block(), score, dot_tangent, q, k);
+    ScoreTangent<T> result{T(0), dot_tangent * static_cast<T>(pairs.p.scale)};
+    result.score = result.dot * score.softcap_grad;
+    if (tangent.attn_mask) result.score += pairs.block().number_of(tangent.attn_mask, q, k);
+    if (tangent.alibi_slopes) {
+      const double slope = tangent.alibi_slopes[pairs.head.sequence.batch * pairs.p.heads + pairs.head.head];
+      const auto at = pairs.block().at(q, k);
+      result.score += static_cast<T>(slope) * pairs.head.mods.alibi.template slope_grad<NumberOps<T>>(at);
+    }
+    return result;
   }
 };
 
