@@ -34,7 +34,7 @@ class Jvp {
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     const QueryTileIndex at(p, kQueries);
-    const Head head(p, at.batch, at.head);
+    const Head head = looped<kMode, T>(Head(p, at.batch, at.head));
     const Range q = at.queries(head.sequence, kQueries);
     if (!q.empty()) Jvp(p, head, q).mainloop(workspace);
   }

@@ -26,7 +26,7 @@ ATTENTION_DEVICE typename VectorOps<T, kTiles>::V score_tangents(const Tangents&
                                                                  const ModifiedScore<VectorOps<T, kTiles>>& scores,
                                                                  Fragment<T> (&dots)[kTiles]) {
   using Ops = VectorOps<T, kTiles>;
-  const auto scale = static_cast<T>(block.p.scale);
+  const auto scale = static_cast<T>(block.head.mods.scale);
   auto moved = Ops::of([&](int n, int i) { return dots[n].number[i] *= scale; });
   if constexpr (kMode != ScoreMode::kAll) return moved;
   moved = moved * scores.softcap_grad;
