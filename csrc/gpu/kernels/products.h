@@ -64,8 +64,11 @@ struct HeldRows {
 };
 
 // Unrolled as a whole, long rows would load more than registers hold, and so would shorter ones beside many sums.
-template <class C, int kSteps, int kSums>
-constexpr int kUnrolled = kSteps <= C::kUnrolledSteps && kSteps * kSums < 128 ? C::kUnrolledSteps : 4;
+template <class C, class RowsA, int kSums>
+constexpr int unrolled_steps() {
+  constexpr int kSteps = maximum(1, RowsA::kLoads) * RowsA::kColumns / C::kDepth;
+  return kSteps <= C::kUnrolledSteps && kSteps * kSums < 128 ? C::kUnrolledSteps : 4;
+}
 
 // c += the products of C::kChain steps of depth, with column j of two.
 template <class C>
@@ -85,8 +88,8 @@ ATTENTION_DEVICE void multiply_steps(Fragment<typename C::Scalar>& c, const type
 // sums(m, n) += sum over columns of a[m][.] b[row_b + n][.]
 template <class C, int kRowTiles, int kTiles, class Sums, class RowsA, class TileB>
 ATTENTION_DEVICE void multiply_rows_into(Sums&& sums, const RowsA& a, const TileB& b, int row_b) {
-  constexpr int kChain = C::kChain, kSteps = maximum(1, RowsA::kLoads) * RowsA::kColumns / C::kDepth;
-  ATTENTION_UNROLL_BY((kUnrolled<C, kSteps, kRowTiles * kTiles> / kChain))
+  constexpr int kChain = C::kChain;
+  ATTENTION_UNROLL_BY((unrolled_steps<C, RowsA, kRowTiles * kTiles>() / kChain))
   for (int depth = 0; depth < RowsA::kColumns; depth += kChain * C::kDepth) {
     typename C::A rows[kRowTiles][kChain];
     ATTENTION_UNROLL
