@@ -64,9 +64,13 @@ def test_one_for_all_batch_entries_or_heads() -> None:
 def test_from_tables_of_blocks() -> None:
     made = block_mask(by_batch_and_head)
     tables = (made.kv_num_blocks, made.kv_indices, made.full_kv_num_blocks, made.full_kv_indices)
-    for options in ({}, {"compute_q_blocks": False}):
+    for compute_q_blocks in (True, False):
         mask = BlockMask.from_kv_blocks(
-            *tables, BLOCK_SIZE=BLOCK, mask_mod=by_batch_and_head, seq_lengths=(LENGTH, LENGTH), **options
+            *tables,
+            BLOCK_SIZE=BLOCK,
+            mask_mod=by_batch_and_head,
+            seq_lengths=(LENGTH, LENGTH),
+            compute_q_blocks=compute_q_blocks,
         )
         check(tensors(), mask, by_batch_and_head)
     assert made.kv_num_blocks.shape == (BATCH, HEADS, 4)

@@ -40,7 +40,7 @@ _IDENTITIES = {
 }  # fmt: skip
 _FRESH = {aten.lift_fresh_copy.default, aten.lift_fresh.default}
 _NUMBERS = {aten.scalar_tensor.default, aten.full.default}
-_ONE_RESULT = get_decompositions([aten.log_sigmoid_forward])  # of operators that return more than a number
+_ONE_RESULT: Any = get_decompositions([aten.log_sigmoid_forward])  # of operators that return more than a number
 _HALVES = (torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
