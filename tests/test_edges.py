@@ -10,29 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_determinism import assert_equal, evaluate_all
 from torch import Tensor
 
 from attention_ext import _C, reference
-from attention_ext.testing import PAIRS, SINGLE, Sample, Spec, evaluate, operator, operator_options
+from attention_ext.testing import PAIRS, SINGLE, Sample, Spec, evaluate, operator
 from attention_ext.testing.second_order import double_backward, tangents_of
 
 NAMED = {x.name: x for x in SINGLE}
-
-Outputs = dict[str, Tensor]
-
-
-def all_outputs(sample: Sample) -> Outputs:
-    outputs = evaluate(sample, operator)
-    if "cu_seqlens_q" not in sample.options:
-        _, logsumexp, rng_state = sample.call(operator)
-        outputs["weights"] = torch.ops.attention_ext.attention_weights(
-            sample.query, sample.key, logsumexp, rng_state, **operator_options(sample.options)
-        )
-    return outputs
-
-
-def assert_equal(actual: Outputs, expected: Outputs) -> None:
-    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
 
 
 # Fully masked rows: out 0, logsumexp -inf, gradients and weights 0.
@@ -57,7 +42,7 @@ MASKING: dict[str, dict[str, Any]] = {
 def test_masked_rows(masking: str, more: dict[str, Any], dtype: torch.dtype, device: str) -> None:
     changes: dict[str, Any] = {"lengths": (70, 70), **MASKING[masking], **more}
     sample = Spec(f"hidden {masking}", head_dims=(32, 16), **changes).build(dtype, "large", device)
-    outputs = all_outputs(sample)
+    outputs = evaluate_all(sample)
     hidden = outputs["logsumexp"] == -math.inf
     assert hidden.any()
     assert not hidden.all()
@@ -76,7 +61,7 @@ def test_every_row_masked(kind: str, dtype: torch.dtype, device: str) -> None:
     mask = torch.zeros(70, 200, dtype=torch.bool, device=device)
     bias = mask if kind == "bool" else torch.full((70, 200), -math.inf, dtype=dtype, device=device)
     sample = Spec("all hidden", lengths=(70, 200)).build(dtype, device=device).replace(attn_mask=bias)
-    outputs = all_outputs(sample)
+    outputs = evaluate_all(sample)
     assert (outputs.pop("logsumexp") == -math.inf).all()
     assert all((x == 0).all() for x in outputs.values())
 
@@ -118,7 +103,7 @@ def test_weights_of_peaked_rows_sum_to_one(name: str, scale: float, dtype: torch
 def assert_weights_sum_to_one(sample: Sample) -> None:
     eps = torch.finfo(sample.query.dtype).eps
     eps *= 2 if eps > 1e-4 else 64  # 16-bit results are rounded once; wider ones accumulate the errors of the sum
-    sums = all_outputs(sample)["weights"].double().sum(-1)
+    sums = evaluate_all(sample)["weights"].double().sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=eps, atol=eps)
     ones = sample.replace(value=torch.ones_like(sample.value), grad_out=torch.ones_like(sample.grad_out))
     total = evaluate(ones, operator)["grad_value"].double().sum((1, 2))
@@ -282,10 +267,10 @@ UNREAD: dict[str, tuple[dict[str, Any], slice]] = {
 def test_hidden_keys_are_not_read(case: str, head_dims: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     changes, unread = UNREAD[case]
     sample = Spec(f"unread {case}", head_dims=head_dims, **changes).build(dtype, device=device)
-    expected = all_outputs(sample)
+    expected = evaluate_all(sample)
     key, value = sample.key.clone(), sample.value.clone()
     key[:, :, unread] = value[:, :, unread] = math.nan
-    assert_equal(all_outputs(sample.replace(key=key, value=value)), expected)
+    assert_equal(evaluate_all(sample.replace(key=key, value=value)), expected)
 
 
 @pytest.mark.parametrize("spec", ["key_lengths", "key_lengths_zero", "key_lengths_bottom_right"])
@@ -293,8 +278,8 @@ def test_mask_past_key_lengths_is_not_read(spec: str, device: str) -> None:
     sample = NAMED[spec].build(torch.float32, "large", device)
     bias = torch.randn(*sample.query.shape[:3], sample.key.shape[2], device=device)
     past = torch.arange(bias.shape[3], device=device) >= sample.options["key_lengths"][:, None, None, None]
-    expected = all_outputs(sample.replace(attn_mask=bias))
-    actual = all_outputs(sample.replace(attn_mask=bias.masked_fill(past, math.nan)))
+    expected = evaluate_all(sample.replace(attn_mask=bias))
+    actual = evaluate_all(sample.replace(attn_mask=bias.masked_fill(past, math.nan)))
     assert_equal(actual, expected)
     assert (actual["grad_attn_mask"][past.expand_as(bias)] == 0).all()
 
@@ -304,10 +289,10 @@ def test_keys_of_masked_blocks_are_not_read(device: str) -> None:
     sample = Spec("blocks", lengths=(130, 1200)).build(torch.float32, device=device)
     mask = torch.ones(130, 1200, dtype=torch.bool, device=device)
     mask[:, 200:1000] = False
-    expected = all_outputs(sample.replace(attn_mask=mask))
+    expected = evaluate_all(sample.replace(attn_mask=mask))
     key, value = sample.key.clone(), sample.value.clone()
     key[:, :, 384:960] = value[:, :, 384:960] = math.nan
-    assert_equal(all_outputs(sample.replace(attn_mask=mask, key=key, value=value)), expected)
+    assert_equal(evaluate_all(sample.replace(attn_mask=mask, key=key, value=value)), expected)
 
 
 # Memory
@@ -324,7 +309,7 @@ def test_fresh_memory_is_full_of_nan(device: str) -> None:
 def test_inputs_are_not_modified(spec: Spec, device: str) -> None:
     sample = spec.build(torch.float32, "large", device)
     before = [x.clone() for x in (*sample.inputs().values(), sample.grad_out)]
-    all_outputs(sample)
+    evaluate_all(sample)
     for x, y in zip((*sample.inputs().values(), sample.grad_out), before, strict=True):
         assert torch.equal(x, y)
 
@@ -433,7 +418,7 @@ def test_constant_shift_of_scores(shift: float, device: str) -> None:
 def test_one_key(dtype: torch.dtype, device: str) -> None:
     """A single key has weight 1, whatever its score."""
     sample = Spec("one key", lengths=(70, 1), head_dims=(64, 64)).build(dtype, device=device)
-    outputs = all_outputs(sample)
+    outputs = evaluate_all(sample)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(outputs["out"], sample.value.expand_as(outputs["out"]), rtol=2 * eps, atol=0)
     torch.testing.assert_close(outputs["weights"], torch.ones_like(outputs["weights"]), rtol=8 * eps, atol=0)
