@@ -9,7 +9,6 @@
 //
 // Where out and logsumexp are arguments they are taken to be the results of attention_forward on the other arguments:
 // derivatives are total, and out and logsumexp have no edge of their own. A tangent or a graph is never dropped.
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 

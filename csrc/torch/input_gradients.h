@@ -1,6 +1,9 @@
 // Gradients and tangents of the differentiable inputs, between the operators' tuples and autograd's lists.
 #pragma once
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros_like.h>
+
 #include <algorithm>
 
 #include "torch/autograd_node.h"

@@ -1,7 +1,7 @@
 // Checks of one tensor argument, in words that are alike for all of them.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <string_view>
 
