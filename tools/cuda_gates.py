@@ -121,7 +121,8 @@ def compile_unit(compiler: str, disassembler: str | None, unit: Path, loops: lis
         if done.returncode != 0 or SERIALISED.search(done.stderr):
             print(f"{unit.name}:\n{done.stdout}{done.stderr}", flush=True)
             return None
-        cubin = next(Path(folder).glob("*.sm_90a.cubin"))
+        # nvcc names it by its chip, or by its PTX where the unit is compiled to several.
+        cubin = next(x for x in Path(folder).glob("*.cubin") if x.suffixes[-2] in (".sm_90a", ".compute_90"))
         own = [x for x in loops if x.unit == unit.stem]
         uses = {f"{unit.stem} {kernel}": use for kernel, use in parse(done.stderr).items()}
         return Unit(uses, measure(disassembler, cubin, own))
