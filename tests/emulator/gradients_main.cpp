@@ -90,7 +90,7 @@ Problem problem_of(Inputs& x, Outputs& outputs) {
 }
 
 template <class Kernel>
-void run_kernel(const AttentionProblem& p, void* workspace) {
+void run_kernel(const typename Kernel::Problem& p, void* workspace) {
   for (int64_t block = 0; block < Kernel::blocks(p); ++block) run_block<Kernel>(p, workspace, nullptr, block);
 }
 
