@@ -81,7 +81,7 @@ JVP = {
         "own[0], keys.tile[0]",
     ),
     "value in the place of value_tangent": ("jvp.h", "weight, keys.tile[3]", "weight, keys.tile[1]"),
-    "score tangent without the scale": ("tangent.h", "dots[n].number[i] *= scale", "dots[n].number[i]"),
+    "score tangent without the scale": ("tangent.h", "static_cast<T>(block.head.mods.scale)", "T(1)"),
     "a sum over half a group": FORWARD["a sum over half a group"],
 }
 DECODE = {
