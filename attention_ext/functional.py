@@ -87,7 +87,7 @@ def attention(
         block_mask: an :class:`attention_ext.SparseMask`, a mask by blocks of queries and keys, as FlexAttention's
             BlockMask. Its batch and heads broadcast as those of attn_mask. Scores of empty blocks are not made, full
             blocks cost no more than without a mask, and keys that no query of a sequence sees by their block are not
-            read. CPU only.
+            read.
         return_logsumexp: also return the logarithm of the normaliser.
 
     Returns:

@@ -53,17 +53,11 @@ def why_not(device: str) -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def is_cpu_only(item: pytest.Item) -> bool:
-    """No kernel of a GPU takes a block mask."""
-    spec = getattr(getattr(item, "callspec", None), "params", {}).get("spec")
-    return getattr(spec, "block_mask", None) is not None
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = config.getoption("--device")
     if device != "cpu":
-        items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ()) and not is_cpu_only(item)]
+        items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ())]
     items[:] = items[:: config.getoption("--every")]
 
 

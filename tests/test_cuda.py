@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from attention_ext import _C, explain, reference
-from attention_ext.testing import PAIRS, SINGLE, Sample, Spec, evaluate, operator, with_keep
+from attention_ext.testing import BLOCK_MASKS, PAIRS, SINGLE, Sample, Spec, evaluate, operator, with_keep
 
-NAMED = {spec.name: spec for spec in SINGLE}
+NAMED = {spec.name: spec for spec in (*SINGLE, *BLOCK_MASKS)}
 DROPPING = Spec("dropping", lengths=(193, 257), head_dims=(64, 64), dropout_p=0.3)
 
 
@@ -57,7 +57,7 @@ def all_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("spec", [x for x in (*SINGLE, *PAIRS) if not x.dropout_p], ids=lambda x: x.name)
+@pytest.mark.parametrize("spec", [x for x in (*SINGLE, *PAIRS, *BLOCK_MASKS) if not x.dropout_p], ids=lambda x: x.name)
 def test_agrees_with_the_cpu(spec: Spec, device: str) -> None:
     expected = evaluate(spec.build(torch.float64, "large"), operator)
     for name, x in evaluate(spec.build(torch.float64, "large", device), operator).items():
@@ -65,7 +65,16 @@ def test_agrees_with_the_cpu(spec: Spec, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["everything", "varlen_bias", "varlen_causal", "key_lengths", "dropout", "bias_padding"]
+    "name",
+    [
+        "everything",
+        "varlen_bias",
+        "varlen_causal",
+        "key_lengths",
+        "dropout",
+        "bias_padding",
+        "blocks_varlen_everything",
+    ],
 )
 def test_no_synchronization(name: str, device: str) -> None:
     sample = NAMED[name].build(torch.bfloat16, "large", device)
@@ -73,7 +82,7 @@ def test_no_synchronization(name: str, device: str) -> None:
         attend(sample)
 
 
-@pytest.mark.parametrize("name", ["causal_grouped", "bias_hiding", "varlen", "sinks"])
+@pytest.mark.parametrize("name", ["causal_grouped", "bias_hiding", "varlen", "sinks", "blocks_random"])
 def test_replay_equals_the_call(name: str, device: str) -> None:
     sample = NAMED[name].build(torch.float16, "large", device)
     graph, actual = captured(lambda: attend(sample))
@@ -183,4 +192,13 @@ def test_invalid_lengths_read_no_other_memory(lengths: list[int], device: str) -
     attend(packed.replace(cu_seqlens_q=invalid, cu_seqlens_k=invalid, attn_mask=torch.zeros(5, 4, device=device)))
     dense = Spec("dense", lengths=(7, 9), batch=4).build(torch.float32, device=device)
     attend(dense.replace(key_lengths=invalid))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("number", [-3, 10**6, -(2**31)])
+def test_invalid_numbers_of_blocks_read_no_other_memory(number: int, device: str) -> None:
+    sample = NAMED["blocks_random"].build(torch.float32, device=device)
+    blocks, bits = sample.options["block_mask"]
+    attend(sample.replace(block_mask=(torch.full_like(blocks, number), bits)))
+    attend(sample.replace(block_mask=(torch.full_like(blocks, number), bits[:0])))
     torch.cuda.synchronize()

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-import attention_ext
 from attention_ext import _C, explain, reference
 from attention_ext.testing import (
     EMPTY,
@@ -433,13 +432,3 @@ def test_emulated_kernels_are_chosen_by_name_only() -> None:
     query = torch.randn(1, 1, 4, 8)
     lines = explain(query, query, query).strip().split("\n")
     assert "emulated_sm80/forward: an emulation for tests: only when asked for by name" in lines
-
-
-@pytest.mark.parametrize("rows", ["emulated_sm80", "emulated_simt"])
-def test_block_masks_are_refused_in_words(rows: str, emulate: Any) -> None:
-    emulate(rows)
-    query = torch.randn(1, 1, 64, 8)
-    mask = attention_ext.SparseMask.from_dense(torch.ones(64, 64, dtype=torch.bool).tril())
-    message = f"{rows}/forward: serves no block_mask yet: attn_mask takes a dense one"
-    with pytest.raises(NotImplementedError, match=message):
-        attention_ext.attention(query, query, query, block_mask=mask)

@@ -49,8 +49,7 @@ def flex_attention(
             float32 or float64, and four int32; returns the modified score. It may do arithmetic, compare, choose by
             torch.where, and read captured tensors by index at any computed position. What uses captured tensors alone
             may be any code of torch. CPU only.
-        block_mask: torch's BlockMask, converted once and kept with it, or an :class:`attention_ext.SparseMask`. CPU
-            only.
+        block_mask: torch's BlockMask, converted once and kept with it, or an :class:`attention_ext.SparseMask`.
         scale: factor on the dot product; None is ``1 / sqrt(D)``.
         enable_gqa: allows Hq to be a multiple of Hkv.
         return_lse: deprecated by torch: ``return_aux=AuxRequest(lse=True)``.
@@ -68,7 +67,8 @@ def flex_attention(
         RuntimeError: for a function that cannot be compiled, with the operation and what to write instead, and where no
             compiler is found.
         IndexError: where the function indexes outside of a captured tensor.
-        NotImplementedError: for nested tensors, and for a score_mod on a GPU.
+        NotImplementedError: for nested tensors, and on a GPU for a score_mod, for largest scores, and for a BlockMask
+            that was not converted before its call is compiled.
 
     Source: "FlexAttention" (arXiv:2412.05496).
     """
@@ -123,9 +123,11 @@ def _modified(
         visible = None if mask is None else mask.to_dense(query.shape[2], key.shape[2])
         return attend(mapped(score_mod), scale, visible, 0, query, key, value, ())
     if query.device.type not in ("cpu", "meta"):
+        given = "`score_mod`" if score_mod is not _identity else "`max_scores`" if max_scores else "a compiled mask_mod"
+        convert = ", or SparseMask.from_block_mask(block_mask) outside of the compiled function" if mask_mod else ""
         raise NotImplementedError(
-            f"{_NAME}: expected tensors on the CPU with `score_mod`, got them on {query.device}: torch's function "
-            'serves it there, or pass kernel_options={"fallback": "dense"}, which holds all scores in memory'
+            f"{_NAME}: expected tensors on the CPU with {given}, got them on {query.device}: torch's function serves "
+            f'it there, or pass kernel_options={{"fallback": "dense"}}, which holds all scores in memory{convert}'
         )
     blocks, bits = mask or (None, None)
     if torch.compiler.is_dynamo_compiling():

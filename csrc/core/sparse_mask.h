@@ -11,12 +11,20 @@ enum class BlockMask : uint8_t { kEmpty, kPartial, kFull };
 constexpr int32_t kEmptyBlock = -1, kFullBlock = -2;
 constexpr int64_t kKeysPerByte = 8;
 
+// Positions and sizes of blocks. GPUs divide 64 bits slowly and have sequences of fewer than 2^30 rows (gpu/reasons.h).
+#if defined(__CUDA_ARCH__)
+using BlockIndex = uint32_t;
+#else
+using BlockIndex = int64_t;
+#endif
+
 // q and k count within a sequence, as those of attn_mask.
 struct SparseMask {
   const int32_t* blocks = nullptr;  // (b, h, query block, key block): kEmptyBlock, kFullBlock, or which of the bits
   int64_t stride_b = 0, stride_h = 0, stride_row = 0;  // 0 where broadcast
   const uint8_t* bits = nullptr;                       // (partial block, block_q, block_k / 8), the lowest bit first
   int64_t block_q = 1, block_k = kKeysPerByte;         // block_k is a multiple of 8
+  int64_t partial = 0;                                 // blocks with bits
 
   ATTENTION_INLINE explicit operator bool() const { return blocks != nullptr; }
 
@@ -28,11 +36,13 @@ struct SparseMask {
   ATTENTION_INLINE const uint8_t* bits_of(int32_t block, int64_t row, int64_t byte) const {
     return bits + (block * block_q + row) * (block_k / kKeysPerByte) + byte;
   }
-  // The eight keys from `key` on, a multiple of 8, as query q sees them: a bit for each.
-  ATTENTION_INLINE uint8_t octet(int64_t b, int64_t h, int64_t q, int64_t key) const {
-    const int32_t block = row(b, h, q / block_q)[key / block_k];
-    if (block < 0) return block == kFullBlock ? 0xFF : 0;
-    return *bits_of(block, q % block_q, key % block_k / kKeysPerByte);
+  // The eight keys from `key` on, a multiple of 8, as query q sees them: a bit for each. Numbers of blocks that do not
+  // exist, which a GPU's are not checked for, hide them.
+  ATTENTION_INLINE uint8_t octet(int64_t b, int64_t h, BlockIndex q, BlockIndex key) const {
+    const auto rows = static_cast<BlockIndex>(block_q), columns = static_cast<BlockIndex>(block_k);
+    const int32_t block = row(b, h, q / rows)[key / columns];
+    if (block < 0 || block >= partial) return block == kFullBlock ? 0xFF : 0;
+    return *bits_of(block, q % rows, key % columns / kKeysPerByte);
   }
   // Bit i: whether query q sees key k.begin + i, for up to 56 keys.
   ATTENTION_INLINE uint64_t visible_bits(int64_t b, int64_t h, int64_t q, Range k) const {
@@ -70,24 +80,35 @@ struct SparseMask {
 
   // Whether the queries see all, some or none of the keys; a block with bits counts as partial.
   ATTENTION_INLINE BlockMask block_mask(int64_t b, int64_t h, Range q, Range k) const {
+    const auto rows = static_cast<BlockIndex>(block_q), columns = static_cast<BlockIndex>(block_k);
+    const auto end_q = static_cast<BlockIndex>(q.end), end_k = static_cast<BlockIndex>(k.end);
     bool shows = false, hides = false;
-    for (int64_t i = q.begin / block_q; i * block_q < q.end; ++i) {
+    for (BlockIndex i = static_cast<BlockIndex>(q.begin) / rows; i * rows < end_q; ++i) {
       const int32_t* blocks_of_row = row(b, h, i);
-      for (int64_t j = k.begin / block_k; j * block_k < k.end; ++j) {
+      for (BlockIndex j = static_cast<BlockIndex>(k.begin) / columns; j * columns < end_k; ++j) {
         shows |= blocks_of_row[j] != kEmptyBlock;
         hides |= blocks_of_row[j] != kFullBlock;
       }
+      if (shows && hides) return BlockMask::kPartial;
     }
-    return !shows ? BlockMask::kEmpty : hides ? BlockMask::kPartial : BlockMask::kFull;
+    return shows ? BlockMask::kFull : BlockMask::kEmpty;
   }
   // Whether any of the queries of any of the heads sees some of the block of keys.
   ATTENTION_INLINE bool shows(int64_t b, Range heads, Range q, int64_t key_block) const {
     for (int64_t h = heads.begin; h < (stride_h == 0 ? heads.begin + 1 : heads.end); ++h) {
-      for (int64_t i = q.begin / block_q; i * block_q < q.end; ++i) {
+      const auto rows = static_cast<BlockIndex>(block_q), end = static_cast<BlockIndex>(q.end);
+      for (BlockIndex i = static_cast<BlockIndex>(q.begin) / rows; i * rows < end; ++i) {
         if (row(b, h, i)[key_block] != kEmptyBlock) return true;
       }
     }
     return false;
+  }
+  // Whether all of the queries of all of the heads see all of the keys, by full blocks alone.
+  ATTENTION_INLINE bool is_full(int64_t b, Range heads, Range q, Range k) const {
+    for (int64_t h = heads.begin; h < (stride_h == 0 ? heads.begin + 1 : heads.end); ++h) {
+      if (block_mask(b, h, q, k) != BlockMask::kFull) return false;
+    }
+    return true;
   }
   // Of k, the first run of neighbouring blocks that the queries see.
   ATTENTION_INLINE Range first_run(int64_t b, Range heads, Range q, Range k) const {

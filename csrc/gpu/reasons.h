@@ -10,13 +10,12 @@ inline const char* serves_every_problem(const AttentionProblem&) { return nullpt
 // Kernels count rows and columns, and those of some tiles more, as int, and a launch its blocks of threads.
 constexpr int64_t kMostRows = INT32_MAX / 2, kMostBlocks = INT32_MAX;
 
-inline const char* has_block_mask(const AttentionProblem& p) {
-  return p.sparse_mask ? "serves no block_mask yet: attn_mask takes a dense one" : nullptr;
-}
-
 inline const char* beyond_count(const AttentionProblem& p) {
   if (p.score_mod) return "has no compiled score_mod";
   if (maximum(p.max_seqlen_q, p.max_seqlen_k) > kMostRows) return "serves sequences of up to 2^30 - 1 queries and keys";
+  if (maximum(p.sparse_mask.block_q, p.sparse_mask.block_k) > kMostRows) {
+    return "serves blocks of up to 2^30 - 1 queries and keys";
+  }
   if (maximum(p.head_dim, p.head_dim_v) > kMostRows) return "serves head_dim and head_dim_v up to 2^30 - 1";
   return nullptr;
 }

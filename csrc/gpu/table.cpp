@@ -30,7 +30,6 @@ template <Planner kPlan, Reason kReason>
 const char* unavailable(const AttentionProblem& problem, int compute_capability) {
   if (compute_capability == 0) return "needs a GPU, and torch finds none (is there a driver? nvidia-smi shows it)";
   if (compute_capability < 80) return "needs a GPU of compute capability 8.0 or later";
-  if (const char* reason = has_block_mask(problem)) return reason;
   if (const char* reason = beyond_count(problem)) return reason;
   if (const char* reason = kReason(problem)) return reason;
   const GpuPlan plan = kPlan(problem);

@@ -59,9 +59,13 @@ int64_t verify_cu_seqlens(const char* op, const char* name, const int64_t* cu, i
   return longest;
 }
 
-// Where lengths cannot be read without waiting for the device: shapes bound them.
-int64_t longest_by_shape(int64_t total, const std::optional<Tensor>& mask, int64_t dim) {
-  return mask && mask->size(dim) != 1 ? std::min(total, mask->size(dim)) : total;
+// Where lengths cannot be read without waiting for the device: shapes bound them. dim: -2 of queries, -1 of keys
+int64_t longest_by_shape(int64_t total, const AttentionOptions& options, int64_t dim) {
+  if (options.attn_mask && options.attn_mask->size(dim) != 1) total = std::min(total, options.attn_mask->size(dim));
+  if (!options.block_mask) return total;
+  const Tensor& bits = *options.block_mask_bits;
+  const int64_t size = dim == -2 ? bits.size(1) : bits.size(2) * kKeysPerByte;
+  return std::min(total, options.block_mask->size(dim) * size);
 }
 
 void verify_packed_mask(const char* op, const char* name, const AttentionProblem& problem, const Tensor& mask) {
@@ -118,7 +122,8 @@ void fill_sparse_mask(AttentionProblem& problem, Converted& converted, const cha
           blocks.stride(2),
           bits.const_data_ptr<uint8_t>(),
           bits.size(1),
-          bits.size(2) * kKeysPerByte};
+          bits.size(2) * kKeysPerByte,
+          bits.size(0)};
   const int64_t rows = ceil_div(problem.max_seqlen_q, mask.block_q);
   const int64_t columns = ceil_div(problem.max_seqlen_k, mask.block_k);
   TORCH_CHECK(blocks.size(2) >= rows && blocks.size(3) >= columns, op,
@@ -139,8 +144,8 @@ void fill_structure(AttentionProblem& problem, Converted& converted, const char*
     problem.max_seqlen_q = verify_cu_seqlens(op, "cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.seqlen_q);
     problem.max_seqlen_k = verify_cu_seqlens(op, "cu_seqlens_k", problem.cu_seqlens_k, problem.batch, problem.seqlen_k);
   } else {
-    problem.max_seqlen_q = longest_by_shape(problem.seqlen_q, options.attn_mask, -2);
-    problem.max_seqlen_k = longest_by_shape(problem.seqlen_k, options.attn_mask, -1);
+    problem.max_seqlen_q = longest_by_shape(problem.seqlen_q, options, -2);
+    problem.max_seqlen_k = longest_by_shape(problem.seqlen_k, options, -1);
   }
   if (options.attn_mask) verify_packed_mask(op, "attn_mask", problem, *options.attn_mask);
 }

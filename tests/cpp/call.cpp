@@ -185,7 +185,8 @@ void Call::fill(AttentionProblem& p) const {
                      key_blocks(),
                      static_cast<const uint8_t*>(bits.data()),
                      spec.block_q,
-                     spec.block_k};
+                     spec.block_k,
+                     spec.heads * query_blocks() * key_blocks()};
   }
   if (spec.alibi) p.alibi_slopes = static_cast<const double*>(slopes.data());
   if (spec.sinks) p.sinks = static_cast<const double*>(sinks.data());

@@ -116,7 +116,7 @@ void test_sparse_mask() {
                             kFullBlock,  kFullBlock,  1,           kEmptyBlock,  // head 1
                             kEmptyBlock, kEmptyBlock, kEmptyBlock, kEmptyBlock, 2, 0, kFullBlock, kEmptyBlock};
   const uint8_t bits[] = {0x0F, 0x81, 0x00, 0x7E, 0x55, 0xAA};
-  const SparseMask mask{blocks, 0, 12, 4, bits, 2, 8};
+  const SparseMask mask{blocks, 0, 12, 4, bits, 2, 8, 3};
   const auto sees_key = [&](int64_t h, int64_t q, int64_t k) {
     const int32_t block = blocks[h * 12 + q / 2 * 4 + k / 8];
     return block < 0 ? block == kFullBlock : (bits[block * 2 + q % 2] >> (k % 8) & 1) != 0;
@@ -161,6 +161,11 @@ void test_sparse_mask() {
   check(mask.block_mask(0, 0, {0, 2}, {8, 16}) == BlockMask::kEmpty, "an empty block");
   check(mask.block_mask(0, 0, {0, 4}, {16, 24}) == BlockMask::kPartial, "a full and an empty block");
   check(mask.block_mask(0, 0, {0, 1}, {0, 8}) == BlockMask::kPartial, "a block of bits");
+  check(mask.is_full(0, {1, 2}, {0, 2}, {0, 16}), "full blocks");
+  check(!mask.is_full(0, {0, 2}, {0, 2}, {0, 16}), "full blocks of one head alone");
+  SparseMask unchecked = mask;
+  unchecked.partial = 2;
+  check(unchecked.octet(0, 0, 4, 24) == 0 && mask.octet(0, 0, 4, 24) == 0x55, "a block beyond those that exist");
 }
 
 void test_packed_sequences() {

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from attention_ext import reference
-from attention_ext.testing import SINGLE, Sample, Spec, compare, evaluate, operator, operator_options, with_keep
+from attention_ext.testing import (
+    BLOCK_MASKS,
+    SINGLE,
+    Sample,
+    Spec,
+    compare,
+    evaluate,
+    operator,
+    operator_options,
+    with_keep,
+)
 from attention_ext.testing.second_order import compare_second_order, double_backward, jvp, tangents_of
 
 # Head dimensions of every instance, lengths beyond a tile and beyond a part of split keys.
@@ -25,7 +35,7 @@ SHAPES = [
     Spec("decode_long", lengths=(16, 4100), head_dims=(128, 128), heads=(8, 2)),
     Spec("decode_causal", lengths=(3, 1030), head_dims=(64, 64), causal="bottom_right", sinks="heads"),
 ]
-EVERY = [*SHAPES, *SINGLE]
+EVERY = [*SHAPES, *SINGLE, *BLOCK_MASKS]
 TINY = [
     Spec("tiny", lengths=(33, 70), head_dims=(16, 16), heads=(2, 1)),
     Spec("tiny_decode", lengths=(3, 520), head_dims=(16, 16)),

@@ -10,7 +10,6 @@ using Reason = const char* (*)(const AttentionProblem&);
 
 template <Reason kReason>
 const char* unavailable(const AttentionProblem& problem) {
-  if (const char* reason = has_block_mask(problem)) return reason;
   if (const char* reason = beyond_count(problem)) return reason;
   return kReason(problem);
 }

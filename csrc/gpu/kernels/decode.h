@@ -74,6 +74,7 @@ class Decode {
     const int row = warp() * Shape::kColumns;
     stream_rows<kThreads, Shape::kStages, KeyTile>(
         memory, key_sources<E>(p_, head_), keys,
+        seen_keys<kMode, KeyTile::kRows>(p_, head_, tile_.heads_present(), tile_.queries),
         [&](int k, const KeyTiles& tiles, int) { add_block(query, k + row, tiles, row); });
     T* const found = reinterpret_cast<T*>(memory);
     store(found);
@@ -104,8 +105,9 @@ class Decode {
   }
 
   ATTENTION_DEVICE void add_block(const QueryTile& query, int k, const KeyTiles& tiles, int row) {
-    const bool partial = is_partial(head_, tile_.queries, {k, k + Shape::kColumns});
-    const Block blocks[2] = {{p_, heads_[0], corner(0, k), partial}, {p_, heads_[1], corner(1, k), partial}};
+    const bool partial = is_partial<kMode>(p_, head_, tile_.heads_present(), tile_.queries, {k, k + Shape::kColumns});
+    const Block blocks[2] = {Block::template of<kKeyTiles>(p_, heads_[0], corner(0, k), partial),
+                             Block::template of<kKeyTiles>(p_, heads_[1], corner(1, k), partial)};
     Scores score;
     score.clear();
     multiply_rows<C>(score, TileRows<C, QueryTile>{query, 0}, tiles.tile[0], row);

@@ -65,6 +65,7 @@ class Forward {
       for (int row = 0; row < rows; row += Shape::kColumns) add_block(query.tile[0], k + row, tiles, row);
     };
     stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + query.kBytes, key_sources<E>(p_, head_), keys(),
+                                                   seen_keys<kMode, KeyTile::kRows>(p_, head_, head_.heads(), q_),
                                                    add_tiles);
     if constexpr (kPart == Part::kSplit) {
       store_part(PartsWorkspace<T>(p_, workspace));
@@ -90,8 +91,8 @@ class Forward {
   }
 
   ATTENTION_DEVICE void add_block(const QueryTile& query, int k, const KeyTiles& tiles, int row) {
-    const ScoreBlock<T, kMode> block{
-        p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
+    const auto block = ScoreBlock<T, kMode>::template of<kKeyTiles>(
+        p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial<kMode>(p_, head_, q_, {k, k + Shape::kColumns}));
     Scores score;
     score.clear();
     multiply_rows<C>(score, TileRows<C, QueryTile>{query, row_}, tiles.tile[0], row);

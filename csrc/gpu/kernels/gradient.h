@@ -172,7 +172,9 @@ class GradientBlock {
         w = hidden || !kept ? T(0) : prob_tangent;
         gt = second;
         if constexpr (kMode == ScoreMode::kAll) {
-          gt = multiply_add(second, score.softcap_grad, g * score.softcap_grad2 * dot_tangent.tile[m][n].number[i]);
+          gt = hidden ? T(0)
+                      : multiply_add(second, score.softcap_grad,
+                                     g * score.softcap_grad2 * dot_tangent.tile[m][n].number[i]);
         }
       } else {
         each(m, n, i, g);

@@ -52,6 +52,7 @@ struct GroupTile {
   // Rows past the last query or head are not rows of `out`; they take the last head's mods.
   ATTENTION_DEVICE int64_t query(int row) const { return queries.begin + row / heads; }
   ATTENTION_DEVICE int64_t head(int row) const { return minimum(first_head + row % heads, last_head); }
+  ATTENTION_DEVICE Range heads_present() const { return {first_head, last_head + 1}; }
   ATTENTION_DEVICE bool has(int row) const { return query(row) < queries.end && first_head + row % heads <= last_head; }
 };
 

@@ -60,14 +60,15 @@ class Jvp {
     const auto add_tiles = [&](int k, const KeyTiles& keys, int) {
       for (int row = 0; row < rows; row += Shape::kColumns) add_block(own, k + row, keys, row);
     };
-    stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + OwnQueries::kBytes, key_sources<E>(p_, head_),
-                                                   visible_keys(p_, head_.sequence, q_), add_tiles);
+    stream_rows<kThreads, Shape::kStages, KeyTile>(
+        shared_memory() + OwnQueries::kBytes, key_sources<E>(p_, head_), visible_keys(p_, head_.sequence, q_),
+        seen_keys<kMode, KeyTile::kRows>(p_, head_, head_.heads(), q_), add_tiles);
     epilogue(workspace);
   }
 
   ATTENTION_DEVICE void add_block(const OwnQueries& own, int k, const KeyTiles& keys, int row) {
-    const ScoreBlock<T, kMode> block{
-        p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial(head_, q_, {k, k + Shape::kColumns})};
+    const auto block = ScoreBlock<T, kMode>::template of<kTiles>(
+        p_, head_, {static_cast<int>(q_.begin) + row_, k}, is_partial<kMode>(p_, head_, q_, {k, k + Shape::kColumns}));
     Scores weight, dot_tangent;
     weight.clear();
     dot_tangent.clear();

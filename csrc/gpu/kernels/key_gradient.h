@@ -68,14 +68,16 @@ class KeyGradient {
       QueryNumbers numbers({p_, head, memory_}, memory + kQueryBytes);
       const int tile_rows = k_.begin + row_ < k_.end ? Shape::kRows : 0;  // a warp without keys only helps to copy
       const auto add_tiles = [&](int q, const QueryTiles& queries, int stage) {
-        const bool partial = is_partial(head, {q, q + Shape::kRows}, k_);
+        const bool partial = is_partial<kMode>(p_, head, {q, q + Shape::kRows}, k_);
         for (int row = 0; row < tile_rows; row += kColumns) {
-          const ScoreBlock<T, kMode, true> block{p_, head, {q + row, static_cast<int>(k_.begin) + row_}, partial};
+          const auto block = ScoreBlock<T, kMode, true>::template of<kTiles>(
+              p_, head, {q + row, static_cast<int>(k_.begin) + row_}, partial);
           add_block(block, own, queries, row, [&](int, int n, int i) { return numbers.at(stage, row, n, i); });
         }
       };
-      stream_rows<kThreads, Shape::kStages, QueryTile>(memory, query_sources<E>(p_, head),
-                                                       visible_queries(p_, head.sequence, k_), add_tiles, numbers);
+      stream_rows<kThreads, Shape::kStages, QueryTile>(
+          memory, query_sources<E>(p_, head), visible_queries(p_, head.sequence, k_),
+          seen_queries<kMode, QueryTile::kRows>(p_, head, k_), add_tiles, numbers);
     }
     epilogue(first);
   }

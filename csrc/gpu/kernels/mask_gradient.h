@@ -57,7 +57,7 @@ class MaskGradient {
     if (q.empty()) return;
     const Range seen = visible_keys(p_, head.sequence, q);
     const Range valid{maximum(k.begin, seen.begin), minimum(k.end, seen.end)};
-    if (valid.empty()) return;
+    if (valid.empty() || is_empty(p_, head, q, valid)) return;
     const QueryTiles queries(shared_memory());
     const KeyTiles keys(shared_memory() + QueryTiles::kBytes);
     const int first_q = static_cast<int>(q.begin), first_k = static_cast<int>(k.begin);
@@ -66,7 +66,8 @@ class MaskGradient {
     commit_copies();
     wait_copies<0>();
     synchronize_block();
-    const ScoreBlock<T, kMode> block{p_, head, {first_q + row_, first_k}, is_partial(head, q, k)};
+    const auto block = ScoreBlock<T, kMode>::template of<kTiles>(p_, head, {first_q + row_, first_k},
+                                                                 is_partial<kMode>(p_, head, q, k));
     const RowSource<T, kOrder> rows(p_, head, memory_);
     GradientBlock<C, kMode, kOrder, false, kTiles> products;
     products.multiply(p_, OwnRows<C, QueryTile, kQuerySources<kOrder>, false>(queries, row_), keys, 0);

@@ -21,9 +21,10 @@ struct NumberOps {
   ATTENTION_DEVICE static T select(bool mask, T a, T b) { return mask ? a : b; }
 };
 
-// Kernels are compiled for two modes: masks by position at most, or everything, dropout included.
+// Kernels are compiled for two modes: masks by position at most, or everything, dropout and block masks included.
 inline ScoreMode score_mode_of(const AttentionProblem& p) {
-  return score_mods_of(p).folds_scale_into_exp() && p.dropout_p == 0 ? ScoreMode::kMask : ScoreMode::kAll;
+  const bool is_plain = score_mods_of(p).folds_scale_into_exp() && p.dropout_p == 0 && !p.sparse_mask;
+  return is_plain ? ScoreMode::kMask : ScoreMode::kAll;
 }
 
 // Of number i of fragment n.
@@ -48,6 +49,11 @@ struct Head {
         diagonal(static_cast<int>(sequence.diagonal)),
         length_q(static_cast<int>(sequence.length_q)),
         length_k(static_cast<int>(sequence.length_k)) {}
+
+  ATTENTION_DEVICE Range heads() const { return {head, head + 1}; }
+  // Of a tile, the queries and keys that exist.
+  ATTENTION_DEVICE Range queries_of(Range q) const { return {q.begin, minimum(static_cast<int>(q.end), length_q)}; }
+  ATTENTION_DEVICE Range keys_of(Range k) const { return {k.begin, minimum(static_cast<int>(k.end), length_k)}; }
 };
 
 // A number of a call rounded to T, held in a register from here on: compilers would convert it from double anew in
@@ -82,7 +88,16 @@ struct ScoreBlock {
   const AttentionProblem& p;
   const Head& head;
   Corner corner;
-  bool partial;  // whether a mask or the end of the keys hides some of the block
+  bool partial;         // whether a mask or the end of the keys hides some of the block
+  uint32_t bits = ~0u;  // of the block mask, 4 n + i for number i of fragment n, where there are only 16 rows
+
+  // Before any products of it, as long as registers are free.
+  template <int kTiles>
+  ATTENTION_DEVICE static ScoreBlock of(const AttentionProblem& p, const Head& head, Corner corner, bool partial) {
+    ScoreBlock block{p, head, corner, partial};
+    if (kMode == ScoreMode::kAll && partial && p.sparse_mask) block.bits = block.template visible_bits<kTiles>();
+    return block;
+  }
 
   ATTENTION_DEVICE int query(int m, int n, int i) const { return corner.q + (kTransposed ? column(n, i) : row(m, i)); }
   ATTENTION_DEVICE int key(int m, int n, int i) const { return corner.k + (kTransposed ? row(m, i) : column(n, i)); }
@@ -125,8 +140,9 @@ struct ScoreBlock {
       modified.score = head.mods.masks.masked<Ops>(dot, position);
     }
     if (partial) {
-      const auto inside = Ops::Mask::of([&](int i) { return key(m, i / 4, i % 4) < head.length_k; });
-      modified.score = Ops::select(inside, modified.score, Ops::splat(-__builtin_inf()));
+      const auto visible =
+          Ops::Mask::of([&](int i) { return (bits >> i & 1) != 0 && key(m, i / 4, i % 4) < head.length_k; });
+      modified.score = Ops::select(visible, modified.score, Ops::splat(-__builtin_inf()));
     }
     return modified;
   }
@@ -136,6 +152,29 @@ struct ScoreBlock {
 
  private:
   ATTENTION_DEVICE T distance(int q, int k) const { return static_cast<T>(k - q - head.diagonal); }
+
+  // Rows and columns past the ends have any bits. The lane is read again, so that nothing of this is held in registers.
+  template <int kTiles>
+  ATTENTION_DEVICE uint32_t visible_bits() const {
+    static_assert(4 * kTiles <= 32);
+    const int lane = reread_thread_index() % kWarpSize, group = lane / 4, member = lane % 4;
+    const int last_q = head.length_q - 1, last_octet = (head.length_k - 1) / 8 * 8;
+    uint32_t visible = 0;
+    ATTENTION_UNROLL_BY(1)
+    for (int n = 0; n < kTiles; ++n) {
+      ATTENTION_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int row = i / 2 * 8, column = n * kFragmentColumns, pair = i % 2 + 2 * member;
+        const int q = corner.q + (kTransposed ? column + pair : row + group);
+        const int octet = corner.k + (kTransposed ? row : column);
+        const uint32_t seen =
+            p.sparse_mask.octet(head.sequence.batch, head.head, static_cast<BlockIndex>(maximum(0, minimum(q, last_q))),
+                                static_cast<BlockIndex>(minimum(octet, last_octet)));
+        visible |= (seen >> (kTransposed ? group : pair) & 1) << (4 * n + i);
+      }
+    }
+    return visible;
+  }
 
   ATTENTION_DEVICE int64_t offset_of(const View& view) const {
     return head.sequence.batch * view.stride_b + head.head * view.stride_h;
@@ -155,9 +194,22 @@ struct ScoreBlock {
   ATTENTION_DEVICE static int column(int n, int i) { return n * kFragmentColumns + i % 2 + 2 * lane_member(); }
 };
 
-// Whether a mask or the end of the keys hides some of a block of scores.
-ATTENTION_DEVICE bool is_partial(const Head& head, Range q, Range k) {
-  return k.end > head.length_k || head.mods.masks.block_mask(q, k, head.diagonal) != BlockMask::kFull;
+// Whether a mask or the end of the keys hides some of a block of scores, of any of the heads.
+template <ScoreMode kMode>
+ATTENTION_DEVICE bool is_partial(const AttentionProblem& p, const Head& head, Range heads, Range q, Range k) {
+  if (k.end > head.length_k || head.mods.masks.block_mask(q, k, head.diagonal) != BlockMask::kFull) return true;
+  if (kMode != ScoreMode::kAll || !p.sparse_mask) return false;
+  return !p.sparse_mask.is_full(head.sequence.batch, heads, head.queries_of(q), k);
+}
+template <ScoreMode kMode>
+ATTENTION_DEVICE bool is_partial(const AttentionProblem& p, const Head& head, Range q, Range k) {
+  return is_partial<kMode>(p, head, head.heads(), q, k);
+}
+
+// Whether the block mask hides all of a block of scores.
+ATTENTION_DEVICE bool is_empty(const AttentionProblem& p, const Head& head, Range q, Range k) {
+  return p.sparse_mask && p.sparse_mask.block_mask(head.sequence.batch, head.head, head.queries_of(q),
+                                                   head.keys_of(k)) == BlockMask::kEmpty;
 }
 
 }  // namespace

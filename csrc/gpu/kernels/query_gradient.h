@@ -81,13 +81,17 @@ class QueryGradient {
       OwnQueries own(queries, row_);
       own.load();
       const auto add_tiles = [&](int k, const KeyTiles& keys, int) {
-        const bool partial = is_partial(head_, q_, {k, k + Shape::kRows});
+        const bool partial = is_partial<kMode>(p_, head_, q_, {k, k + Shape::kRows});
         for (int row = 0; row < rows; row += kColumns) {
-          add_block({p_, head_, {static_cast<int>(q_.begin) + row_, k + row}, partial}, own, keys, row);
+          const auto block = ScoreBlock<T, kMode>::template of<kTiles>(
+              p_, head_, {static_cast<int>(q_.begin) + row_, k + row}, partial);
+          add_block(block, own, keys, row);
         }
       };
       stream_rows<kThreads, Shape::kStages, KeyTile>(shared_memory() + OwnQueries::kBytes, key_sources<E>(p_, head_),
-                                                     part_of_keys(seen, Shape::kRows, part_, parts(p_)), add_tiles);
+                                                     part_of_keys(seen, Shape::kRows, part_, parts(p_)),
+                                                     seen_keys<kMode, KeyTile::kRows>(p_, head_, head_.heads(), q_),
+                                                     add_tiles);
     }
     epilogue();
   }

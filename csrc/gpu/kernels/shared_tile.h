@@ -81,6 +81,7 @@ struct Span {
   ATTENTION_DEVICE explicit Span(Range range)
       : begin(static_cast<int>(range.begin)), end(static_cast<int>(range.end)) {}
   ATTENTION_DEVICE bool has(int i) const { return begin <= i && i < end; }
+  ATTENTION_DEVICE bool covers(int first, int count) const { return begin <= first && first + count <= end; }
 };
 
 // The bytes of a chunk that lie within the columns.
@@ -112,14 +113,14 @@ ATTENTION_DEVICE void copy_whole_rows(const Tile& to, const Rows<E>& from, int f
   }
 }
 
-// Starts to fill a tile with rows first, first + 1, ...; rows outside `valid` and columns past the end are 0. The
-// threads of the block share the work; the rows are there after wait_copies and a barrier.
-template <int kThreads, class Tile, class E>
-ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int first, Span valid) {
+// Starts to fill a tile with rows first, first + 1, ...; rows outside `valid`, a Span or SeenRows, and columns past the
+// end are 0. The threads of the block share the work; the rows are there after wait_copies and a barrier.
+template <int kThreads, class Tile, class E, class Valid>
+ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int first, const Valid& valid) {
   constexpr int kDown = kThreads / Tile::kPeriod;
   const bool whole_chunks = from.has_whole_chunks();
   if constexpr (kDown % 8 == 0 && Tile::kRows % kDown == 0) {
-    if (whole_chunks && valid.begin <= first && first + Tile::kRows <= valid.end) {
+    if (whole_chunks && valid.covers(first, Tile::kRows)) {
       return copy_whole_rows<kDown>(to, from, first);
     }
   }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "gpu/kernels/rows.h"
+#include "gpu/kernels/seen_tiles.h"
 #include "gpu/kernels/shape.h"
 
 namespace attention_ext {
@@ -100,8 +101,9 @@ class OwnRows<C, Tile, kCount, true, kRowTiles> {
   HeldRows<C, kRowTiles, Tile::kColumns> held_[kCount];
 };
 
-template <int kThreads, class Tile, int kCount, class E>
-ATTENTION_DEVICE void copy_set(const TileSet<Tile, kCount>& to, const Sources<E, kCount>& from, int first, Span valid) {
+template <int kThreads, class Tile, int kCount, class E, class Valid>
+ATTENTION_DEVICE void copy_set(const TileSet<Tile, kCount>& to, const Sources<E, kCount>& from, int first,
+                               const Valid& valid) {
   ATTENTION_UNROLL
   for (int i = 0; i < kCount; ++i) copy_rows<kThreads>(to.tile[i], from.rows[i], first, valid);
 }
@@ -146,30 +148,31 @@ struct NoNumbers {
 };
 
 // Streams rows through shared memory, tile by tile, copying the next tiles while f works on the current ones. Calls
-// f(first row, tiles, stage) for all tiles that hold some of `valid`; they begin at multiples of their height, and rows
-// outside `valid` are 0. Numbers of the rows, one set for each stage, are loaded when their tiles are, and stored once
-// no thread needs what that replaces.
-template <int kThreads, int kStages, class Tile, int kCount, class E, class F, class Numbers = NoNumbers>
-ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& sources, Range valid, F&& f,
+// f(first row, tiles, stage) for those of the `seen` tiles that hold some of `valid`; they begin at multiples of their
+// height, and rows outside `valid` or not seen are 0. Numbers of the rows, one set for each stage, are loaded when
+// their tiles are, and stored once no thread needs what that replaces.
+template <int kThreads, int kStages, class Tile, int kCount, class E, class Seen, class F, class Numbers = NoNumbers>
+ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& sources, Range valid, const Seen& seen, F&& f,
                                   Numbers&& numbers = {}) {
+  static_assert(kStages == 1 || kStages == 2);
   using Set = TileSet<Tile, kCount>;
   const Span span(valid);
   commit_copies();  // of the tile that the block owns: the first wait is for it too, or the last where the loop is
                     // empty
   const auto copy = [&](int row, int stage) {
-    if (row < span.end) copy_set<kThreads>(Set(memory + stage * Set::kBytes), sources, row, span);
+    if (row < span.end) copy_set<kThreads>(Set(memory + stage * Set::kBytes), sources, row, seen.rows(row, span));
     commit_copies();
     numbers.load(row);
   };
-  const int first = span.begin / Tile::kRows * Tile::kRows;
-  for (int s = 0; s < kStages - 1; ++s) {
-    copy(first + s * Tile::kRows, s);
-    numbers.store(s);
+  const int first = seen.next(span.begin / Tile::kRows * Tile::kRows, span.end);
+  if (kStages == 2) {
+    copy(first, 0);
+    numbers.store(0);
   }
   int stage = 0;
-  for (int row = first; row < span.end; row += Tile::kRows) {
+  for (int row = first; row < span.end; row = seen.next(row + Tile::kRows, span.end)) {
     const int free = (stage + kStages - 1) % kStages;
-    copy(row + (kStages - 1) * Tile::kRows, free);
+    copy(kStages == 1 ? row : seen.next(row + Tile::kRows, span.end), free);
     if (kStages == 1) numbers.store(free);
     wait_copies<kStages - 1>();
     synchronize_block();

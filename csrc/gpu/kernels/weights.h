@@ -58,7 +58,7 @@ class Weights {
   ATTENTION_DEVICE void add_head(const Head& head) {
     const Range seen = visible_keys(p_, head.sequence, q_);
     const Range valid{maximum(k_.begin, seen.begin), minimum(k_.end, seen.end)};
-    if (valid.empty()) return;
+    if (valid.empty() || (kMode == ScoreMode::kAll && is_empty(p_, head, q_, valid))) return;
     const QueryTiles queries(shared_memory());
     const KeyTiles keys(shared_memory() + QueryTiles::kBytes);
     const Corner corner{static_cast<int>(q_.begin) + row_, static_cast<int>(k_.begin)};
@@ -71,7 +71,8 @@ class Weights {
     Scores score;
     score.clear();
     multiply_rows<C>(score, TileRows<C, QueryTile>{queries.tile[0], row_}, keys.tile[0], 0);
-    const ScoreBlock<T, kMode> block{p_, head, corner, is_partial(head, q_, {k_.begin, k_.begin + kKeys})};
+    const auto block = ScoreBlock<T, kMode>::template of<kTiles>(
+        p_, head, corner, is_partial<kMode>(p_, head, q_, {k_.begin, k_.begin + kKeys}));
     const LogsumexpRows<T> rows(p_, head, p_.logsumexp);
     const auto scores = block.scores(score.tile[0]);
     for_each_kept<1, kTiles>(block, dropout_, [&](int, int n, int i, bool kept) {

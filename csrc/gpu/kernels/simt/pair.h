@@ -28,6 +28,7 @@ struct Pairs {
   ATTENTION_DEVICE ScoreBlock<T, ScoreMode::kAll> block() const { return {p, head, {0, 0}, true}; }
 
   ATTENTION_DEVICE Score score(int q, int k) const {
+    if (hidden_by_blocks(q, k)) return {-infinity<T>(), T(0), T(0)};
     auto position = block().at(q, k);
     if (head.mods.reads_bias()) position.bias = block().number_of(p.attn_mask, q, k);
     Score modified = head.mods.score_mod<NumberOps<T>>(dot<T>(query, q, key, k), position);
@@ -43,6 +44,14 @@ struct Pairs {
                                               dropout.batch_head(head.sequence.batch, head.head));
     return bits_of_key(words, static_cast<int>(position)) >= dropout.threshold ? static_cast<T>(dropout.kept_scale)
                                                                                : T(0);
+  }
+
+  ATTENTION_DEVICE bool hidden_by_blocks(int q, int k) const {
+    if (!p.sparse_mask) return false;
+    return (p.sparse_mask.octet(head.sequence.batch, head.head, static_cast<BlockIndex>(q),
+                                static_cast<BlockIndex>(k / 8 * 8)) >>
+                (k % 8) &
+            1) == 0;
   }
 
   ATTENTION_DEVICE double sink() const { return p.sinks[head.sequence.batch * p.sinks_stride_b + head.head]; }
