@@ -186,9 +186,9 @@ ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& source
 
 // Likewise, where f works on split tiles. Of two stages one is for the next rows as they arrive; in one stage they
 // arrive where their big parts will be, once f is done.
-template <int kThreads, int kStages, class Tile, int kCount, class E, class F, class Numbers = NoNumbers>
+template <int kThreads, int kStages, class Tile, int kCount, class E, class Seen, class F, class Numbers = NoNumbers>
   requires kIsSplit<Tile>
-ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& sources, Range valid, F&& f,
+ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& sources, Range valid, const Seen& seen, F&& f,
                                   Numbers&& numbers = {}) {
   constexpr bool kAhead = kStages == 2;
   const TileSet<Tile, kCount> tiles(memory);
@@ -197,23 +197,23 @@ ATTENTION_DEVICE void stream_rows(char* memory, const Sources<E, kCount>& source
   for (int i = 0; i < kCount && !kAhead; ++i) arriving.tile[i] = tiles.tile[i].big;
   const Span span(valid);
   const auto copy = [&](int row) {
-    if (row < span.end) copy_set<kThreads>(arriving, sources, row, span);
+    if (row < span.end) copy_set<kThreads>(arriving, sources, row, seen.rows(row, span));
     commit_copies();
     numbers.load(row);
   };
-  const int first = span.begin / Tile::kRows * Tile::kRows;
+  const int first = seen.next(span.begin / Tile::kRows * Tile::kRows, span.end);
   copy(first);
-  for (int row = first; row < span.end; row += Tile::kRows) {
+  for (int row = first; row < span.end; row = seen.next(row + Tile::kRows, span.end)) {
     wait_copies<0>();
     synchronize_block();
     split_set<kThreads>(tiles, arriving);
     numbers.store(0);
     synchronize_block();
-    if (kAhead) copy(row + Tile::kRows);
+    if (kAhead) copy(seen.next(row + Tile::kRows, span.end));
     f(row, tiles, 0);
     if (kAhead) continue;
     synchronize_block();
-    copy(row + Tile::kRows);
+    copy(seen.next(row + Tile::kRows, span.end));
   }
   wait_copies<0>();
 }
