@@ -81,10 +81,9 @@ def test_second_order(spec: Spec, rows: str, dtype: torch.dtype, emulate: Any) -
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("average_heads", [False, True])
 @pytest.mark.parametrize("spec", [*SMALL[::3], *TILES[:2]], ids=names)
-def test_weights(spec: Spec, average_heads: bool, rows: str, dtype: torch.dtype, emulate: Any) -> None:
-    check_weights(spec.build(dtype, "small"), average_heads, functools.partial(emulate, rows))
+def test_weights(spec: Spec, rows: str, dtype: torch.dtype, emulate: Any) -> None:
+    check_weights(spec.build(dtype, "small"), functools.partial(emulate, rows))
 
 
 @pytest.mark.parametrize("rows", ROWS)
