@@ -44,7 +44,7 @@ class QueryGradient {
     constexpr bool kSplits = kOrder == Order::kFirst && kResult == QueryResult::kGradient;
     return kSplits && !p.grad_alibi_slopes ? count_of_parts(p, tiles(p), kQueries) : 1;
   }
-  static int64_t blocks(const Problem& p) { return tiles(p) * parts(p); }
+  static int64_t blocks(const AttentionProblem& p) { return tiles(p) * parts(static_cast<const Problem&>(p)); }
 
   ATTENTION_DEVICE static void run(const Problem& p, void* workspace) {
     const int64_t part = block_index() / tiles(p);
