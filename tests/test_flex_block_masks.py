@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from attention_ext import flex_attention
+from attention_ext import SparseMask, flex_attention
 
 BATCH, HEADS, LENGTH, BLOCK = 2, 4, 60, 16
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -105,6 +105,52 @@ def test_indexed() -> None:
         check(tensors(BLOCK), mask, shifted)
     mask.mask_mod = shifted
     check(tensors(BLOCK), mask, shifted)
+
+
+class Window:
+    """A mask_mod that reads an attribute."""
+
+    size = 20
+
+    def __call__(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (q - k < self.size)
+
+
+def test_values_that_change_between_calls() -> None:
+    """torch, too, reads them in each call, for the positions of partial blocks."""
+    first, window, size = torch.tensor([0, 20]), Window(), 30
+
+    def padded(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k >= first[b]
+
+    def numbered(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (q - k < size)
+
+    masks = {
+        mask_mod: block_mask(mask_mod, BLOCK_SIZE=64) for mask_mod in (and_masks(causal, padded), numbered, window)
+    }
+    for mask_mod, mask in masks.items():
+        check(tensors(), mask, mask_mod)
+    first += 7
+    window.size = size = 11
+    for mask_mod, mask in masks.items():
+        check(tensors(), mask, mask_mod)
+
+
+def test_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = SparseMask.from_block_mask
+    converted = []
+
+    def spy(block_mask: BlockMask) -> SparseMask:
+        converted.append(block_mask)
+        return convert(block_mask)
+
+    monkeypatch.setattr(SparseMask, "from_block_mask", spy)
+    first = torch.tensor([0, 20])
+    mask = block_mask(and_masks(causal, lambda b, h, q, k: k >= first[b]))
+    for _ in range(3):
+        attend(*tensors(), None, mask)
+    assert converted == [mask]
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ def flex_attention(
             float32 or float64, and four int32; returns the modified score. It may do arithmetic, compare, choose by
             torch.where, and read captured tensors by index at any computed position. What uses captured tensors alone
             may be any code of torch. CPU only.
-        block_mask: torch's BlockMask, converted once and kept with it, or an :class:`attention_ext.SparseMask`.
+        block_mask: torch's BlockMask, converted once and kept with it while its mask_mod sees the same values, or an
+            :class:`attention_ext.SparseMask`.
         scale: factor on the dot product; None is ``1 / sqrt(D)``.
         enable_gqa: allows Hq to be a multiple of Hkv.
         return_lse: deprecated by torch: ``return_aux=AuxRequest(lse=True)``.
@@ -202,11 +203,31 @@ def _masks(block_mask: Any, query: Tensor, key: Tensor) -> tuple[SparseMask | No
             f"Expect q/k/v and block_mask to be on the same device but got {query.device} and "
             f"{block_mask.kv_num_blocks.device}."
         )
-    of_mod, kept = getattr(block_mask, _KEPT, (None, None))
-    if kept is not None and of_mod is block_mask.mask_mod:
-        return kept, None
-    if torch.compiler.is_dynamo_compiling():
-        return SparseMask.of_shown_blocks(block_mask), block_mask.mask_mod
-    kept = SparseMask.from_block_mask(block_mask)
-    setattr(block_mask, _KEPT, (block_mask.mask_mod, kept))
-    return kept, None
+    if not torch.compiler.is_dynamo_compiling():
+        return _converted(block_mask), None
+    kept = getattr(block_mask, _KEPT, None)
+    if kept is not None and kept.mask_mod is block_mask.mask_mod:
+        return kept.mask, None
+    return SparseMask.of_shown_blocks(block_mask), block_mask.mask_mod
+
+
+class _Kept(NamedTuple):
+    mask_mod: Callable[..., Tensor]
+    seen: Hashable
+    mask: SparseMask
+
+
+def _converted(block_mask: BlockMask) -> SparseMask:
+    """Kept with the BlockMask until another mask_mod is assigned to it, or sees other values."""
+    from attention_ext.flex.seen import UnknownError, Values, seen_by
+
+    try:
+        seen = seen_by(block_mask.mask_mod, Values)
+    except UnknownError:
+        seen = None
+    kept = getattr(block_mask, _KEPT, None)
+    if kept is not None and seen is not None and kept.seen == seen:
+        return kept.mask
+    mask = SparseMask.from_block_mask(block_mask)
+    setattr(block_mask, _KEPT, _Kept(block_mask.mask_mod, seen, mask))
+    return mask

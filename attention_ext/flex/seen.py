@@ -1,0 +1,64 @@
+"""What the result of a user's function depends on, apart from its arguments, so that it can be kept meanwhile."""
+
+import builtins
+import math
+from collections.abc import Callable, Hashable
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MODULES = (torch, math, torch.nn.functional)
+
+
+class UnknownError(Exception):
+    """The function refers to what cannot be compared."""
+
+
+class Values:
+    """A tensor's values as they are now: other ones after a change in place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        if tensor.is_inference():  # which have no version
+            raise UnknownError
+        self.tensor, self.version = tensor, tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Values) and self.tensor is other.tensor and self.version == other.version
+
+    def __hash__(self) -> int:
+        return hash((id(self.tensor), self.version))
+
+
+def seen_by(value: Any, of_tensor: Callable[[Tensor], Hashable], depth: int = 0) -> Hashable:
+    """Of a function: its code, and what its closure, defaults and globals hold.
+
+    Numbers and strings count by value, tensors by ``of_tensor``, functions by what they see themselves.
+
+    Raises:
+        UnknownError: for a reference to anything else, such as an object whose attributes the function reads.
+    """
+    if isinstance(value, Tensor):
+        return of_tensor(value)
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return type(value), repr(value)  # which tells 0.0 from -0.0
+    if isinstance(value, ModuleType) and value in _MODULES:
+        return id(value)
+    if isinstance(value, BuiltinFunctionType) or any(value is x for x in vars(builtins).values()):
+        return id(value)
+    if isinstance(value, tuple):
+        return tuple(seen_by(x, of_tensor, depth) for x in value)
+    if isinstance(value, FunctionType) and depth < 8:
+        if value.__module__.partition(".")[0] == "torch" and value.__closure__ is None:
+            return id(value)
+        cells = (x.cell_contents for x in value.__closure__ or ())
+        named = (value.__globals__[x] for x in sorted(_names(value.__code__)) if x in value.__globals__)
+        held = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named)
+        return value.__code__, tuple(seen_by(x, of_tensor, depth + 1) for x in held)
+    raise UnknownError
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [x for x in code.co_consts if isinstance(x, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
