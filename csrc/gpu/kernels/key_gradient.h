@@ -63,7 +63,7 @@ class KeyGradient {
     copy_set<kThreads>(keys, key_sources<E>(p_, first), static_cast<int>(k_.begin), valid);
     OwnKeys own(keys, row_);
     own.load();
-    for (int64_t h = 0; h < p_.group_size(); ++h) {
+    for (int h = 0; h < static_cast<int>(p_.group_size()); ++h) {
       const Head head = looped<kMode, T>(Head(p_, batch, first.head + h));
       QueryNumbers numbers({p_, head, memory_}, memory + kQueryBytes);
       const int tile_rows = k_.begin + row_ < k_.end ? Shape::kRows : 0;  // a warp without keys only helps to copy

@@ -44,7 +44,7 @@ struct Head {
   ATTENTION_DEVICE Head(const AttentionProblem& p, int64_t batch, int64_t h)
       : sequence(sequence_of(p, batch)),
         head(h),
-        kv_head(h / p.group_size()),
+        kv_head(static_cast<uint32_t>(h) / static_cast<uint32_t>(p.group_size())),  // 32 bits divide fast
         mods(score_mods_of(p, sequence, h)),
         diagonal(static_cast<int>(sequence.diagonal)),
         length_q(static_cast<int>(sequence.length_q)),

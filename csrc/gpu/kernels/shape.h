@@ -41,7 +41,7 @@ enum class Order : uint8_t { kFirst, kSecond };
 // less is left for them.
 constexpr int widest_held(Order order, ScoreMode mode, bool owns_keys) {
   const bool mask = mode == ScoreMode::kMask;
-  if (order == Order::kFirst) return mask || !owns_keys ? 128 : 96;
+  if (order == Order::kFirst) return mask ? 128 : owns_keys ? 64 : 96;
   if (owns_keys) return mask ? 64 : 32;
   return mask ? 128 : 0;
 }

@@ -49,7 +49,7 @@ struct Pairs {
   ATTENTION_DEVICE bool hidden_by_blocks(int q, int k) const {
     if (!p.sparse_mask) return false;
     return (p.sparse_mask.octet(head.sequence.batch, head.head, static_cast<BlockIndex>(q),
-                                static_cast<BlockIndex>(k / 8 * 8)) >>
+                                static_cast<BlockIndex>(k) / 8 * 8) >>
                 (k % 8) &
             1) == 0;
   }
