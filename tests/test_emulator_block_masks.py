@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,7 +100,8 @@ def test_second_order_of_packed_sequences(spec: Spec, rows: str, emulate: Any) -
 @pytest.mark.parametrize(
     ("spec", "dtype", "rows"),
     [
-        *((x, dtype, "emulated_sm80") for x in TILES for dtype in (torch.bfloat16, torch.float32, torch.float64)),
+        *((x, dtype, "emulated_sm80") for x in TILES for dtype in (torch.bfloat16, torch.float32)),
+        *((x, torch.float64, "emulated_sm80") for x in TILES if x.name != "widest"),  # of second order up to 128
         *((x, torch.float32, "emulated_simt") for x in TILES[2:4]),
     ],
     ids=names,
@@ -107,21 +109,25 @@ def test_second_order_of_packed_sequences(spec: Spec, rows: str, emulate: Any) -
 def test_bits_of_a_dense_mask(spec: Spec, dtype: torch.dtype, rows: str, emulate: Any) -> None:
     """With dropout, of which each position has the same bits. A softcap, so that both calls scale scores alike."""
     sample = spec.build(dtype).replace(softcap=3.0, dropout_p=0.2)
-    check_bits_of_a_dense_mask(sample, functools.partial(emulate, rows))
+    check_bits_of_a_dense_mask(sample, functools.partial(emulate, rows), outputs_of)
 
 
 @pytest.mark.parametrize("spec", TILES, ids=names)
 def test_bits_of_a_dense_mask_tf32(spec: Spec, emulate: Any) -> None:
-    check_bits_of_a_dense_mask(spec.build(torch.float32).replace(softcap=3.0), lambda: emulate("emulated_sm80_tf32"))
+    """Of the passes that have tf32 kernels."""
+    sample = spec.build(torch.float32).replace(softcap=3.0)
+    check_bits_of_a_dense_mask(sample, lambda: emulate("emulated_sm80_tf32"), lambda x: evaluate(x, operator))
 
 
-def check_bits_of_a_dense_mask(sample: Sample, force: Any) -> None:
+def check_bits_of_a_dense_mask(
+    sample: Sample, force: Callable[[], None], outputs: Callable[[Sample], dict[str, Tensor]]
+) -> None:
     packed = "cu_seqlens_q" in sample.options
     lengths = (max(PACKED[0]), max(PACKED[1])) if packed else (sample.query.shape[2], sample.key.shape[2])
     dense = sample.options["block_mask"].to_dense(*lengths)
     force()
-    expected = outputs_of(sample.replace(block_mask=None, attn_mask=dense))
-    assert unequal(outputs_of(sample), expected) == []
+    expected = outputs(sample.replace(block_mask=None, attn_mask=dense))
+    assert unequal(outputs(sample), expected) == []
 
 
 @pytest.mark.parametrize("spec", [TILES[1], TILES[-1], NAMED["blocks_and_bias"]], ids=names)

@@ -149,8 +149,9 @@ def test_block_in_a_compiled_function(function: Callable[[Tensor], Any], in_bloc
             assert others == counts
         gradient = torch.autograd.grad(actual.sin().sum(), x)
     assert counter.frame_count == 1
-    assert sum("attention_ext" in target for target in targets(counter)) == ours + (theirs if in_block else 0)
-    assert sum("scaled_dot_product" in target for target in targets(counter)) == (0 if in_block else theirs)
+    of_ours = ["attention_ext" in x for x in targets(counter) if "attention_ext" in x or "scaled_dot_product" in x]
+    assert of_ours.count(True) == ours + (theirs if in_block else 0)
+    assert of_ours.count(False) == (0 if in_block else theirs)
     with sdpa(warn=False):  # around recomputation too
         expected, _ = results(function, x)
         torch.testing.assert_close(actual, expected)
@@ -199,5 +200,5 @@ def test_block_without_a_call_warns_when_traced() -> None:
         with sdpa():
             return bound_early(x, x, x)
 
-    with pytest.warns(UnroutedWarning, match=rf"before \(.*{__name__.rpartition('.')[2]}|before,"):
+    with pytest.warns(UnroutedWarning, match=r"before( \(.*\))?, which"):
         torch.compile(missed, backend="eager", fullgraph=True)(tensor())

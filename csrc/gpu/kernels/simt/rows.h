@@ -36,7 +36,7 @@ struct QueryKernel {
 
   // Calls f(head, q) with the query of this warp, unless the sequence has ended.
   template <class F>
-  ATTENTION_DEVICE static void with_query(const AttentionProblem& p, F&& f) {
+  ATTENTION_DEVICE static void with_query(const Problem& p, F&& f) {
     const QueryTileIndex at(p, kWarps);
     const Head head(p, at.batch, at.head);
     const int q = static_cast<int>(at.tile) * kWarps + warp_index();
