@@ -1,6 +1,7 @@
 """`flex_attention` with torch's BlockMasks as its documentation and attention-gym make them, and in decoding."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -137,6 +138,11 @@ def test_values_that_change_between_calls() -> None:
         check(tensors(), mask, mask_mod)
 
 
+@dataclass(frozen=True)
+class Options:
+    size: int
+
+
 def test_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     convert = SparseMask.from_block_mask
     converted = []
@@ -146,8 +152,8 @@ def test_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return convert(block_mask)
 
     monkeypatch.setattr(SparseMask, "from_block_mask", spy)
-    first = torch.tensor([0, 20])
-    mask = block_mask(and_masks(causal, lambda b, h, q, k: k >= first[b]))
+    first, options = torch.tensor([0, 20]), Options(30)
+    mask = block_mask(and_masks(causal, lambda b, h, q, k: (k >= first[b]) & (q - k < options.size)))
     for _ in range(3):
         attend(*tensors(), None, mask)
     assert converted == [mask]

@@ -1,6 +1,7 @@
 """What the result of a user's function depends on, apart from its arguments, so that it can be kept meanwhile."""
 
 import builtins
+import dataclasses
 import math
 from collections.abc import Callable, Hashable
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -34,7 +35,8 @@ class Values:
 def seen_by(value: Any, of_tensor: Callable[[Tensor], Hashable], depth: int = 0) -> Hashable:
     """Of a function: its code, and what its closure, defaults and globals hold.
 
-    Numbers and strings count by value, tensors by ``of_tensor``, functions by what they see themselves.
+    Numbers and strings count by value, and so do tuples and frozen dataclasses of them, tensors by ``of_tensor``,
+    functions by what they see themselves.
 
     Raises:
         UnknownError: for a reference to anything else, such as an object whose attributes the function reads.
@@ -49,6 +51,9 @@ def seen_by(value: Any, of_tensor: Callable[[Tensor], Hashable], depth: int = 0)
         return id(value)
     if isinstance(value, tuple):
         return tuple(seen_by(x, of_tensor, depth) for x in value)
+    if _is_frozen(value) and depth < 8:
+        fields = (getattr(value, x.name) for x in dataclasses.fields(value))
+        return type(value), tuple(seen_by(x, of_tensor, depth + 1) for x in fields)
     if isinstance(value, FunctionType) and depth < 8:
         if value.__module__.partition(".")[0] == "torch" and value.__closure__ is None:
             return id(value)
@@ -57,6 +62,11 @@ def seen_by(value: Any, of_tensor: Callable[[Tensor], Hashable], depth: int = 0)
         held = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named)
         return value.__code__, tuple(seen_by(x, of_tensor, depth + 1) for x in held)
     raise UnknownError
+
+
+def _is_frozen(value: Any) -> bool:
+    parameters = getattr(value, "__dataclass_params__", None)
+    return not isinstance(value, type) and parameters is not None and parameters.frozen
 
 
 def _names(code: CodeType) -> set[str]:
