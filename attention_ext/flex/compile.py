@@ -50,7 +50,7 @@ def key_of(score_mod: ScoreMod) -> str:
 
 
 def score_mod_of(key: str) -> ScoreMod:
-    """What was compiled under a key."""
+    """The score_mod that was compiled under a key."""
     if key not in _score_mods:
         raise RuntimeError(
             f"flex_attention: expected `score_mod` to be one that this process compiled, got {key}: call "

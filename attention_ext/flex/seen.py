@@ -1,4 +1,4 @@
-"""What the result of a user's function depends on, apart from its arguments, so that it can be kept meanwhile."""
+"""State that a user's function reads apart from its arguments: while it is the same, results can be kept."""
 
 import builtins
 import dataclasses

@@ -1,4 +1,4 @@
-// What the jobs of a backward pass share, and its phases before and after the blocks (backward.h).
+// Memory that the jobs of a backward pass share, and its phases before and after the blocks (backward.h).
 #pragma once
 
 #include "cpu/kernels/delta.h"

@@ -8,7 +8,7 @@
 namespace attention_ext {
 namespace {
 
-// What the sparse mask shows of a range of keys.
+// Of a range of keys, the part that the sparse mask shows to any query, and these queries.
 struct Shown {
   int64_t blocks = 0;  // of the mask
   Range queries, keys;
@@ -44,7 +44,7 @@ inline Shown shown_of(const AttentionProblem& p, const Sequence& s, int64_t kv_h
   return shown;
 }
 
-// What a group takes of a sequence, for one key head.
+// Keys and queries of a sequence that a group works on, for one key head.
 struct GroupShare {
   Range keys;       // from its first block on
   int64_t step;     // from block to block

@@ -108,7 +108,7 @@ ATTENTION_DEVICE void copy_set(const TileSet<Tile, kCount>& to, const Sources<E,
   for (int i = 0; i < kCount; ++i) copy_rows<kThreads>(to.tile[i], from.rows[i], first, valid);
 }
 
-// What stream_rows needs of shared memory.
+// Bytes of shared memory that stream_rows needs.
 template <class Tile, int kCount, int kStages>
 constexpr size_t kStreamBytes = kStages * TileSet<Tile, kCount>::kBytes;
 template <class Part, int kCount, int kStages>

@@ -27,20 +27,20 @@ ATTENTION_DEVICE typename VectorOps<T, kTiles>::V score_tangents(const Tangents&
                                                                  Fragment<T> (&dots)[kTiles]) {
   using Ops = VectorOps<T, kTiles>;
   const auto scale = static_cast<T>(block.head.mods.scale);
-  auto moved = Ops::of([&](int n, int i) { return dots[n].number[i] *= scale; });
-  if constexpr (kMode != ScoreMode::kAll) return moved;
-  moved = moved * scores.softcap_grad;
+  auto tangents = Ops::of([&](int n, int i) { return dots[n].number[i] *= scale; });
+  if constexpr (kMode != ScoreMode::kAll) return tangents;
+  tangents = tangents * scores.softcap_grad;
   if (tangent.attn_mask) {
     block.template for_each_number_of<kTiles>(tangent.attn_mask,
-                                              [&](int n, int i, T x) { moved.number[4 * n + i] += x; });
+                                              [&](int n, int i, T x) { tangents.number[4 * n + i] += x; });
   }
   if (tangent.alibi_slopes) {
     const double slope = tangent.alibi_slopes[block.head.sequence.batch * block.p.heads + block.head.head];
     const auto distance = [&](int n, int i) { return block.at(block.query(0, n, i), block.key(0, n, i)).distance; };
     const Position<Ops> position{Ops::of(distance), Ops::splat(0.0)};
-    moved = moved + Ops::splat(slope) * block.head.mods.alibi.template slope_grad<Ops>(position);
+    tangents = tangents + Ops::splat(slope) * block.head.mods.alibi.template slope_grad<Ops>(position);
   }
-  return moved;
+  return tangents;
 }
 
 // Hidden keys have nothing to do with derivatives, whatever they hold.
