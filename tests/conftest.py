@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attention_ext import _C
-from attention_ext.inspect import statistics
+from attention_ext.inspect import call
 from attention_ext.testing import Sample, assert_accurate, evaluate, operator, with_keep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -121,7 +121,7 @@ def far_apart(device: str) -> Callable[[Tensor, int], Tensor]:
 @pytest.fixture
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """attention_ext.inspect goes through small inputs in several blocks of queries."""
-    monkeypatch.setattr(statistics, "BLOCK", 64)
+    monkeypatch.setattr(call, "BLOCK", 64)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ docs/inspect.md has examples.
 from attention_ext.inspect.plots import plot_entropy, plot_heads, plot_image, plot_tokens
 from attention_ext.inspect.recorder import Record, record
 from attention_ext.inspect.rollout import rollout
-from attention_ext.inspect.statistics import TopK, entropy, received, relevance, top_k, unpack, unpad, weights
+from attention_ext.inspect.sequences import unpack, unpad
+from attention_ext.inspect.statistics import TopK, entropy, received, relevance, top_k, weights
 
 __all__ = [
     "Record",

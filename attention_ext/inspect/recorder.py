@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attention_ext.inspect.statistics import Rows, TopK, relevance, statistics, unpack, weights
+from attention_ext.inspect.call import Rows
+from attention_ext.inspect.sequences import unpack
+from attention_ext.inspect.statistics import TopK, relevance, statistics, weights
 from attention_ext.integrations.replace import replace_
 
 __all__ = ["Record", "record"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attention_ext.inspect.statistics import Rows, indices_of
+from attention_ext.inspect.call import Rows, indices_of
 
 __all__ = ["rollout"]
 
