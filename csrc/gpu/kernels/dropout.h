@@ -90,11 +90,7 @@ ATTENTION_DEVICE void make_bits(KeptBits<true, 2>& bits, int query, uint32_t oct
 template <int kRowTiles, int kTiles, class Block, class F>
 ATTENTION_DEVICE void for_each_kept(const Block& block, const Dropout& dropout, F&& f) {
   if (!dropout.present) {
-    ATTENTION_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
-      for_each_number<kTiles>([&](int n, int i) { f(m, n, i, true); });
-    }
-    return;
+    return for_each_number<kRowTiles, kTiles>([&](int m, int n, int i) { f(m, n, i, true); });
   }
   const uint32_t batch_head = dropout.batch_head(block.head.sequence.batch, block.head.head);
   const auto words = [&](int q, uint32_t octet) {

@@ -133,12 +133,12 @@ class GradientBlock {
     }
   }
 
-  // rows(m, n, i) gives RowNumbers, and each(m, n, i, x) receives every gradient of a score. Where a weight is 0 so is
-  // its gradient, whatever hidden values hold. False where all gradients of this lane are 0 in a block that hides some
+  // rows(m, n, i) gives RowNumbers, and use(gradients) receives those of the scores. Where a weight is 0 so is its
+  // gradient, whatever hidden values hold. False where all gradients of this lane are 0 in a block that hides some
   // keys.
-  template <class RowOf, class Each>
+  template <class RowOf, class Use>
   ATTENTION_DEVICE bool differentiate(const ProblemOf<kOrder>& p, const Block& block, const Dropout& dropout,
-                                      RowOf&& rows, Each&& each) {
+                                      RowOf&& rows, Use&& use) {
     static_assert(!kSecond || kRowTiles == 1);
     ModifiedScore<VectorOps<T, kTiles>> scores[kRowTiles];
     ATTENTION_UNROLL
@@ -158,8 +158,7 @@ class GradientBlock {
     for_each_kept<kRowTiles, kTiles>(block, dropout, [&](int m, int n, int i, bool kept) {
       T &w = weight.tile[m][n].number[i], &g = grad.tile[m][n].number[i];
       const RowNumbers<T, kOrder> row = rows(m, n, i);
-      const auto score = score_at(scores[m], n, i);
-      const T prob = weight_of<kMode>(score.score, block.exp_scale(), row.logsumexp);
+      const T prob = weight_of<kMode>(scores[m].score.number[4 * n + i], block.exp_scale(), row.logsumexp);
       const bool hidden = kMode == ScoreMode::kAll && prob == T(0);
       const T centred = (kept ? g * kept_scale : T(0)) - row.delta;
       g = hidden ? T(0) : prob * centred;
@@ -167,21 +166,14 @@ class GradientBlock {
         T& gt = grad_tangent.tile[m][n].number[i];
         const T prob_tangent = prob * (tangents.number[4 * n + i] - row.logsumexp_tangent);
         const T centred_tangent = (kept ? gt * kept_scale : T(0)) - row.delta_tangent;
-        const T second = hidden ? T(0) : multiply_add(prob_tangent, centred, prob * centred_tangent);
-        each(m, n, i, second);
+        gt = hidden ? T(0) : multiply_add(prob_tangent, centred, prob * centred_tangent);
         w = hidden || !kept ? T(0) : prob_tangent;
-        gt = second;
-        if constexpr (kMode == ScoreMode::kAll) {
-          gt = hidden ? T(0)
-                      : multiply_add(second, score.softcap_grad,
-                                     g * score.softcap_grad2 * dot_tangent.tile[m][n].number[i]);
-        }
       } else {
-        each(m, n, i, g);
         w = kept ? prob : T(0);
       }
-      g *= score.softcap_grad;
     });
+    use(main());
+    if (kMode == ScoreMode::kAll && block.head.mods.is_nonlinear()) differentiate_softcap(scores);
     return !block.changes_scores() || any_gradient();
   }
 
@@ -197,6 +189,21 @@ class GradientBlock {
     if constexpr (kSecond) {
       if (kTransposed ? p.tangent.query : p.tangent.key) multiply_weights<C>(sums, grad, streamed.tile[2], row);
     }
+  }
+
+ private:
+  // Gradients of scores become those of scale * query . key.
+  ATTENTION_DEVICE void differentiate_softcap(const ModifiedScore<VectorOps<T, kTiles>> (&scores)[kRowTiles]) {
+    for_each_number<kRowTiles, kTiles>([&](int m, int n, int i) {
+      const auto score = score_at(scores[m], n, i);
+      T& g = grad.tile[m][n].number[i];
+      if constexpr (kSecond) {
+        T& gt = grad_tangent.tile[m][n].number[i];
+        const T curvature = g == T(0) ? T(0) : g * score.softcap_grad2 * dot_tangent.tile[m][n].number[i];
+        gt = gt == T(0) ? curvature : multiply_add(gt, score.softcap_grad, curvature);
+      }
+      g = g == T(0) ? T(0) : g * score.softcap_grad;
+    });
   }
 };
 

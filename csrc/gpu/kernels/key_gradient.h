@@ -87,7 +87,7 @@ class KeyGradient {
                                   const QueryTiles& queries, int row, RowOf&& rows) {
     GradientBlock<C, kMode, kOrder, true, kTiles> products;
     products.multiply(p_, keys, queries, row);
-    products.differentiate(p_, block, dropout_, rows, [](int, int, int, T) {});
+    products.differentiate(p_, block, dropout_, rows, [](const auto&) {});
     if constexpr (kOfValue) multiply_weights<C>(value_sums_, products.weight, queries.tile[1], row);
     if constexpr (kOfKey) products.add_gradient(p_, key_sums_, queries, row);
   }

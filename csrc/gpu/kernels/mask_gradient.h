@@ -73,7 +73,9 @@ class MaskGradient {
     products.multiply(p_, OwnRows<C, QueryTile, kQuerySources<kOrder>, false>(queries, row_), keys, 0);
     products.differentiate(
         p_, block, dropout_, [&](int, int n, int i) { return rows.row(block.query(0, n, i)); },
-        [&](int, int n, int i, T gradient) { sums_.tile[0][n].number[i] += gradient; });
+        [&](const auto& gradients) {
+          for_each_number<kTiles>([&](int n, int i) { sums_.tile[0][n].number[i] += gradients.tile[0][n].number[i]; });
+        });
     synchronize_block();
   }
 

@@ -6,24 +6,6 @@
 namespace attention_ext {
 namespace {
 
-// kRowTiles x kTiles fragments: 16 rows each, 8 columns each.
-template <class T, int kRowTiles, int kTiles>
-struct Fragments {
-  static constexpr int kTileCount = kTiles;
-  Fragment<T> tile[kRowTiles][kTiles];
-
-  ATTENTION_DEVICE void clear() {
-    ATTENTION_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
-      ATTENTION_UNROLL
-      for (int n = 0; n < kTiles; ++n) {
-        ATTENTION_UNROLL
-        for (int i = 0; i < 4; ++i) tile[m][n].number[i] = T(0);
-      }
-    }
-  }
-};
-
 // Calls f(n, i) for the numbers of a row of fragments; i / 2 is the row, i % 2 the column.
 template <int kTiles, class F>
 ATTENTION_DEVICE void for_each_number(F&& f) {
@@ -33,6 +15,24 @@ ATTENTION_DEVICE void for_each_number(F&& f) {
     for (int i = 0; i < 4; ++i) f(n, i);
   }
 }
+
+// The same for rows of fragments: f(m, n, i).
+template <int kRowTiles, int kTiles, class F>
+ATTENTION_DEVICE void for_each_number(F&& f) {
+  ATTENTION_UNROLL
+  for (int m = 0; m < kRowTiles; ++m) for_each_number<kTiles>([&](int n, int i) { f(m, n, i); });
+}
+
+// kRowTiles x kTiles fragments: 16 rows each, 8 columns each.
+template <class T, int kRowTiles, int kTiles>
+struct Fragments {
+  static constexpr int kTileCount = kTiles;
+  Fragment<T> tile[kRowTiles][kTiles];
+
+  ATTENTION_DEVICE void clear() {
+    for_each_number<kRowTiles, kTiles>([&](int m, int n, int i) { tile[m][n].number[i] = T(0); });
+  }
+};
 
 // Rows of operand A from a tile, as often as they are used.
 template <class C, class Tile>

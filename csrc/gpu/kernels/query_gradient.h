@@ -100,24 +100,31 @@ class QueryGradient {
                                   int row) {
     GradientBlock<C, kMode, kOrder, false, kTiles, kRowTiles> products;
     products.multiply(p_, queries, keys, row);
-    T slopes = 0, deltas[2 * kRowTiles] = {};
     const bool any = products.differentiate(
         p_, block, dropout_, [&](int m, int, int i) { return rows_[2 * m + i / 2]; },
-        [&](int m, int n, int i, T gradient) {
-          if constexpr (kResult == QueryResult::kDelta) {
-            deltas[2 * m + i / 2] += gradient;
-          } else if (kMode == ScoreMode::kAll && p_.grad_alibi_slopes) {
-            const auto at = block.at(block.query(m, n, i), block.key(m, n, i));
-            slopes += gradient * head_.mods.alibi.slope_grad<NumberOps<T>>(at);
-          }
-        });
-    if constexpr (kResult == QueryResult::kDelta) {
-      ATTENTION_UNROLL
-      for (int r = 0; r < 2 * kRowTiles; ++r) delta_sums_[r] += deltas[r];
-    } else {
-      if (kMode == ScoreMode::kAll && p_.grad_alibi_slopes) slope_sum_.add(slopes);
+        [&](const auto& gradients) { add_sums(block, gradients); });
+    if constexpr (kResult == QueryResult::kGradient) {
       // Keys that are hidden from all these rows may hold anything.
       if (p_.grad_query && any_in_warp(any)) products.add_gradient(p_, sums_, keys, row);
+    }
+  }
+
+  // Of gradients of scores: for delta, each row's; or for the slope, all of them by their distances.
+  template <class Gradients>
+  ATTENTION_DEVICE void add_sums(const ScoreBlock<T, kMode>& block, const Gradients& gradients) {
+    if constexpr (kResult == QueryResult::kDelta) {
+      T deltas[2 * kRowTiles] = {};
+      for_each_number<kRowTiles, kTiles>(
+          [&](int m, int n, int i) { deltas[2 * m + i / 2] += gradients.tile[m][n].number[i]; });
+      ATTENTION_UNROLL
+      for (int r = 0; r < 2 * kRowTiles; ++r) delta_sums_[r] += deltas[r];
+    } else if (kMode == ScoreMode::kAll && p_.grad_alibi_slopes) {
+      T slopes = 0;
+      for_each_number<kRowTiles, kTiles>([&](int m, int n, int i) {
+        const auto at = block.at(block.query(m, n, i), block.key(m, n, i));
+        slopes += gradients.tile[m][n].number[i] * head_.mods.alibi.slope_grad<NumberOps<T>>(at);
+      });
+      slope_sum_.add(slopes);
     }
   }
 

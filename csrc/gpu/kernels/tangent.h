@@ -55,10 +55,7 @@ ATTENTION_DEVICE void hide(Fragment<T> (&x)[kTiles], const ModifiedScore<VectorO
 template <class T, int kRowTiles, int kTiles>
 ATTENTION_DEVICE bool any_of(const Fragments<T, kRowTiles, kTiles>& x) {
   bool any = false;
-  ATTENTION_UNROLL
-  for (int m = 0; m < kRowTiles; ++m) {
-    for_each_number<kTiles>([&](int n, int i) { any |= x.tile[m][n].number[i] != T(0); });
-  }
+  for_each_number<kRowTiles, kTiles>([&](int m, int n, int i) { any |= x.tile[m][n].number[i] != T(0); });
   return any;
 }
 
