@@ -39,7 +39,7 @@ def cuda_toolkit() -> nvcc.Toolkit | None:
     compiler = nvcc.find()
     if switch != "0" and torch.version.cuda is not None and compiler is not None:
         try:
-            return nvcc.toolkit(compiler, torch.version.cuda)
+            return nvcc.checked(nvcc.toolkit(compiler, torch.version.cuda))
         except nvcc.MissingError as error:
             sys.exit(f"attention_ext: {error}. ATTENTION_EXT_CUDA=0 builds without CUDA kernels.")
     missing = "a torch with CUDA" if torch.version.cuda is None else "nvcc, which CUDA_HOME or PATH can name"

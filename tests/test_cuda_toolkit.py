@@ -107,6 +107,14 @@ def test_headers_and_library_of_packages(part: Any, nvcc: Any, real: Any, tmp_pa
     assert found.home == tmp_path / "toolkit"
 
 
+def test_toolkit_that_does_not_compile(part: Any, nvcc: Any, real: Any) -> None:
+    found = nvcc.toolkit(str(part(("toolkit/include", headers_of(real)), ("toolkit/lib64", real.cudart.parent))))
+    message = rf"(?s){found.nvcc} .*failed:.*nvidia-nvvm and nvidia-cuda-crt.*must be of CUDA {real.version}"
+    with pytest.raises(nvcc.MissingError, match=message):
+        nvcc.checked(found)
+    assert nvcc.checked(real) == real
+
+
 def test_toolkit_of_another_version(real: Any, nvcc: Any) -> None:
     with pytest.raises(nvcc.MissingError, match=rf"of CUDA {real.version}, and torch was built with CUDA 10\.2"):
         nvcc.toolkit(str(real.nvcc), "10.2")

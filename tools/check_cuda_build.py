@@ -67,7 +67,7 @@ def main() -> None:
         return gate.cannot_run("nvcc was not found in CUDA_HOME, else in PATH, /usr/local/cuda and NVIDIA's packages")
     at_hand = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     try:
-        toolkit = nvcc.toolkit(compiler, torch.version.cuda)
+        toolkit = nvcc.checked(nvcc.toolkit(compiler, torch.version.cuda))
         chips = nvcc.chips(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), at_hand, nvcc.known_chips(compiler))
     except nvcc.MissingError as error:
         sys.exit(str(error))

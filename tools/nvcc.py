@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -92,6 +93,26 @@ def toolkit(compiler: str, torch_cuda: str | None = None) -> Toolkit:
     own = [Path(folder) for folder in re.findall(r'"-L([^"]+)"', _dry_run(compiler))]
     cudart = _cudart(version, [*own, home / "lib64", home / "lib", *_packages("lib")])
     return Toolkit(nvcc if nvcc.exists() else Path(compiler), version, headers, cudart)
+
+
+def checked(found: Toolkit) -> Toolkit:
+    """The same toolkit, once it has compiled an empty kernel.
+
+    Raises:
+        MissingError: with nvcc's output, where its parts do not fit each other or the C++ compiler.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.cu"
+        source.write_text("__global__ void empty() {}\n")
+        flags = [*FLAGS, *found.header_flags(), *for_chips(DEFAULT_CHIPS[:1])]
+        try:
+            _said(str(found.nvcc), *flags, "-fatbin", "-o", f"{folder}/empty.fatbin", str(source))
+        except MissingError as error:
+            raise MissingError(
+                f"{error}\nThis was an empty kernel, so it is nvcc that does not work. pip installs nvidia-nvvm and "
+                f"nvidia-cuda-crt of any version beside nvidia-cuda-nvcc: all three must be of CUDA {found.version}"
+            ) from None
+    return found
 
 
 def chips(listed: str, at_hand: Sequence[tuple[int, int]], known: Sequence[str]) -> list[str]:

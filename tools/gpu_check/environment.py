@@ -40,7 +40,7 @@ def toolkit() -> dict[str, Any] | str:
     if compiler is None:
         return "nvcc was not found"
     try:
-        found = nvcc.toolkit(compiler, torch.version.cuda)
+        found = nvcc.checked(nvcc.toolkit(compiler, torch.version.cuda))
     except nvcc.MissingError as error:
         return str(error)
     headers = [str(folder) for folder in found.headers]
