@@ -118,17 +118,19 @@ void run(int64_t queries, int64_t keys) {
   void* const workspace = memory.data.data();
   run_kernel<Jvp<C, kBucket, ScoreMode::kAll>>(p, workspace);
   run_gradients<Order::kFirst, C>(p, workspace);
-  run_gradients<Order::kSecond, C>(p, workspace);  // one stage, where those above have two
+  run_gradients<Order::kSecond, C>(p, workspace);
   if (queries < 20) run_kernel<simt::MaskGradient<float, Order::kFirst>>(p, workspace);
 }
 
-// The next tiles arrive beside the split ones, or in their place.
-void run_split(int64_t queries, int64_t keys) {
+// Of first order the next tiles arrive beside the split ones, or in their place; of second order there is one stage,
+// where all above have two.
+void run_float(int64_t queries, int64_t keys) {
   Tensors<float> x;
   auto p = problem_of<DoubleBackwardProblem>(x, queries, keys);
   set_gradients(p, x);
   const Array<char> memory(static_cast<int64_t>(BackwardMemory<float>::bytes(p, queries * kHeads)));
   run_query_and_key<Order::kFirst, ComputeFloat, 2 * kBucket>(p, memory.data.data());
+  run_query_and_key<Order::kSecond, ComputeFloat>(p, memory.data.data());
 }
 
 }  // namespace
@@ -139,8 +141,8 @@ int main() {
     attention_ext::run(attention_ext::kQueries, attention_ext::kKeys);
     attention_ext::run(attention_ext::kQueries, 10);
     attention_ext::run(9, attention_ext::kKeys);
-    attention_ext::run_split(attention_ext::kQueries, attention_ext::kKeys);
-    attention_ext::run_split(attention_ext::kQueries, 10);
+    attention_ext::run_float(attention_ext::kQueries, attention_ext::kKeys);
+    attention_ext::run_float(attention_ext::kQueries, 10);
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;
