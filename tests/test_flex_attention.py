@@ -31,6 +31,10 @@ BATCH = 2
 attend: Any = flex_attention
 
 
+def captures(table: Tensor) -> Callable[..., Tensor]:
+    return lambda score, b, h, q, k: score + table[h]
+
+
 def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return q >= k
 
@@ -317,6 +321,54 @@ def test_indices_outside_raise_and_read_nothing() -> None:
             attend(*inputs, score_mod=lambda score, b, h, q, k, index=index: score + table[index + 0 * q])
 
 
+LONG = torch.ones(1, 1, 1, 16).expand(BATCH, HEADS, 1 << 31, 16)
+
+
+class Doubled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 5 * grad
+
+
+@pytest.mark.parametrize(
+    ("score_mod", "message"),
+    [
+        (lambda score, b, h, q, k: Doubled.apply(score), "Doubled, a torch.autograd.Function"),
+        (lambda score, b, h, q, k: score + (score - 0.3) // 0.5, "derivative for aten::floor_divide"),
+    ],
+)
+def test_functions_without_a_derivative_are_served_forward(score_mod: Any, message: str) -> None:
+    inputs = tensors((20, 20))
+    out = attend(*inputs, score_mod)
+    torch.testing.assert_close(out, dense(inputs, score_mod, "none")[0])
+    with pytest.raises(RuntimeError, match=message):
+        out.sum().backward()
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(lambda x: attend(x, *inputs[1:], score_mod), (inputs[0],), (inputs[0],))
+
+
+def test_layers_before_that_are_functions_of_their_own_take_no_part() -> None:
+    table = Doubled.apply(torch.randn(HEADS, dtype=torch.float64, requires_grad=True))
+    inputs = tensors((20, 20))
+    attend(*inputs, lambda score, b, h, q, k: score * table[h]).sum().backward()
+
+
+def test_meta_tensors() -> None:
+    query, key, value = (x.detach().to("meta") for x in tensors((20, 30)))
+    table = torch.randn(HEADS, device="meta")
+    assert attend(query, key, value, lambda score, b, h, q, k: score * table[h]).shape == (BATCH, HEADS, 20, 8)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -328,6 +380,21 @@ def test_indices_outside_raise_and_read_nothing() -> None:
         ({"block_mask": torch.ones(3, 3)}, TypeError, "BlockMask of torch or an attention_ext.SparseMask, got Tensor"),
         ({"block_mask": create_block_mask(causal, None, None, 7, 7, device="cpu")}, ValueError, "q_len=9 and kv_len=9"),
         ({"score_mod": lambda score, b, h, q, k: score if q > k else -score}, RuntimeError, "torch.where"),
+        ({"score_mod": 3}, TypeError, "expected `score_mod` to be a function or None, got int"),
+        ({"score_mod": captures(torch.zeros(4, device="meta"))}, RuntimeError, r"on cpu as `query`, got .* on meta"),
+        ({"score_mod": captures(torch.zeros(0))}, IndexError, "index outside"),
+        (
+            {"score_mod": captures(torch.zeros(4)), "key": LONG, "value": LONG},
+            NotImplementedError,
+            "at most 2\\^30 .*, 9 and 2147483648",
+        ),
+        ({"score_mod": lambda score, b, h, q, k: score + q // b}, IndexError, "not to divide an integer by 0"),
+        ({"scale": torch.ones((), requires_grad=True)}, TypeError, "multiply the score by it"),
+        (
+            {"score_mod": captures(torch.zeros(4)), "query": torch.ones(BATCH, HEADS, 9, 16, dtype=torch.complex64)},
+            RuntimeError,
+            "expected `query` to be of dtype .* got complex64",
+        ),
     ],
 )
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:

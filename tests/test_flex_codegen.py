@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from attention_ext.flex import traces
 from attention_ext.flex.codegen import generate
 from attention_ext.flex.compile import compiled, functions
-from attention_ext.flex.trace import ScoreModError, trace
+from attention_ext.flex.score_mod import ScoreModError, reader
+from attention_ext.flex.trace import trace
 from attention_ext.flex.traces import traced
 from attention_ext.testing.score_mods import SCORE_MODS, captured_by
 
+SLOPES, COUNTS = torch.ones(4), torch.ones(4)
 BATCH, HEAD, QUERY, KEY, QUERIES, KEYS, STRIDE = 1, 3, 5, 2, 83, 70, 96
 SCALE = 0.75
 
@@ -102,9 +105,17 @@ def test_derivative_of_one_has_no_function() -> None:
 
 def test_rows_of_captured_tensors_are_views() -> None:
     bias = torch.randn(2, 3, 5, requires_grad=True)
-    by_rows = trace(lambda score, b, h, q, k: score * bias[h][q][k], torch.float32)
     at_once = trace(lambda score, b, h, q, k: score * bias[h, q, k], torch.float32)
-    assert generate(by_rows) == generate(at_once)
+    for by_rows in (
+        lambda score, b, h, q, k: score * bias[h][q][k],
+        lambda score, b, h, q, k: score * bias[h, :, k][q],
+        lambda score, b, h, q, k: score * bias[..., k][h, q],
+    ):
+        assert generate(trace(by_rows, torch.float32)) == generate(at_once)
+    whole = bias[0].detach().requires_grad_()
+    by_embedding = trace(lambda score, b, h, q, k: score * torch.nn.functional.embedding(q, whole)[h], torch.float32)
+    assert generate(by_embedding) == generate(trace(lambda score, b, h, q, k: score * whole[q, h], torch.float32))
+    assert trace(lambda score, b, h, q, k: score * bias.unbind()[1][q, k], torch.float32).differentiable == (True,)
 
 
 def test_values_of_captured_tensors_are_read_at_each_call() -> None:
@@ -119,7 +130,12 @@ def test_values_of_captured_tensors_are_read_at_each_call() -> None:
     [
         (lambda score, b, h, q, k: score if q >= k else score - 1, r"reads the value of a tensor.*torch\.where"),
         (lambda score, b, h, q, k: score + torch.rand(()), "random operator aten.rand"),
-        (lambda score, b, h, q, k: score.add_(1), "in-place operator aten.add_"),
+        (lambda score, b, h, q, k: score + COUNTS.add_(1)[h], "in-place operator aten.add_"),
+        (lambda score, b, h, q, k: score + q.item(), r"reads the value of a tensor.*torch\.where"),
+        (lambda score, b, h, q, k: score + SLOPES[k > 1], "an index of dtype bool"),
+        (lambda score, b, h, q, k: score + SLOPES.to(torch.complex64)[h].real, "aten.view_as_real"),
+        (lambda score, b, h, q, k: score + q.int() * 2**40, "1099511627776 as a number of type int32_t"),
+        (lambda score, b, h, q, k: score + torch.func.grad(torch.sin)(score), "transform of torch.func"),
         (lambda score, b, h, q, k: score + torch.ones(3), r"a tensor of shape \(3,\)"),
         (lambda score, b, h, q, k: 1.0, "a result that is float"),
         (lambda score, b, h, q, k: score + torch.arange(3)[torch.stack([q, k])].sum(), "aten.stack"),
@@ -161,6 +177,34 @@ def test_a_function_is_traced_again_only_where_it_sees_something_else(monkeypatc
     for _ in range(2):
         traced(by_attribute, torch.float32)
     assert len(calls) == 7
+
+
+@dataclass(frozen=True)
+class Scaled:
+    factor: float
+
+    def __call__(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score * self.factor * SLOPES[h]
+
+
+def test_what_objects_and_functions_hold_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    score, *position = torch.tensor(2.0), *torch.zeros(4, dtype=torch.int)
+
+    def run(score_mod: Any) -> float:
+        made = traced(score_mod, torch.float32)
+        return made.run(score, position, reader(made.tensors(), 0)).item()
+
+    def by_attribute(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score * factor()
+
+    def factor() -> float:
+        return vars(factor)["value"]
+
+    vars(factor)["value"] = 3.0
+    assert (run(Scaled(2.0)), run(Scaled(4.0)), run(by_attribute)) == (4, 8, 6)
+    monkeypatch.setitem(globals(), "SLOPES", torch.full((4,), 5.0))
+    vars(factor)["value"] = 7.0
+    assert (run(Scaled(2.0)), run(by_attribute)) == (20, 14)
 
 
 def test_captured_arrays_and_signed_zeros_are_told_apart() -> None:

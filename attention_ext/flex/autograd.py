@@ -45,13 +45,13 @@ class Attend(torch.autograd.Function):
             return (None,) * (2 + len(inputs))
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         wanted = tuple(ctx.needs_input_grad[2:])
-        ctx.call.check_gradients(wanted[3:])
         grads = Gradients.apply(ctx.call, wanted, grad_out, grad_logsumexp, out, logsumexp, *inputs)
         return None, None, *(g if w else None for g, w in zip(grads, wanted, strict=True))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> Any:
         query, key, *others = inputs = ctx.saved_tensors
+        ctx.call.check_derivative([False] * (len(others) - 1))
         return *_push(attention(ctx.call, query, key, len(others) - 1), inputs, tangents), None
 
     @staticmethod
@@ -80,6 +80,7 @@ class Gradients(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Any:
         query, key, value, *captured = inputs
+        call.check_derivative(wanted[3:])
         with torch._C._AutoDispatchBelowAutograd():
             *first, of_captured = ops.flex_attention_backward(
                 grad_out, grad_logsumexp, query, key, value, out, logsumexp, call.key, captured, list(wanted[3:]),

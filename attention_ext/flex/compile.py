@@ -20,11 +20,12 @@ from filelock import FileLock
 
 from attention_ext import _C
 from attention_ext.flex.codegen import Source, generate
-from attention_ext.flex.trace import ScoreMod, undisturbed
+from attention_ext.flex.score_mod import ScoreMod
+from attention_ext.flex.trace import undisturbed
 from attention_ext.paths import include_path
 
 _FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fwrapv",
     "-fvisibility=default", "-w",
 )  # fmt: skip
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -40,11 +41,14 @@ _score_mods: dict[str, ScoreMod] = {}
 
 def key_of(score_mod: ScoreMod) -> str:
     """The key under which the operators find the compiled functions."""
-    structure = (str(score_mod.body), score_mod.dtypes, score_mod.differentiable, score_mod.dtype)
+    structure = (
+        str(score_mod.body), score_mod.dtypes, score_mod.differentiable, score_mod.dtype, score_mod.custom,
+    )  # fmt: skip
     if structure not in _keys:
         with undisturbed():
-            key = compiled(generate(score_mod), score_mod.dtype, len(score_mod.dtypes))
-        _score_mods[key] = replace(score_mod, captured=())
+            source = generate(score_mod)
+            key = compiled(source, score_mod.dtype, len(score_mod.dtypes))
+        _score_mods[key] = replace(score_mod, captured=(), refused=source.refused)
         _keys[structure] = key
     return _keys[structure]
 

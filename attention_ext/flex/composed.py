@@ -12,7 +12,9 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_gradtrackingtensor
 
 from attention_ext.flex.block_mask import SparseMask
-from attention_ext.flex.trace import ScoreMod, reader
+from attention_ext.flex.compile import score_mod_of
+from attention_ext.flex.indexing import IndexByTensors
+from attention_ext.flex.score_mod import ScoreMod, reader
 
 _SCORES = 1 << 24  # of a block of queries
 
@@ -34,8 +36,10 @@ class Call:
         blocks, bits = self.block_mask
         return {"scale": self.scale, "enable_gqa": self.enable_gqa, "block_mask": blocks, "block_mask_bits": bits}
 
-    def check_gradients(self, wanted: Sequence[bool]) -> None:
-        """wanted: for each captured tensor."""
+    def check_derivative(self, wanted: Sequence[bool]) -> None:
+        """wanted: for each captured tensor whether its gradient is."""
+        if refused := score_mod_of(self.key).refused:
+            raise RuntimeError(refused)
         for i, (compiled, needed) in enumerate(zip(self.score_mod.differentiable, wanted, strict=True)):
             if needed and not compiled:
                 raise RuntimeError(
@@ -92,15 +96,13 @@ def attend(
 
 def traced(score_mod: ScoreMod) -> Modify:
     def modify(score: Tensor, position: Sequence[Tensor], captured: Sequence[Tensor]) -> Tensor:
-        return score_mod.run(score, [x.int() for x in position], reader(captured, score.dim()))
+        return score_mod.run(score, position, reader(captured, score.dim()))
 
     return modify
 
 
 def mapped(score_mod: Callable[..., Tensor]) -> Modify:
     """By vmap, so that it may be any function; as torch calls it without torch.compile."""
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-
     nested = score_mod
     for dims in (
         (0, None, None, None, 0),
@@ -111,7 +113,7 @@ def mapped(score_mod: Callable[..., Tensor]) -> Modify:
         nested = torch.vmap(nested, dims)
 
     def modify(score: Tensor, position: Sequence[Tensor], captured: Sequence[Tensor]) -> Tensor:
-        with TransformGetItemToIndex():
+        with IndexByTensors():
             return nested(score, *(x.flatten() for x in position))
 
     return modify

@@ -74,6 +74,7 @@ def flex_attention(
     Source: "FlexAttention" (arXiv:2412.05496).
     """
     _check(query, key, value, block_mask, enable_gqa)
+    _check_functions(score_mod, scale)
     if return_lse and return_aux is not None:
         raise ValueError(
             "Cannot specify both return_lse and return_aux. return_lse is deprecated, please use "
@@ -170,6 +171,16 @@ def _check(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, enable_gq
         raise ValueError(
             "Expect query and key/value to have the same batch size, or block_mask and keys of batch size 1, but got "
             f"Bq={query.size(0)} and Bkv={key.size(0)}."
+        )
+
+
+def _check_functions(score_mod: Any, scale: Any) -> None:
+    if score_mod is not None and not callable(score_mod):
+        raise TypeError(f"{_NAME}: expected `score_mod` to be a function or None, got {type(score_mod).__name__}")
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError(
+            f"{_NAME}: expected `scale` to be a number, got a tensor that requires a gradient: multiply the score by "
+            "it in `score_mod`"
         )
 
 

@@ -20,7 +20,8 @@ from torch._ops import HigherOrderOperator
 
 from attention_ext.flex.block_mask import SparseMask
 from attention_ext.flex.calls import attend_modified
-from attention_ext.flex.trace import ScoreMod, hint_of, needs_grad, stand_in, trace, undisturbed
+from attention_ext.flex.score_mod import ScoreMod
+from attention_ext.flex.trace import hint_of, needs_grad, stand_in, trace, undisturbed
 from attention_ext.flex.traces import traced
 
 Graph = Callable[..., Tensor]

@@ -4,7 +4,7 @@ import builtins
 import dataclasses
 import math
 from collections.abc import Callable, Hashable
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def seen_by(value: Any, of_tensor: Callable[[Tensor], Hashable], depth: int = 0)
     """Of a function: its code, and what its closure, defaults and globals hold.
 
     Numbers and strings count by value, and so do tuples and frozen dataclasses of them, tensors by ``of_tensor``,
-    functions by what they see themselves.
+    functions, those of dataclasses too, by what they see themselves.
 
     Raises:
         UnknownError: for a reference to anything else, such as an object whose attributes the function reads.
@@ -52,16 +52,38 @@ def seen_by(value: Any, of_tensor: Callable[[Tensor], Hashable], depth: int = 0)
     if isinstance(value, tuple):
         return tuple(seen_by(x, of_tensor, depth) for x in value)
     if _is_frozen(value) and depth < 8:
-        fields = (getattr(value, x.name) for x in dataclasses.fields(value))
-        return type(value), tuple(seen_by(x, of_tensor, depth + 1) for x in fields)
+        held = (*(getattr(value, x.name) for x in dataclasses.fields(value)), *_written_in(type(value)))
+        return type(value), tuple(seen_by(x, of_tensor, depth + 1) for x in held)
     if isinstance(value, FunctionType) and depth < 8:
-        if value.__module__.partition(".")[0] == "torch" and value.__closure__ is None:
+        if (value.__module__ or "").partition(".")[0] == "torch" and value.__closure__ is None:
             return id(value)
-        cells = (x.cell_contents for x in value.__closure__ or ())
         named = (value.__globals__[x] for x in sorted(_names(value.__code__)) if x in value.__globals__)
-        held = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named)
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        held = (*_cells(value), *defaults, *named, *vars(value), *vars(value).values())
         return value.__code__, tuple(seen_by(x, of_tensor, depth + 1) for x in held)
     raise UnknownError
+
+
+def _cells(function: FunctionType) -> list[Any]:
+    try:
+        return [x.cell_contents for x in function.__closure__ or ()]
+    except ValueError as error:  # of a name that has no value yet
+        raise UnknownError from error
+
+
+def _written_in(dataclass: type) -> list[Any]:
+    """Functions and constants of a dataclass, but for its fields and what it was given as a dataclass."""
+    written: list[Any] = []
+    for base in dataclass.__mro__[:-1]:
+        for name, value in vars(base).items():
+            if name == "__call__" or not name.startswith("__"):
+                if isinstance(value, property):
+                    written += [value.fget]
+                elif isinstance(value, staticmethod | classmethod):
+                    written += [value.__func__]
+                elif not isinstance(value, MemberDescriptorType):
+                    written += [value]
+    return written
 
 
 def _is_frozen(value: Any) -> bool:

@@ -12,12 +12,13 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from attention_ext.flex.score_mod import ScoreMod
 from attention_ext.flex.seen import UnknownError, seen_by
-from attention_ext.flex.trace import ScoreMod, needs_grad, trace, undisturbed
+from attention_ext.flex.trace import needs_grad, trace, undisturbed
 
 _MOST = 64  # traces of one function
 _Trace = tuple[tuple[ReferenceType[Tensor], ...], ScoreMod]
-_made = WeakKeyDictionary[CodeType, dict[Hashable, _Trace]]()
+_made = WeakKeyDictionary[CodeType | type, dict[Hashable, _Trace]]()
 
 
 def traced(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> ScoreMod:
@@ -27,7 +28,7 @@ def traced(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> ScoreMod:
     except UnknownError:
         with undisturbed():
             return trace(score_mod, dtype)
-    traces = _made.setdefault(score_mod.__code__, {})  # seen_by refuses callables without code
+    traces = _made.setdefault(getattr(score_mod, "__code__", type(score_mod)), {})
     if seen in traces:
         references, made = traces[seen]
         captured = tuple(x() for x in references)

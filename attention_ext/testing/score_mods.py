@@ -162,6 +162,42 @@ def integers(_: torch.dtype) -> ScoreMod:
     return score_mod
 
 
+def wide_integers(_: torch.dtype) -> ScoreMod:
+    """Of numbers that 32 bits do not hold, and shifts by more bits than a number has."""
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        spread = (q * 2654435761 + k * 1103515245 + (k * 3 + 1) ** 7) % 97
+        far = torch.where(q - 2**40 < k - 2**31, 1.5, 0.0) + torch.clamp(k, max=2**35) + 2**34 // (q + 1) % 5
+        return score + 0.01 * (spread + far + (q << k % 3 * 40) % 7 + (k - q >> 70))
+
+    return score_mod
+
+
+def detached(dtype: torch.dtype) -> ScoreMod:
+    gate, table = _random(HEADS, dtype=dtype), _random(LENGTH, dtype=dtype)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        with torch.no_grad():
+            frozen = torch.sin(score * table[q])
+        changed = score * 2
+        changed += gate.detach()[h]
+        return frozen * score + changed.mul_(gate[h]) * score.detach() + table[k].detach()
+
+    return score_mod
+
+
+def seldom(_: torch.dtype) -> ScoreMod:
+    functional = torch.nn.functional
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        extreme = torch.fmax(score, 0.5 * score) + torch.fmin(score, 0 * score + 0.3) + torch.sgn(score)
+        shrunk = functional.softshrink(score, 0.2) + functional.hardshrink(score) + torch.round(score, decimals=1)
+        near = torch.isclose(score, 0 * score, atol=0.4) | torch.signbit(score) | (q > k).any()
+        return extreme + torch.where(near, shrunk, torch.add(score, q, alpha=3))
+
+    return score_mod
+
+
 def choices(_: torch.dtype) -> ScoreMod:
     allowed, step = torch.arange(LENGTH) % 5 != 1, (torch.arange(LENGTH) % 7 - 3).to(torch.int8)
 
@@ -209,7 +245,7 @@ SCORE_MODS: dict[str, Callable[[torch.dtype], ScoreMod]] = {
     for x in (
         alibi, alibi_of_head_number, relative, relative_table, t5_buckets, softcap, captured_cap, head_scale, head_gate,
         batch_bias, bias_by_rows, strided_bias, position_factor, causal_by_score, document, document_table, even_heads,
-        grid, bent, activations, transcendental, integers, choices, powers, pages,
+        grid, bent, activations, transcendental, integers, wide_integers, detached, seldom, choices, powers, pages,
         constant,
     )
 }  # fmt: skip

@@ -27,6 +27,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // o
 constexpr const char* kForward = "flex_attention_forward";
 constexpr const char* kBackward = "flex_attention_backward";
 
+constexpr int64_t kMostPositions = int64_t{1} << 30;  // compiled functions keep positions and their sums in 32 bits
 constexpr int64_t kMostCopies = 32;                   // of gradients of captured tensors: the jobs that make them
 constexpr int64_t kCopiedNumbers = int64_t{1} << 23;  // in all of the copies, unless one has more
 
@@ -49,6 +50,10 @@ class Call {
                 compiled.is_double ? "double" : "float");
     TORCH_CHECK(static_cast<int64_t>(captured.size()) == compiled.captured, op, ": expected `captured` to be ",
                 compiled.captured, " tensors, got ", captured.size());
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        std::max({problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k}) <= kMostPositions, op,
+        ": expected at most 2^30 batch entries, heads, queries and keys with a score_mod, got ", problem.batch, ", ",
+        problem.heads, ", ", problem.seqlen_q, " and ", problem.seqlen_k);
     int64_t numbers = 0;
     for (size_t i = 0; i < std::min(wanted.size(), captured.size()); ++i)
       numbers += wanted.get(i) ? captured[i].numel() : 0;
@@ -72,11 +77,16 @@ class Call {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
-  void run(Pass pass, const AttentionProblem& problem) const {
-    if (problem.batch > 0 && problem.heads > 0 && problem.seqlen_q > 0) device_for(at::kCPU).run(pass, problem);
+  // captured: where a tensor has no number, none can be read.
+  void run(Pass pass, const AttentionProblem& problem, const std::vector<Tensor>& captured) {
+    if (problem.batch == 0 || problem.heads == 0 || problem.seqlen_q == 0) return;
+    index_error_ = problem.seqlen_k > 0 &&
+                   std::any_of(captured.begin(), captured.end(), [](const Tensor& x) { return x.numel() == 0; });
+    if (!index_error_) device_for(at::kCPU).run(pass, problem);
     TORCH_CHECK_INDEX(!index_error_, op_,
-                      ": expected `score_mod` to index captured tensors within their sizes, got an index outside: "
-                      "clamp it, also at positions that a mask hides");
+                      ": expected `score_mod` to index captured tensors within their sizes, and not to divide an "
+                      "integer by 0, got an index outside or a division by 0: clamp it, also at positions that a mask "
+                      "hides");
   }
 
   std::vector<Tensor> gradients(const std::vector<Tensor>& captured) const {
@@ -113,7 +123,7 @@ Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, std
   problem.out = view_of(out);
   problem.logsumexp = logsumexp.mutable_data_ptr();
   if (compute_max_scores) problem.max_scores = max_scores.mutable_data_ptr();
-  Call(kForward, problem, score_mod, captured, c10::List<bool>()).run(Pass::kForward, problem);
+  Call(kForward, problem, score_mod, captured, c10::List<bool>()).run(Pass::kForward, problem, captured);
   return {out, logsumexp, max_scores};
 }
 
@@ -141,9 +151,9 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_log
   problem.grad_out = view_of(grad_out);
   problem.logsumexp = contiguous_data(logsumexp, converted);
   if (grad_logsumexp) problem.grad_logsumexp = contiguous_data(*grad_logsumexp, converted);
-  const Call call(kBackward, problem, score_mod, captured, wanted);
+  Call call(kBackward, problem, score_mod, captured, wanted);
   problem.logsumexp_low = logsumexp_low(problem, logsumexp, converted);
-  call.run(Pass::kBackward, problem);
+  call.run(Pass::kBackward, problem, captured);
   const auto made = gradients.results();
   return {std::get<0>(made), std::get<1>(made), std::get<2>(made), call.gradients(captured)};
 }

@@ -164,8 +164,23 @@ SCORE_INLINE T power(T a, T b) {
   if constexpr (std::is_floating_point_v<T>) {
     return std::pow(a, b);
   } else {
-    return static_cast<T>(std::llround(std::pow(static_cast<double>(a), static_cast<double>(b))));
+    if (b < 0) return a == 1 ? T(1) : (a == T(-1) ? (b % 2 != 0 ? T(-1) : T(1)) : T(0));
+    T result = 1;
+    for (; b > 0; b /= 2, a *= a) result *= b % 2 != 0 ? a : T(1);
+    return result;
   }
+}
+
+template <class T>
+SCORE_INLINE T shift_left(T a, T b) {  // 0 where C++ has no answer
+  const bool outside = b < 0 || b >= T(8 * sizeof(T));
+  return outside ? T(0) : a << (outside ? T(0) : b);
+}
+
+template <class T>
+SCORE_INLINE T shift_right(T a, T b) {
+  const bool outside = b < 0 || b >= T(8 * sizeof(T));
+  return outside ? (a < 0 ? T(-1) : T(0)) : a >> (outside ? T(0) : b);
 }
 
 template <class T>
