@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -177,6 +178,16 @@ def test_a_function_is_traced_again_only_where_it_sees_something_else(monkeypatc
     for _ in range(2):
         traced(by_attribute, torch.float32)
     assert len(calls) == 7
+
+
+def test_threads_trace_one_after_another() -> None:
+    def work(thread: int) -> bool:
+        made = [traced(lambda score, b, h, q, k, n=n: score * n + thread, torch.float32) for n in range(10)]
+        score, *position = torch.tensor(2.0), *torch.zeros(4, dtype=torch.int)
+        return [x.run(score, position, reader((), 0)) for x in made] == [2 * n + thread for n in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 @dataclass(frozen=True)

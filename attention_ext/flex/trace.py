@@ -39,7 +39,7 @@ _ONE_RESULT: Any = get_decompositions([aten.log_sigmoid_forward])  # of operator
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Without the modes, transforms and other traces that a call runs under, in one thread at a time, as make_fx needs."""
+    """Without the modes, transforms and other traces that a call runs under; in one thread at a time, for make_fx."""
     with (
         _LOCK,
         _disable_current_modes(),
