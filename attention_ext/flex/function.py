@@ -46,9 +46,9 @@ def flex_attention(
         key: ``(B, Hkv, S, D)``, dtype of query; with a block_mask also of batch size 1.
         value: ``(B, Hkv, S, Dv)``, likewise.
         score_mod: of a score and its position, five tensors without dimensions: one in the dtype of the arithmetic,
-            float32 or float64, and four int32; returns the modified score. It may do arithmetic, compare, choose by
+            float32 or float64, and four int64; returns the modified score. It may do arithmetic, compare, choose by
             torch.where, and read captured tensors by index at any computed position. What uses captured tensors alone
-            may be any code of torch. CPU only.
+            may be any code of torch. Numbers of 16 bits are kept in float32, as by torch.compile. CPU only.
         block_mask: torch's BlockMask, converted once and kept with it while its mask_mod sees the same values, or an
             :class:`attention_ext.SparseMask`.
         scale: factor on the dot product; None is ``1 / sqrt(D)``.
@@ -65,9 +65,9 @@ def flex_attention(
 
     Raises:
         ValueError: for sizes that do not fit, as torch.
-        RuntimeError: for a function that cannot be compiled, with the operation and what to write instead, and where no
-            compiler is found.
-        IndexError: where the function indexes outside of a captured tensor.
+        RuntimeError: for a function that cannot be compiled, with the operation and what to write instead; where no
+            compiler is found; and in the backward pass of a function that has no derivative.
+        IndexError: where the function indexes outside of a captured tensor, or divides an integer by 0.
         NotImplementedError: for nested tensors, and on a GPU for a score_mod, for largest scores, and for a BlockMask
             that was not converted before its call is compiled.
 
