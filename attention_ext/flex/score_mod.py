@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 ARGUMENTS = ("score", "b", "h", "q", "k")
-MOST_POSITIONS = 1 << 30  # of any of the last four
+MOST_POSITIONS = 1 << 30  # of any of the last four, as csrc/torch/flex.cpp checks
 aten = torch.ops.aten
 
 Read = Callable[..., Tensor]  # of (number of the captured tensor, *index)

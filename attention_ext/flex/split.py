@@ -203,29 +203,28 @@ class Split:
             return self.sources[node.args[0]].item()  # type: ignore[index]
         return None
 
-    def _prelude(self, leaves: Sequence[fx.Node]) -> tuple[tuple[Any, ...], fx.GraphModule, tuple[bool, ...]]:
+    def _prelude(self, leaves: Sequence[fx.Node]) -> tuple[tuple[Tensor, ...], fx.GraphModule, tuple[bool, ...]]:
+        """The captured tensors, the graph from them to the leaves, and whether each leaf needs a gradient."""
         needed = set(leaves)
         for node in reversed(self.nodes):
             if node in needed:
                 needed.update(node.all_input_nodes)
-        nodes = [x for x in self.nodes if x in needed]
         graph, made, needs_grad = fx.Graph(), dict[fx.Node, Any](), dict[fx.Node, bool]()
-        captured: list[Any] = []
-        for node in (x for x in nodes if x in self.sources):
-            source = self.sources[node]
-            same = [x for x in made if isinstance(source, Tensor) and self.sources[x] is source]
-            if isinstance(source, Tensor) and not same:
-                captured.append(source)
-            made[node] = made[same[0]] if same else source
-            if isinstance(source, Tensor) and not same:
-                made[node] = graph.placeholder(f"captured_{len(captured)}")
+        captured: dict[int, tuple[Tensor, fx.Node]] = {}  # by identity
+        sources = [x for x in self.nodes if x in needed and x in self.sources]
+        for node in sources:
+            source = made[node] = self.sources[node]
+            if isinstance(source, Tensor):
+                if id(source) not in captured:
+                    captured[id(source)] = source, graph.placeholder(f"captured_{len(captured) + 1}")
+                made[node] = captured[id(source)][1]
             needs_grad[node] = isinstance(source, Tensor) and source.requires_grad
-        for node in (x for x in nodes if x not in self.sources):
+        for node in (x for x in self.nodes if x in needed and x not in self.sources):
             made[node] = graph.node_copy(node, made.__getitem__)
             value = node.meta["val"]
-            passes = node.target is not aten.detach.default and (
-                not isinstance(value, Tensor) or value.is_floating_point()
-            )
-            needs_grad[node] = passes and any(needs_grad[x] for x in node.all_input_nodes)
+            has_gradient = not isinstance(value, Tensor) or value.is_floating_point()
+            is_cut = node.target is aten.detach.default
+            needs_grad[node] = has_gradient and not is_cut and any(needs_grad[x] for x in node.all_input_nodes)
         graph.output(tuple(made[x] for x in leaves))
-        return tuple(captured), fx.GraphModule({}, graph), tuple(needs_grad[x] for x in leaves)
+        tensors = tuple(x for x, _ in captured.values())
+        return tensors, fx.GraphModule({}, graph), tuple(needs_grad[x] for x in leaves)

@@ -96,11 +96,11 @@ class _Traced(TorchFunctionMode):
         if not isinstance(x, Tensor) or (isinstance(x, FakeTensor) and x.fake_mode is self.fake_mode):
             return x
         if isinstance(x, FakeTensor | FunctionalTensor) or is_functorch_wrapped_tensor(x):
-            return self.stand_in(x)
+            return self._stand_in(x)
         self.given.add(x.grad_fn)
         return x
 
-    def stand_in(self, x: Tensor) -> Tensor:
+    def _stand_in(self, x: Tensor) -> Tensor:
         if peek_interpreter_stack() is not None:
             raise ScoreModError("a transform of torch.func within the function", "call the transform outside of it")
         for wrapped, made in zip(self.wrapped, self.stand_ins, strict=True):
@@ -172,5 +172,4 @@ def _functional(traced: fx.GraphModule, arguments: Sequence[Any]) -> fx.GraphMod
     """The same without changes in place of numbers that the function made."""
     if not any(is_mutable(x) for x in traced.graph.nodes):
         return traced
-    with torch.no_grad():
-        return _graph_of(torch.func.functionalize(traced, remove="mutations"), arguments)
+    return _graph_of(torch.func.functionalize(traced, remove="mutations"), arguments)

@@ -156,7 +156,9 @@ def integers(_: torch.dtype) -> ScoreMod:
         divided = distance // 3 + distance % 5 + distance // -4 + distance % -7 + distance / 3
         to_zero = torch.div(distance, 3, rounding_mode="trunc") + torch.fmod(distance, 5)
         bits = ((q ^ k) & 3) + (~q & 1) + (q << 1) + (distance >> 1)
-        rounded = torch.floor(q / 3) + torch.ceil(k / 4) + torch.round(k / 3) + torch.trunc(distance / 5)
+        rounded = (
+            torch.floor(q / 3) + (q * 0.25) // -0.1 + torch.ceil(k / 4) + torch.round(k / 3) + torch.trunc(distance / 5)
+        )
         return score + 0.01 * (divided + to_zero + bits + rounded + torch.minimum(q, k) ** 2)
 
     return score_mod
@@ -168,7 +170,8 @@ def wide_integers(_: torch.dtype) -> ScoreMod:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         spread = (q * 2654435761 + k * 1103515245 + (k * 3 + 1) ** 7) % 97
         far = torch.where(q - 2**40 < k - 2**31, 1.5, 0.0) + torch.clamp(k, max=2**35) + 2**34 // (q + 1) % 5
-        return score + 0.01 * (spread + far + (q << k % 3 * 40) % 7 + (k - q >> 70))
+        least = (q * 0 + 2**62) * -2 // (k * 0 - 1) % 5
+        return score + 0.01 * (spread + far + least + (q << k % 3 * 40) % 7 + (k - q >> 70))
 
     return score_mod
 

@@ -118,15 +118,25 @@ SCORE_INLINE T sigmoid(T x) {
   return T(1) / (T(1) + exp(-x));
 }
 
-// Division as torch's operators round it. Integers divide by 1 instead of 0, and say so.
+// Whole numbers divide by 1 instead of 0, and say so. The least one by -1 is itself.
+template <class T>
+SCORE_INLINE T divide_whole(T a, T b, int& wrong) {
+  wrong |= b == 0;
+  const bool negates = std::is_signed_v<T> && b == T(-1);
+  const T quotient = a / (b == 0 || negates ? T(1) : b);
+  return negates ? -quotient : quotient;
+}
+
+// Division as torch's operators round it.
 template <class T>
 SCORE_INLINE T divide_down(T a, T b, int& wrong) {
-  if constexpr (std::is_floating_point_v<T>) {
-    return std::floor(a / b);
+  if constexpr (std::is_floating_point_v<T>) {  // not floor(a / b): 1 / 0.1 rounds up to 10
+    const T rest = std::fmod(a, b);
+    const T whole = std::nearbyint((a - rest) / b) - (rest != 0 && (rest < 0) != (b < 0) ? T(1) : T(0));
+    return b == 0 ? a / b : std::copysign(whole, whole == 0 ? a / b : whole);
   } else {
-    wrong |= b == 0;
-    const T by = b == 0 ? T(1) : b, quotient = a / by;
-    return quotient * by != a && (a < 0) != (by < 0) ? quotient - 1 : quotient;
+    const T quotient = divide_whole(a, b, wrong);
+    return quotient * b != a && b != 0 && (a < 0) != (b < 0) ? quotient - 1 : quotient;
   }
 }
 
@@ -135,8 +145,7 @@ SCORE_INLINE T divide_to_zero(T a, T b, int& wrong) {
   if constexpr (std::is_floating_point_v<T>) {
     return std::trunc(a / b);
   } else {
-    wrong |= b == 0;
-    return a / (b == 0 ? T(1) : b);
+    return divide_whole(a, b, wrong);
   }
 }
 
