@@ -138,6 +138,17 @@ def test_values_that_change_between_calls() -> None:
         check(tensors(), mask, mask_mod)
 
 
+def test_blocks_that_change_between_calls() -> None:
+    mask, query = block_mask(causal, BLOCK_SIZE=BLOCK), tensors()
+    full = mask.full_kv_num_blocks
+    assert full is not None
+    before = attend(*query, None, mask)
+    full.zero_()  # in which the mask_mod sees all keys
+    after = attend(*query, None, mask)
+    torch.testing.assert_close(after, attend(*query, None, SparseMask.from_block_mask(mask)), rtol=0, atol=0)
+    assert not torch.equal(before, after)
+
+
 @dataclass(frozen=True)
 class Options:
     size: int

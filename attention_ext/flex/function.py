@@ -229,11 +229,13 @@ class _Kept(NamedTuple):
 
 
 def _converted(block_mask: BlockMask) -> SparseMask:
-    """Kept with the BlockMask until another mask_mod is assigned to it, or sees other values."""
+    """Kept with the BlockMask until its blocks change, or another mask_mod is assigned to it, or sees other values."""
     from attention_ext.flex.seen import UnknownError, Values, seen_by
 
     try:
-        seen = seen_by(block_mask.mask_mod, Values)
+        tables = tuple(None if x is None else Values(x, assumed=True) for x in _tables(block_mask))
+        lengths = (tuple(block_mask.seq_lengths), tuple(block_mask.BLOCK_SIZE))
+        seen = (seen_by(block_mask.mask_mod, Values), tables, lengths)
     except UnknownError:
         seen = None
     kept = getattr(block_mask, _KEPT, None)
@@ -242,3 +244,8 @@ def _converted(block_mask: BlockMask) -> SparseMask:
     mask = SparseMask.from_block_mask(block_mask)
     setattr(block_mask, _KEPT, _Kept(block_mask.mask_mod, seen, mask))
     return mask
+
+
+def _tables(block_mask: BlockMask) -> tuple[Tensor | None, ...]:
+    full = (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    return (block_mask.kv_num_blocks, block_mask.kv_indices, *full)

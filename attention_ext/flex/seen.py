@@ -18,12 +18,15 @@ class UnknownError(Exception):
 
 
 class Values:
-    """A tensor's values as they are now: other ones after a change in place."""
+    """A tensor's values as they are now: other ones after a change in place.
 
-    def __init__(self, tensor: Tensor) -> None:
-        if tensor.is_inference():  # which have no version
+    A tensor of torch.inference_mode does not tell of one, and is unknown unless it is assumed that there is none.
+    """
+
+    def __init__(self, tensor: Tensor, assumed: bool = False) -> None:
+        if tensor.is_inference() and not assumed:
             raise UnknownError
-        self.tensor, self.version = tensor, tensor._version
+        self.tensor, self.version = tensor, None if tensor.is_inference() else tensor._version
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Values) and self.tensor is other.tensor and self.version == other.version
