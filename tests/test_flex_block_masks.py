@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -135,6 +136,9 @@ def test_values_that_change_between_calls() -> None:
     first += 7
     window.size = size = 11
     for mask_mod, mask in masks.items():
+        query, key, value = tensors()
+        compiled = torch.compile(partial(attend, block_mask=mask), fullgraph=True, backend="eager")(query, key, value)
+        torch.testing.assert_close(compiled, attend(query, key, value, None, mask))
         check(tensors(), mask, mask_mod)
 
 
@@ -143,7 +147,7 @@ def test_blocks_that_change_between_calls() -> None:
     full = mask.full_kv_num_blocks
     assert full is not None
     before = attend(*query, None, mask)
-    full.zero_()  # in which the mask_mod sees all keys
+    full.zero_()  # hides them
     after = attend(*query, None, mask)
     torch.testing.assert_close(after, attend(*query, None, SparseMask.from_block_mask(mask)), rtol=0, atol=0)
     assert not torch.equal(before, after)

@@ -216,36 +216,39 @@ def _masks(block_mask: Any, query: Tensor, key: Tensor) -> tuple[SparseMask | No
         )
     if not torch.compiler.is_dynamo_compiling():
         return _converted(block_mask), None
-    kept = getattr(block_mask, _KEPT, None)
-    if kept is not None and kept.mask_mod is block_mask.mask_mod:
-        return kept.mask, None
+    if _is_current(block_mask):
+        return getattr(block_mask, _KEPT).mask, None
     return SparseMask.of_shown_blocks(block_mask), block_mask.mask_mod
 
 
 class _Kept(NamedTuple):
-    mask_mod: Callable[..., Tensor]
     seen: Hashable
     mask: SparseMask
 
 
 def _converted(block_mask: BlockMask) -> SparseMask:
     """Kept with the BlockMask until its blocks change, or another mask_mod is assigned to it, or sees other values."""
+    if not _is_current(block_mask):
+        setattr(block_mask, _KEPT, _Kept(_seen_by(block_mask), SparseMask.from_block_mask(block_mask)))
+    return getattr(block_mask, _KEPT).mask
+
+
+@torch.compiler.assume_constant_result
+def _is_current(block_mask: BlockMask) -> bool:
+    """Whether the mask that is kept is what a conversion would make."""
+    kept = getattr(block_mask, _KEPT, None)
+    return kept is not None and kept.seen is not None and kept.seen == _seen_by(block_mask)
+
+
+def _seen_by(block_mask: BlockMask) -> Hashable:
+    """What a conversion depends on, or None where that is not known."""
     from attention_ext.flex.seen import UnknownError, Values, seen_by
 
-    try:
-        tables = tuple(None if x is None else Values(x, assumed=True) for x in _tables(block_mask))
-        lengths = (tuple(block_mask.seq_lengths), tuple(block_mask.BLOCK_SIZE))
-        seen = (seen_by(block_mask.mask_mod, Values), tables, lengths)
-    except UnknownError:
-        seen = None
-    kept = getattr(block_mask, _KEPT, None)
-    if kept is not None and seen is not None and kept.seen == seen:
-        return kept.mask
-    mask = SparseMask.from_block_mask(block_mask)
-    setattr(block_mask, _KEPT, _Kept(block_mask.mask_mod, seen, mask))
-    return mask
-
-
-def _tables(block_mask: BlockMask) -> tuple[Tensor | None, ...]:
     full = (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    return (block_mask.kv_num_blocks, block_mask.kv_indices, *full)
+    tables = (block_mask.kv_num_blocks, block_mask.kv_indices, *full)
+    try:
+        versions = tuple(None if x is None else Values(x, assumed=True) for x in tables)
+        lengths = (tuple(block_mask.seq_lengths), tuple(block_mask.BLOCK_SIZE))
+        return seen_by(block_mask.mask_mod, Values), versions, lengths
+    except UnknownError:
+        return None
