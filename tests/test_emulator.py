@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import build
 
 from attention_ext import _C, explain, reference
 from attention_ext.testing import (
@@ -30,7 +30,6 @@ from attention_ext.testing import (
 )
 from attention_ext.testing.second_order import compare_second_order, double_backward, jvp, tangents_of
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
 NAMED = {x.name: x for x in SINGLE}
 SCHEDULES = ("ascending", "descending", "random")
 
@@ -316,12 +315,7 @@ def test_simt_serves_head_dims_beyond_tiles(emulate: Any) -> None:
 @pytest.mark.parametrize("name", ["table_main", "tiles_main", "order_main", "plan_main"])
 def test_program(name: str, tmp_path: Path) -> None:
     """Each program's first line says what it checks."""
-    program = CSRC.parent / "tests" / "emulator" / f"{name}.cpp"
-    machine = (CSRC / "gpu" / "emulation" / f"{part}.cpp" for part in ("access_log", "block", "tensor_core"))
-    compiler = os.environ.get("CXX", "g++").split()
-    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
-    subprocess.run([*compiler, *flags, program, *machine, "-o", tmp_path / name], check=True)
-    subprocess.run([tmp_path / name], check=True)
+    subprocess.run([build(name, tmp_path)], check=True)
 
 
 # Every kernel

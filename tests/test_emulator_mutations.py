@@ -3,7 +3,7 @@
 `pytest tests/test_emulator_mutations.py --sites-every 1` deletes every barrier, wait and commit of the kernels, each in
 its turn; without the option a sample of them.
 
-The programs in tests/emulator need no torch; the mutated ones are compiled from a copy of the sources.
+The programs in tests/emulator need no torch; the mutated ones are compiled with a changed copy of one header.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from programs import ROOT, build, precompiled_tensors
 
-ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "gpu" / "kernels"
 SCHEDULES = ("ascending", "descending", "random")
 
 FORWARD = {
@@ -118,10 +118,9 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="GPU kern
 
 def sites() -> list[tuple[str, int, int]]:
     """Where kernels order the threads of a block: the file, and the span of each statement."""
-    folder = ROOT / "csrc" / "gpu" / "kernels"
     return [
-        (str(file.relative_to(folder)), *found.span())
-        for file in sorted(folder.rglob("*.h"))
+        (str(file.relative_to(KERNELS)), *found.span())
+        for file in sorted(KERNELS.rglob("*.h"))
         for found in SITE.finditer(file.read_text())
     ]
 
@@ -132,40 +131,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("site", chosen, ids=lambda site: f"{site[0]}:{site[1]}")
 
 
-def build(program: str, folder: Path, csrc: Path, *flags_of_test: str) -> Path:
-    binary = folder / program
-    compiler = os.environ.get("CXX", "g++").split()
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        f"-I{csrc}",
-        f"-I{ROOT / 'tests' / 'cpp'}",
-        *flags_of_test,
-    ]
-    emulation = csrc / "gpu" / "emulation"
-    machine = [emulation / f"{name}.cpp" for name in ("access_log", "block", "tensor_core")]
-    sources = [ROOT / "tests" / "emulator" / f"{program}.cpp", *machine]
-    subprocess.run([*compiler, *flags, *sources, "-o", binary], check=True)
-    return binary
-
-
-def copy_of_sources(folder: Path) -> Path:
-    """csrc, as far as GPU kernels need it."""
-    for part in ("core", "gpu"):
-        shutil.copytree(ROOT / "csrc" / part, folder / "csrc" / part)
-    return folder / "csrc"
-
-
-def changed_copy(folder: Path, file: str, line: str, changed: str) -> Path:
-    """A copy of the sources with one line of a file changed."""
-    csrc = copy_of_sources(folder)
-    text = (csrc / file).read_text()
+def replace(folder: Path, header: str, line: str, changed: str) -> None:
+    """Writes a header of csrc with one line changed to the same place in `folder`."""
+    text = (ROOT / "csrc" / header).read_text()
     assert line in text
-    (csrc / file).write_text(text.replace(line, changed, 1))
-    return csrc
+    write(folder / header, text.replace(line, changed, 1))
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
 
 
 def passes(binary: Path, schedule: str) -> bool:
@@ -175,26 +150,24 @@ def passes(binary: Path, schedule: str) -> bool:
 
 @pytest.mark.parametrize("program", ["warp_main", "barriers_main", *PROGRAMS])
 def test_unchanged(program: str, tmp_path: Path) -> None:
-    binary = build(program, tmp_path, ROOT / "csrc")
+    binary = build(program, tmp_path)
     assert [schedule for schedule in SCHEDULES if not passes(binary, schedule)] == []
 
 
 @pytest.mark.parametrize(("program", "mutation"), MUTATIONS)
 def test_mutation_is_caught(program: str, mutation: str, tmp_path: Path) -> None:
     file, line, changed = PROGRAMS[program][mutation]
-    csrc = changed_copy(tmp_path, f"gpu/kernels/{file}", line, changed)
-    binary = build(program, tmp_path, csrc)
+    replace(tmp_path, f"gpu/kernels/{file}", line, changed)
+    binary = build(program, tmp_path, "-include", precompiled_tensors())
     assert any(not passes(binary, schedule) for schedule in SCHEDULES)
 
 
 def test_missing_order_is_caught(site: tuple[str, int, int], tmp_path: Path) -> None:
     """Under every schedule, whatever the values."""
     name, begin, end = site
-    csrc = copy_of_sources(tmp_path)
-    file = csrc / "gpu" / "kernels" / name
-    text = file.read_text()
-    file.write_text(text[:begin] + text[end:])
-    binary = build("barriers_main", tmp_path, csrc)
+    text = (KERNELS / name).read_text()
+    write(tmp_path / "gpu" / "kernels" / name, text[:begin] + text[end:])
+    binary = build("barriers_main", tmp_path, "-include", precompiled_tensors())
     assert [schedule for schedule in SCHEDULES if passes(binary, schedule)] == []
 
 
@@ -203,9 +176,9 @@ def test_one_more_mask_is_applied(program: str, tmp_path: Path) -> None:
     """By kernels that were not edited for it; the CPU's are tested in this way by `tests/cpp/run --extra-mask`."""
     masks = "using PositionMasks = MaskMods<Band{}>;\n"
     listed = '}\n#include "extra_mask.h"\nnamespace attention_ext {\n' + masks.format(", Hole")
-    csrc = changed_copy(tmp_path, "core/score_mods.h", masks.format(""), listed)
     flag = "-DATTENTION_EXT_EXTRA_MASK"
-    binary = build(program, tmp_path, csrc, flag)
-    assert [schedule for schedule in SCHEDULES if not passes(binary, schedule)] == []
-    unmasked = build(program, tmp_path, ROOT / "csrc", flag)
+    unmasked = build(program, tmp_path, flag)
     assert not passes(unmasked, SCHEDULES[0])
+    replace(tmp_path, "core/score_mods.h", masks.format(""), listed)
+    binary = build(program, tmp_path, flag)
+    assert [schedule for schedule in SCHEDULES if not passes(binary, schedule)] == []
