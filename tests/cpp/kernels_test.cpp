@@ -27,13 +27,16 @@ void run(const CpuKernel& kernel, const AttentionProblem& problem, Order order) 
   const Plan plan = kernel.plan(problem);
   const int64_t workers = order == Order::kThreads ? 3 : 1;
   Guarded shared(aligned(plan.shared_bytes));
+  std::vector<Guarded> scratch;
+  for (int64_t worker = 0; worker < workers; ++worker) scratch.emplace_back(aligned(plan.scratch_bytes));
   for (int i = 0; i < plan.phase_count; ++i) {
     const Phase& phase = plan.phases[i];
     std::atomic<int64_t> next{workers};
     const auto work = [&](int64_t worker) {
-      Guarded scratch(aligned(plan.scratch_bytes));
+      Guarded& own = scratch[static_cast<size_t>(worker)];
+      own.poison();
       for (int64_t job = worker; job < phase.jobs; job = next.fetch_add(1, std::memory_order_relaxed)) {
-        phase.run(problem, shared.data(), scratch.data(), order == Order::kBackwards ? phase.jobs - 1 - job : job);
+        phase.run(problem, shared.data(), own.data(), order == Order::kBackwards ? phase.jobs - 1 - job : job);
       }
     };
     if (workers == 1) {
