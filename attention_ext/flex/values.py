@@ -161,7 +161,15 @@ class Values:
         dtype = values[0].dtype if len(values) == 1 else torch.result_type(*values)
         if dtype.is_floating_point or dtype in (torch.bool, torch.uint64):
             return type_of(dtype)
-        return self._narrowed("int64_t", *(self._bound(x) for x in operands))
+        return "int32_t" if all(map(self._fits_32_bits, operands)) else "int64_t"
+
+    def _fits_32_bits(self, value: Any) -> bool:
+        least, most = _RANGES["int32_t"]
+        if isinstance(value, fx.Node) and (ctype := self.types[self.name_of(value)]) in _RANGES:
+            smallest, largest = _RANGES[ctype]
+            if least <= smallest and largest <= most:
+                return True
+        return self._bound(value) <= most
 
 
 def _expression(packet: Any, node: fx.Node, ctype: str) -> tuple[Any, str, list[Any]]:
