@@ -45,7 +45,7 @@ FORWARD = {
     "rows stored without an exchange": ("rows.h", "transpose_in_group(chunk.word);", ""),
     "a sum over half a group": ("softmax.h", "return x + shuffle_xor(x, 2);", "return x;"),
     "value not transposed": ("compute.h", "load_matrices_transposed(pair", "load_matrices(pair"),
-    "a group exchanges other words": ("compute.h", "exchange(word[2], word[3], 1);", ""),
+    "a group exchanges other words": ("compute.h", "exchange(word[2], word[3], 1, lane);", ""),
     "no rescaling of earlier sums": ("forward.h", "number[i] *= rescale[i / 2]", "number[i] *= T(rescale[i / 2] > 0)"),
 }
 BACKWARD = {
@@ -64,7 +64,7 @@ BACKWARD = {
         "if (kStages > 1) numbers.store(free)",
         "if (kStages > 1) numbers.store(stage)",
     ),
-    "grad_key of one head of a group": ("key_gradient.h", "first.head + h)", "first.head + h * 0)"),
+    "grad_key of one head of a group": ("key_gradient.h", "group_size_of(p_) + of_group", "group_size_of(p_) + 0"),
     "grad_value from query": ("key_gradient.h", "products.weight, queries.tile[1]", "products.weight, queries.tile[0]"),
     "no barrier before tiles are read": FORWARD["no barrier before tiles are read"],
     "no barrier before tiles are overwritten": FORWARD["no barrier before tiles are overwritten"],

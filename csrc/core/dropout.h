@@ -25,19 +25,25 @@ struct Dropout {
   }
 };
 
+// The same dropout, with what depends on places read anew.
+ATTENTION_INLINE Dropout positions_of(const AttentionProblem& p, Dropout dropout) {
+  dropout.offset = static_cast<uint32_t>(p.rng_state[1]);
+  dropout.first_query = static_cast<uint32_t>(p.query_offset);
+  dropout.first_key = static_cast<uint32_t>(p.key_offset);
+  dropout.first_head = static_cast<uint32_t>(p.shards_heads ? p.rng_state[2] : 0);
+  dropout.heads = static_cast<uint32_t>(p.shards_heads ? p.rng_state[3] : p.heads);
+  return dropout;
+}
+
 ATTENTION_INLINE Dropout dropout_of(const AttentionProblem& p) {
   if (!is_positive(p.dropout_p)) return {};
   const auto seed = static_cast<uint64_t>(p.rng_state[0]);
-  const uint32_t threshold = dropout_threshold(p.dropout_p);
-  return {true,
-          {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
-          static_cast<uint32_t>(p.rng_state[1]),
-          threshold,
-          dropout_scale(threshold),
-          static_cast<uint32_t>(p.query_offset),
-          static_cast<uint32_t>(p.key_offset),
-          static_cast<uint32_t>(p.shards_heads ? p.rng_state[2] : 0),
-          static_cast<uint32_t>(p.shards_heads ? p.rng_state[3] : p.heads)};
+  Dropout dropout;
+  dropout.present = true;
+  dropout.key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  dropout.threshold = dropout_threshold(p.dropout_p);
+  dropout.kept_scale = dropout_scale(dropout.threshold);
+  return positions_of(p, dropout);
 }
 
 }  // namespace attention_ext

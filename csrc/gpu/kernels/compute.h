@@ -13,6 +13,7 @@ namespace {
 ATTENTION_DEVICE int lane_index() { return thread_index() % kWarpSize; }
 ATTENTION_DEVICE int lane_group() { return lane_index() / 4; }
 ATTENTION_DEVICE int lane_member() { return lane_index() % 4; }
+ATTENTION_DEVICE int reread_lane_index() { return reread_thread_index() % kWarpSize; }
 
 template <class T>
 ATTENTION_DEVICE constexpr T infinity() {
@@ -36,19 +37,19 @@ ATTENTION_DEVICE E rounded(T x) {
 }
 
 // Between lanes whose indices differ in one bit: the second word of the lower one for the first of the upper one.
-ATTENTION_DEVICE void exchange(uint32_t& first, uint32_t& second, int bit) {
-  const bool upper = (lane_index() & bit) != 0;
+ATTENTION_DEVICE void exchange(uint32_t& first, uint32_t& second, int bit, int lane = lane_index()) {
+  const bool upper = (lane & bit) != 0;
   const uint32_t received = shuffle_xor(upper ? first : second, bit);
   first = upper ? received : first;
   second = upper ? second : received;
 }
 
 // Word i of the group's lane j becomes word j of its lane i.
-ATTENTION_DEVICE void transpose_in_group(uint32_t (&word)[4]) {
-  exchange(word[0], word[1], 1);
-  exchange(word[2], word[3], 1);
-  exchange(word[0], word[2], 2);
-  exchange(word[1], word[3], 2);
+ATTENTION_DEVICE void transpose_in_group(uint32_t (&word)[4], int lane = lane_index()) {
+  exchange(word[0], word[1], 1, lane);
+  exchange(word[2], word[3], 1, lane);
+  exchange(word[0], word[2], 2, lane);
+  exchange(word[1], word[3], 2, lane);
 }
 
 // Operand A has 16 rows, operand B comes for two fragments of C at once.

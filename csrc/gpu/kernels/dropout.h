@@ -48,10 +48,11 @@ struct KeptBits {
 // Rows are queries, and a fragment is an octet of keys: each lane of a group makes the words of one of four octets.
 template <class Words>
 ATTENTION_DEVICE void make_bits(KeptBits<false, 4>& bits, int query, uint32_t octet, Words&& words) {
+  const int lane = reread_lane_index(), group = lane / 4, member = lane % 4;
   ATTENTION_UNROLL
   for (int r = 0; r < 2; ++r) {
-    auto own = words(query + r * 8 + lane_group(), octet + static_cast<uint32_t>(lane_member()));
-    transpose_in_group(own.word);
+    auto own = words(query + r * 8 + group, octet + static_cast<uint32_t>(member));
+    transpose_in_group(own.word, lane);
     ATTENTION_UNROLL
     for (int n = 0; n < 4; ++n) bits.word[n][r] = own.word[n];
   }
@@ -60,12 +61,12 @@ ATTENTION_DEVICE void make_bits(KeptBits<false, 4>& bits, int query, uint32_t oc
 // The same for fewer fragments: each lane makes the words that it needs.
 template <class Words>
 ATTENTION_DEVICE void make_bits(KeptBits<false, 2>& bits, int query, uint32_t octet, Words&& words) {
+  const int lane = reread_lane_index(), group = lane / 4, member = lane % 4;
   ATTENTION_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const auto own = words(query + i % 2 * 8 + lane_group(), octet + static_cast<uint32_t>(i / 2));
-    const uint32_t early = lane_member() % 2 ? own.word[1] : own.word[0],
-                   late = lane_member() % 2 ? own.word[3] : own.word[2];
-    bits.word[i / 2][i % 2] = lane_member() < 2 ? early : late;
+    const auto own = words(query + i % 2 * 8 + group, octet + static_cast<uint32_t>(i / 2));
+    const uint32_t early = member % 2 ? own.word[1] : own.word[0], late = member % 2 ? own.word[3] : own.word[2];
+    bits.word[i / 2][i % 2] = member < 2 ? early : late;
   }
 }
 
@@ -73,12 +74,13 @@ ATTENTION_DEVICE void make_bits(KeptBits<false, 2>& bits, int query, uint32_t oc
 // words of one query and octet, and they transpose the 8 x 8 halves of these.
 template <class Words>
 ATTENTION_DEVICE void make_bits(KeptBits<true, 2>& bits, int query, uint32_t octet, Words&& words) {
-  const int group = lane_group(), column = group / 4 * kFragmentColumns + 2 * lane_member() + group / 2 % 2;
+  const int lane = reread_lane_index(), group = lane / 4, member = lane % 4;
+  const int column = group / 4 * kFragmentColumns + 2 * member + group / 2 % 2;
   auto own = words(query + column, octet + static_cast<uint32_t>(group % 2));
-  exchange(own.word[0], own.word[2], 16);
-  exchange(own.word[1], own.word[3], 16);
-  exchange(own.word[0], own.word[1], 8);
-  exchange(own.word[2], own.word[3], 8);
+  exchange(own.word[0], own.word[2], 16, lane);
+  exchange(own.word[1], own.word[3], 16, lane);
+  exchange(own.word[0], own.word[1], 8, lane);
+  exchange(own.word[2], own.word[3], 8, lane);
   ATTENTION_UNROLL
   for (int i = 0; i < 4; ++i) {
     const uint32_t word = own.word[i], other = shuffle_xor(word, 4);
@@ -92,13 +94,14 @@ ATTENTION_DEVICE void for_each_kept(const Block& block, const Dropout& dropout, 
   if (!dropout.present) {
     return for_each_number<kRowTiles, kTiles>([&](int m, int n, int i) { f(m, n, i, true); });
   }
-  const uint32_t batch_head = dropout.batch_head(block.head.sequence.batch, block.head.head);
+  const Dropout here = positions_of(block.p, dropout);  // in no register where there is no dropout
+  const uint32_t batch_head = here.batch_head(block.head.sequence.batch, block.head.head);
   const auto words = [&](int q, uint32_t octet) {
-    return dropout.words<WordOps>(static_cast<uint32_t>(q), octet, batch_head);
+    return here.words<WordOps>(static_cast<uint32_t>(q), octet, batch_head);
   };
   constexpr bool kTransposed = Block::kIsTransposed;
   constexpr int kFragments = kTransposed || kTiles % 4 != 0 ? 2 : 4;
-  const uint32_t first = (dropout.first_key + static_cast<uint32_t>(block.corner.k)) / kKeysPerPhilox;
+  const uint32_t first = (here.first_key + static_cast<uint32_t>(block.corner.k)) / kKeysPerPhilox;
   ATTENTION_UNROLL
   for (int m = 0; m < kRowTiles; ++m) {
     ATTENTION_UNROLL

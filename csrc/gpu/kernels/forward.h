@@ -144,7 +144,7 @@ class Forward {
 
   ATTENTION_DEVICE void store_part(const PartsWorkspace<T>& memory) {
     const int64_t first = row_of(p_, head_.sequence, head_.head);
-    const Rows<T> sums{memory.sums(part_, first), memory.width(p_), 1, static_cast<int>(p_.head_dim_v)};
+    const Rows<T> sums{memory.sums(part_, first), memory.width(p_), 1, p_.head_dim_v};
     const T factor[2] = {T(1), T(1)};
     ATTENTION_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {

@@ -41,7 +41,9 @@ class KeyGradient {
     const KeyTileIndex at(p, kKeys);
     const int64_t rows = p.cu_seqlens_k ? sequence_of(p, at.batch).length_k : p.seqlen_k;
     const Range k{at.tile * kKeys, minimum((at.tile + 1) * kKeys, rows)};
-    if (!k.empty()) KeyGradient(p, BackwardMemory<T>(p, workspace), k).mainloop(at.batch, at.kv_head);
+    if (!k.empty())
+      KeyGradient(p, BackwardMemory<T>(p, workspace), k)
+          .mainloop(static_cast<int>(at.batch), static_cast<int>(at.kv_head));
   }
 
  private:
@@ -52,34 +54,34 @@ class KeyGradient {
         row_(thread_index() / kWarpSize * kFragmentRows),
         dropout_(dropout_by<kMode, T>(p)) {}
 
-  ATTENTION_DEVICE void mainloop(int64_t batch, int64_t kv_head) {
+  ATTENTION_DEVICE void mainloop(int batch, int kv_head) {
     key_sums_.clear();
     value_sums_.clear();
     const KeyTiles keys(shared_memory());
     char* const memory = shared_memory() + OwnKeys::kBytes;
-    const Head first(p_, batch, kv_head * p_.group_size());
+    const Head first = head_of(batch, kv_head);
     const Range seen = visible_keys(p_, first.sequence, {0, first.sequence.length_q});
-    const Span valid({maximum(k_.begin, seen.begin), minimum(k_.end, seen.end)});
-    copy_set<kThreads>(keys, key_sources<E>(p_, first), static_cast<int>(k_.begin), valid);
+    const Span valid({maximum<int64_t>(k_.begin, seen.begin), minimum<int64_t>(k_.end, seen.end)});
+    copy_set<kThreads>(keys, key_sources<E>(p_, first), k_.begin, valid);
     OwnKeys own(keys, row_);
     own.load();
-    for (int h = 0; h < static_cast<int>(p_.group_size()); ++h) {
-      const Head head = looped<kMode, T>(Head(p_, batch, first.head + h));
+    for (int h = 0; h < group_size_of(p_); ++h) {
+      const Head head = looped<kMode, T>(head_of(batch, kv_head, h));
       QueryNumbers numbers({p_, head, memory_}, memory + kQueryBytes);
       const int tile_rows = k_.begin + row_ < k_.end ? Shape::kRows : 0;  // a warp without keys only helps to copy
       const auto add_tiles = [&](int q, const QueryTiles& queries, int stage) {
-        const bool partial = is_partial<kMode>(p_, head, {q, q + Shape::kRows}, k_);
+        const bool partial = is_partial<kMode>(p_, head, {q, q + Shape::kRows}, k_.range());
         for (int row = 0; row < tile_rows; row += kColumns) {
-          const auto block = ScoreBlock<T, kMode, true>::template of<kTiles>(
-              p_, head, {q + row, static_cast<int>(k_.begin) + row_}, partial);
+          const auto block =
+              ScoreBlock<T, kMode, true>::template of<kTiles>(p_, head, {q + row, k_.begin + row_}, partial);
           add_block(block, own, queries, row, [&](int, int n, int i) { return numbers.at(stage, row, n, i); });
         }
       };
       stream_rows<kThreads, Shape::kStages, QueryTile>(
-          memory, query_sources<E>(p_, head), visible_queries(p_, head.sequence, k_),
-          seen_queries<kMode, QueryTile::kRows>(p_, head, k_), add_tiles, numbers);
+          memory, query_sources<E>(p_, head), visible_queries(p_, head.sequence, k_.range()),
+          seen_queries<kMode, QueryTile::kRows>(p_, head, k_.range()), add_tiles, numbers);
     }
-    epilogue(first);
+    epilogue(Shape::kFirst ? head_of(batch, kv_head) : first);  // made anew, it holds no registers in the loop
   }
 
   template <class RowOf>
@@ -90,6 +92,10 @@ class KeyGradient {
     products.differentiate(p_, block, dropout_, rows, [](const auto&) {});
     if constexpr (kOfValue) multiply_weights<C>(value_sums_, products.weight, queries.tile[1], row);
     if constexpr (kOfKey) products.add_gradient(p_, key_sums_, queries, row);
+  }
+
+  ATTENTION_DEVICE Head head_of(int batch, int kv_head, int of_group = 0) const {
+    return {p_, batch, kv_head * group_size_of(p_) + of_group};
   }
 
   ATTENTION_DEVICE void epilogue(const Head& head) {
@@ -104,7 +110,7 @@ class KeyGradient {
 
   const Problem& p_;
   const BackwardMemory<T>& memory_;
-  const Range k_;
+  const Span k_;
   const int row_;  // of the tile, the warp's first
   const Dropout dropout_;
   Sums key_sums_, value_sums_;

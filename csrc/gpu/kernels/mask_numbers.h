@@ -50,12 +50,13 @@ ATTENTION_DEVICE void for_each_mask_number(const View& view, const MaskPlace& at
       E number[2];
     };
     const E* rows[2];
+    const int lane = reread_lane_index(), group = lane / 4, member = lane % 4;
     ATTENTION_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int row = maximum(0, minimum(at.row + r * 8 + lane_group(), at.end_row - 1));
+      const int row = maximum(0, minimum(at.row + r * 8 + group, at.end_row - 1));
       rows[r] = static_cast<const E*>(view.data) + at.offset + row * at.stride_row;
     }
-    const int first = at.column + 2 * lane_member();
+    const int first = at.column + 2 * member;
     const bool even = (at.offset | at.stride_row) % 2 == 0 && reinterpret_cast<uint64_t>(view.data) % sizeof(Pair) == 0;
     if (at.stride_column == 1 && even && at.column + kTiles * kFragmentColumns <= at.end_column) {
       ATTENTION_UNROLL

@@ -34,6 +34,11 @@ ATTENTION_DEVICE ModifiedScore<NumberOps<T>> score_at(const ModifiedScore<Vector
           scores.softcap_grad2.number[4 * n + i]};
 }
 
+// A launch has fewer than 2^31 blocks, and so fewer heads: 32 bits hold them, which GPUs divide fast.
+ATTENTION_DEVICE int group_size_of(const AttentionProblem& p) {
+  return static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
+}
+
 // One head of one sequence.
 struct Head {
   Sequence sequence;
@@ -44,7 +49,7 @@ struct Head {
   ATTENTION_DEVICE Head(const AttentionProblem& p, int64_t batch, int64_t h)
       : sequence(sequence_of(p, batch)),
         head(h),
-        kv_head(static_cast<uint32_t>(h) / static_cast<uint32_t>(p.group_size())),  // 32 bits divide fast
+        kv_head(static_cast<int>(h) / group_size_of(p)),
         mods(score_mods_of(p, sequence, h)),
         diagonal(static_cast<int>(sequence.diagonal)),
         length_q(static_cast<int>(sequence.length_q)),
@@ -99,8 +104,12 @@ struct ScoreBlock {
     return block;
   }
 
-  ATTENTION_DEVICE int query(int m, int n, int i) const { return corner.q + (kTransposed ? column(n, i) : row(m, i)); }
-  ATTENTION_DEVICE int key(int m, int n, int i) const { return corner.k + (kTransposed ? row(m, i) : column(n, i)); }
+  ATTENTION_DEVICE int query(int m, int n, int i, int lane = lane_index()) const {
+    return corner.q + (kTransposed ? column(n, i, lane) : row(m, i, lane));
+  }
+  ATTENTION_DEVICE int key(int m, int n, int i, int lane = lane_index()) const {
+    return corner.k + (kTransposed ? row(m, i, lane) : column(n, i, lane));
+  }
 
   ATTENTION_DEVICE Position<NumberOps<T>> at(int q, int k) const { return {distance(q, k), T(0)}; }
 
@@ -128,7 +137,8 @@ struct ScoreBlock {
     if (!changes_scores()) return modified;
     Position<Ops> position{Ops::splat(0.0), Ops::splat(0.0)};
     if (partial || (kMode == ScoreMode::kAll && head.mods.has_slope())) {
-      position.distance = Ops::of([&](int n, int i) { return distance(query(m, n, i), key(m, n, i)); });
+      const int lane = lane_of_scores();
+      position.distance = Ops::of([&](int n, int i) { return distance(query(m, n, i, lane), key(m, n, i, lane)); });
     }
     if constexpr (kMode == ScoreMode::kAll) {
       if (head.mods.reads_bias()) {
@@ -140,8 +150,9 @@ struct ScoreBlock {
       modified.score = head.mods.masks.masked<Ops>(dot, position);
     }
     if (partial) {
+      const int lane = lane_of_scores();
       const auto visible =
-          Ops::Mask::of([&](int i) { return (bits >> i & 1) != 0 && key(m, i / 4, i % 4) < head.length_k; });
+          Ops::Mask::of([&](int i) { return (bits >> i & 1) != 0 && key(m, i / 4, i % 4, lane) < head.length_k; });
       modified.score = Ops::select(visible, modified.score, Ops::splat(-__builtin_inf()));
     }
     return modified;
@@ -151,13 +162,15 @@ struct ScoreBlock {
   ATTENTION_DEVICE T exp_scale() const { return kMode == ScoreMode::kAll ? T(1) : static_cast<T>(head.mods.scale); }
 
  private:
+  // Read again beside mods, where more else is held.
+  ATTENTION_DEVICE static int lane_of_scores() { return kMode == ScoreMode::kAll ? reread_lane_index() : lane_index(); }
   ATTENTION_DEVICE T distance(int q, int k) const { return static_cast<T>(k - q - head.diagonal); }
 
   // Rows and columns past the ends have any bits. The lane is read again, so that nothing of this is held in registers.
   template <int kTiles>
   ATTENTION_DEVICE uint32_t visible_bits() const {
     static_assert(4 * kTiles <= 32);
-    const int lane = reread_thread_index() % kWarpSize, group = lane / 4, member = lane % 4;
+    const int lane = reread_lane_index(), group = lane / 4, member = lane % 4;
     const int last_q = head.length_q - 1, last_octet = (head.length_k - 1) / 8 * 8;
     uint32_t visible = 0;
     ATTENTION_UNROLL_BY(1)
@@ -190,14 +203,17 @@ struct ScoreBlock {
     }
   }
 
-  ATTENTION_DEVICE static int row(int m, int i) { return m * kFragmentRows + i / 2 * 8 + lane_group(); }
-  ATTENTION_DEVICE static int column(int n, int i) { return n * kFragmentColumns + i % 2 + 2 * lane_member(); }
+  ATTENTION_DEVICE static int row(int m, int i, int lane) { return m * kFragmentRows + i / 2 * 8 + lane / 4; }
+  ATTENTION_DEVICE static int column(int n, int i, int lane) { return n * kFragmentColumns + i % 2 + 2 * (lane % 4); }
 };
 
-// Whether a mask or the end of the keys hides some of a block of scores, of any of the heads.
+// Whether a mask or the end of the keys hides some of a block of scores, of any of the heads. Masks ask for distances
+// alone, whose first is one number of 32 bits.
 template <ScoreMode kMode>
 ATTENTION_DEVICE bool is_partial(const AttentionProblem& p, const Head& head, Range heads, Range q, Range k) {
-  if (k.end > head.length_k || head.mods.masks.block_mask(q, k, head.diagonal) != BlockMask::kFull) return true;
+  const int first = static_cast<int>(k.begin) - static_cast<int>(q.begin) - head.diagonal;
+  if (static_cast<int>(k.end) > head.length_k) return true;
+  if (head.mods.masks.block_mask({0, q.size()}, {first, first + k.size()}, 0) != BlockMask::kFull) return true;
   if (kMode != ScoreMode::kAll || !p.sparse_mask) return false;
   return !p.sparse_mask.is_full(head.sequence.batch, heads, head.queries_of(q), k);
 }

@@ -63,9 +63,11 @@ struct HeldRows {
   ATTENTION_DEVICE const Operand& at(int m, int column) const { return rows[m][column / C::kDepth]; }
 };
 
-// Unrolled as a whole, long rows would load more than registers hold, and so would shorter ones beside many sums.
+// Unrolled as a whole, long rows would load more than registers hold, and so would shorter ones beside many sums. Two
+// operands that are split as they are loaded take one chain at a time.
 template <class C, class RowsA, int kSums>
 constexpr int unrolled_steps() {
+  if (C::kSplits && RowsA::kLoads == 2) return C::kChain;
   constexpr int kSteps = maximum(1, RowsA::kLoads) * RowsA::kColumns / C::kDepth;
   return kSteps <= C::kUnrolledSteps && kSteps * kSums < 128 ? C::kUnrolledSteps : 4;
 }

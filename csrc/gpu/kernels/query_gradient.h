@@ -150,7 +150,7 @@ class QueryGradient {
       store(head_rows<E>(head_, p_.grad_query, p_.head_dim), static_cast<T>(p_.scale));
     } else {
       T* const first = memory_.query_part(p_, part_, row_of(p_, head_.sequence, head_.head));
-      store(Rows<T>{first, p_.head_dim, 1, static_cast<int>(p_.head_dim)}, T(1));
+      store(Rows<T>{first, p_.head_dim, 1, p_.head_dim}, T(1));
     }
   }
   template <class Result>

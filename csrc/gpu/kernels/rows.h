@@ -16,13 +16,14 @@ struct QueryTileIndex {
   ATTENTION_DEVICE QueryTileIndex(const Problem& p, int queries, int64_t index = block_index()) {
     const SequenceTiles tiles = SequenceTiles::of_queries(p, queries);
     const int64_t keys = seen_rows(p, queries, p.max_seqlen_k);
-    const TileOrder order(tiles.runs() * p.kv_heads, p.group_size(), tiles.places(), keys * streamed_bytes(p),
+    const TileOrder order(tiles.runs() * p.kv_heads, group_size_of(p), tiles.places(), keys * streamed_bytes(p),
                           streaming_cache(p));
     const auto [lane, place] = order.at(index);
-    const SequenceTiles::Place last_first{lane / p.heads, tiles.places() - 1 - place};
+    const auto heads = static_cast<uint32_t>(p.heads);
+    const SequenceTiles::Place last_first{lane / heads, tiles.places() - 1 - place};
     const SequenceTile own = tiles.at(last_first);
     batch = own.batch;
-    head = lane % p.heads;
+    head = lane % heads;
     tile = own.index;
     number = number_of(p, tiles, last_first, head);
   }
@@ -51,13 +52,14 @@ struct KeyTileIndex {
   template <class Problem>
   ATTENTION_DEVICE KeyTileIndex(const Problem& p, int keys, int64_t index = block_index()) {
     const SequenceTiles tiles = SequenceTiles::of_keys(p, keys);
-    const int64_t queries = seen_rows(p, keys, p.max_seqlen_q) * p.group_size();
+    const int64_t queries = seen_rows(p, keys, p.max_seqlen_q) * group_size_of(p);
     const TileOrder order(tiles.runs() * p.kv_heads, 1, tiles.places(), queries * streamed_bytes(p),
                           streaming_cache(p));
     const auto [lane, place] = order.at(index);
-    const SequenceTile own = tiles.at({lane / p.kv_heads, place});
+    const auto heads = static_cast<uint32_t>(p.kv_heads);
+    const SequenceTile own = tiles.at({lane / heads, place});
     batch = own.batch;
-    kv_head = lane % p.kv_heads;
+    kv_head = lane % heads;
     tile = own.index;
   }
   ATTENTION_INLINE static int64_t count(const AttentionProblem& p, int keys) {
@@ -126,7 +128,7 @@ template <class E, class T, int kTiles>
 ATTENTION_DEVICE void store_rows(const Rows<E>& to, int64_t first, int64_t end, const Fragment<T> (&from)[kTiles],
                                  const T (&factor)[2]) {
   if constexpr (sizeof(E) == 2 && kTiles % 4 == 0) {
-    if (to.has_whole_chunks() && to.columns % kFragmentColumns == 0) return store_chunks(to, first, end, from, factor);
+    if (to.whole_chunks && to.columns % kFragmentColumns == 0) return store_chunks(to, first, end, from, factor);
   }
   ATTENTION_UNROLL
   for (int r = 0; r < 2; ++r) {

@@ -60,19 +60,23 @@ struct Rows {
   E* data = nullptr;
   int64_t stride_row = 0, stride_col = 0;
   int columns = 0;
+  int whole_chunks = 0;  // whether every row is; not tested anew for every tile
 
-  ATTENTION_DEVICE E* row(int64_t i) const { return data + i * stride_row; }
-  ATTENTION_DEVICE bool has_whole_chunks() const {
+  Rows() = default;
+  ATTENTION_DEVICE Rows(E* first, int64_t row_stride, int64_t col_stride, int64_t column_count)
+      : data(first), stride_row(row_stride), stride_col(col_stride), columns(static_cast<int>(column_count)) {
     constexpr int kChunk = 16 / sizeof(E);
-    return stride_col == 1 && stride_row % kChunk == 0 && reinterpret_cast<uint64_t>(data) % 16 == 0;
+    whole_chunks =
+        in_register(stride_col == 1 && stride_row % kChunk == 0 && reinterpret_cast<uint64_t>(data) % 16 == 0);
   }
+  ATTENTION_DEVICE E* row(int64_t i) const { return data + i * stride_row; }
 };
 
 template <class E>
 ATTENTION_DEVICE Rows<E> rows_of(const View& view, int64_t batch, int64_t head, int64_t first, int64_t columns) {
   if (!view) return {};
   E* data = static_cast<E*>(view.data) + batch * view.stride_b + head * view.stride_h + first * view.stride_row;
-  return {data, view.stride_row, view.stride_col, static_cast<int>(columns)};
+  return {data, view.stride_row, view.stride_col, columns};
 }
 
 // Rows within a sequence, in fewer registers than a Range.
@@ -80,6 +84,7 @@ struct Span {
   int begin, end;
   ATTENTION_DEVICE explicit Span(Range range)
       : begin(static_cast<int>(range.begin)), end(static_cast<int>(range.end)) {}
+  ATTENTION_DEVICE Range range() const { return {begin, end}; }
   ATTENTION_DEVICE bool has(int i) const { return begin <= i && i < end; }
   ATTENTION_DEVICE bool covers(int first, int count) const { return begin <= first && first + count <= end; }
 };
@@ -118,7 +123,7 @@ ATTENTION_DEVICE void copy_whole_rows(const Tile& to, const Rows<E>& from, int f
 template <int kThreads, class Tile, class E, class Valid>
 ATTENTION_DEVICE void copy_rows(const Tile& to, const Rows<E>& from, int first, const Valid& valid) {
   constexpr int kDown = kThreads / Tile::kPeriod;
-  const bool whole_chunks = from.has_whole_chunks();
+  const bool whole_chunks = from.whole_chunks != 0;
   if constexpr (kDown % 8 == 0 && Tile::kRows % kDown == 0) {
     if (whole_chunks && valid.covers(first, Tile::kRows)) {
       return copy_whole_rows<kDown>(to, from, first);

@@ -36,7 +36,10 @@ ATTENTION_DEVICE typename VectorOps<T, kTiles>::V score_tangents(const Tangents&
   }
   if (tangent.alibi_slopes) {
     const double slope = tangent.alibi_slopes[block.head.sequence.batch * block.p.heads + block.head.head];
-    const auto distance = [&](int n, int i) { return block.at(block.query(0, n, i), block.key(0, n, i)).distance; };
+    const int lane = reread_lane_index();
+    const auto distance = [&](int n, int i) {
+      return block.at(block.query(0, n, i, lane), block.key(0, n, i, lane)).distance;
+    };
     const Position<Ops> position{Ops::of(distance), Ops::splat(0.0)};
     tangents = tangents + Ops::splat(slope) * block.head.mods.alibi.template slope_grad<Ops>(position);
   }

@@ -34,7 +34,7 @@ ATTENTION_INLINE int64_t streaming_cache(const AttentionProblem& p) {
 class TileOrder {
  public:
   struct Step {
-    int64_t lane, place;
+    uint32_t lane, place;
   };
 
   // bytes: that the lanes of one key head stream.

@@ -23,6 +23,11 @@ ATTENTION_DEVICE int reread_thread_index() {
   return index;
 }
 ATTENTION_DEVICE int64_t block_index() { return blockIdx.x; }
+// x in a register from here on, not made anew wherever it is used.
+ATTENTION_DEVICE int in_register(int x) {
+  asm("" : "+r"(x));
+  return x;
+}
 ATTENTION_DEVICE void synchronize_block() { __syncthreads(); }
 ATTENTION_DEVICE bool any_in_warp(bool flag) { return __any_sync(~0u, flag) != 0; }
 

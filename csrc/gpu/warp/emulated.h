@@ -24,6 +24,7 @@ namespace attention_ext {
 inline int thread_index() { return emulation::current->thread(); }
 inline int reread_thread_index() { return thread_index(); }
 inline int64_t block_index() { return emulation::current->index(); }
+inline int in_register(int x) { return x; }
 inline void synchronize_block() { emulation::current->barrier(); }
 
 inline bool any_in_warp(bool flag) {
