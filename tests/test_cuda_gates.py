@@ -124,6 +124,19 @@ def test_loop_complaints(gates: ModuleType) -> None:
     assert gates.loop_complaint(gates.Loop("unit kernel", 1, 9, 9), None) == "has no such way"
 
 
+def test_spilled_registers_in_a_loop(gates: ModuleType) -> None:
+    """A load and a store of local memory for two products."""
+    spilling = LOOP.replace("LDSM.16.M88.4 R4, [R3] ;", "LDL R4, [R1] ;\n        /*0058*/ STL.64 [R1+0x8], R4 ;")
+    cost = gates.sass.main_loop(spilling)
+    assert gates.local_of(cost) == 1.0
+
+    def complaint(local: float) -> str:
+        return gates.loop_complaint(gates.Loop("unit kernel", 1, 9, 9, local), cost)
+
+    assert complaint(1.0) == ""
+    assert complaint(0.9) == "exceeds its limits"
+
+
 SUMS = """\
 #include "gpu/warp/warp.h"
 namespace attention_ext {

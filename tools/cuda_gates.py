@@ -82,6 +82,7 @@ class Loop:
     trips: int  # of its inner loop: blocks of scores in a tile
     instructions: float
     loads: float  # ldmatrix
+    local: float = 0.0  # loads and stores of spilled registers
     way: str = "plain"
     counted: tuple[str, ...] = ()  # opcodes that this way has
     absent: tuple[str, ...] = ()  # opcodes that it must not have
@@ -157,18 +158,22 @@ def loop_complaint(loop: Loop, cost: sass.Cost | None) -> str:
     if found:
         return f"has {', '.join(found)}"
     over = cost.per_product() > loop.instructions or cost.per_product("LDSM") > loop.loads
-    return "exceeds its limits" if over else ""
+    return "exceeds its limits" if over or local_of(cost) > loop.local else ""
+
+
+def local_of(cost: sass.Cost) -> float:
+    return cost.per_product("LDL") + cost.per_product("STL")
 
 
 def show_loops(loops: dict[Loop, sass.Cost | None]) -> int:
     """The number of complaints."""
-    table = Table("kernel", "way", "products", "instructions", "of", "ldmatrix", "of", "", box=None)
+    table = Table("kernel", "way", "products", "instructions", "of", "ldmatrix", "of", "local", "of", "", box=None)
     wrong = {x: loop_complaint(x, cost) for x, cost in loops.items()}
     for x, cost in loops.items():
-        counts = (
-            [str(cost.wanted[0]), f"{cost.per_product():.2f}", f"{cost.per_product('LDSM'):.2f}"] if cost else ["-"] * 3
-        )
-        table.add_row(x.kernel, x.way, *counts[:2], str(x.instructions), counts[2], str(x.loads), wrong[x])
+        costs = (cost.per_product(), cost.per_product("LDSM"), local_of(cost)) if cost else ()
+        limits = (x.instructions, x.loads, x.local)
+        pairs = [y for own, limit in zip(costs, limits, strict=False) for y in (f"{own:.2f}", str(limit))] or ["-"] * 6
+        table.add_row(x.kernel, x.way, str(cost.wanted[0]) if cost else "-", *pairs, wrong[x])
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
     return sum(bool(x) for x in wrong.values())
 
