@@ -2,7 +2,8 @@
 
 A machine has the kernels of its own architecture, and the dtypes of those that its CPU can run; other cells of the
 README are kept. CUDA kernels are listed in tools/cuda_kernels.json with what they were tested on: "emulated",
-"emulated (truncating)" where they use tensor cores, or the name of a GPU.
+"emulated (truncating)" where they use tensor cores, "machine code gated" where tools/cuda_loops.json limits the
+instructions of their main loops, or the name of a GPU.
 """
 
 from __future__ import annotations
