@@ -64,7 +64,11 @@ BACKWARD = {
         "if (kStages > 1) numbers.store(free)",
         "if (kStages > 1) numbers.store(stage)",
     ),
-    "grad_key of one head of a group": ("key_gradient.h", "group_size_of(p_) + of_group", "group_size_of(p_) + 0"),
+    "grad_key of one head of a group": (
+        "key_gradient.h",
+        "group_size_of(p_) + of_group",
+        "group_size_of(p_) + of_group * 0",
+    ),
     "grad_value from query": ("key_gradient.h", "products.weight, queries.tile[1]", "products.weight, queries.tile[0]"),
     "no barrier before tiles are read": FORWARD["no barrier before tiles are read"],
     "no barrier before tiles are overwritten": FORWARD["no barrier before tiles are overwritten"],

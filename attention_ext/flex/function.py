@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 _NAME = "flex_attention"
-_KEPT = "_attention_ext_sparse_mask"
 
 
 def flex_attention(
@@ -198,6 +197,8 @@ def _masks(block_mask: Any, query: Tensor, key: Tensor) -> tuple[SparseMask | No
         return block_mask, None
     from torch.nn.attention.flex_attention import BlockMask
 
+    from attention_ext.flex.kept import converted, is_current, kept_mask
+
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"{_NAME}: expected `block_mask` to be a BlockMask of torch or an attention_ext.SparseMask, got "
@@ -215,40 +216,7 @@ def _masks(block_mask: Any, query: Tensor, key: Tensor) -> tuple[SparseMask | No
             f"{block_mask.kv_num_blocks.device}."
         )
     if not torch.compiler.is_dynamo_compiling():
-        return _converted(block_mask), None
-    if _is_current(block_mask):
-        return getattr(block_mask, _KEPT).mask, None
+        return converted(block_mask), None
+    if is_current(block_mask):
+        return kept_mask(block_mask), None
     return SparseMask.of_shown_blocks(block_mask), block_mask.mask_mod
-
-
-class _Kept(NamedTuple):
-    seen: Hashable
-    mask: SparseMask
-
-
-def _converted(block_mask: BlockMask) -> SparseMask:
-    """Kept with the BlockMask until its blocks change, or another mask_mod is assigned to it, or sees other values."""
-    if not _is_current(block_mask):
-        setattr(block_mask, _KEPT, _Kept(_seen_by(block_mask), SparseMask.from_block_mask(block_mask)))
-    return getattr(block_mask, _KEPT).mask
-
-
-@torch.compiler.assume_constant_result
-def _is_current(block_mask: BlockMask) -> bool:
-    """Whether the mask that is kept is what a conversion would make."""
-    kept = getattr(block_mask, _KEPT, None)
-    return kept is not None and kept.seen is not None and kept.seen == _seen_by(block_mask)
-
-
-def _seen_by(block_mask: BlockMask) -> Hashable:
-    """What a conversion depends on, or None where that is not known."""
-    from attention_ext.flex.seen import UnknownError, Values, seen_by
-
-    full = (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    tables = (block_mask.kv_num_blocks, block_mask.kv_indices, *full)
-    try:
-        versions = tuple(None if x is None else Values(x, assumed=True) for x in tables)
-        lengths = (tuple(block_mask.seq_lengths), tuple(block_mask.BLOCK_SIZE))
-        return seen_by(block_mask.mask_mod, Values), versions, lengths
-    except UnknownError:
-        return None
