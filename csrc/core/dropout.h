@@ -25,7 +25,7 @@ struct Dropout {
   }
 };
 
-// The same dropout, with what depends on places read anew.
+// The same dropout, with its offset and positions read again: kernels that do so hold them in no register.
 ATTENTION_INLINE Dropout positions_of(const AttentionProblem& p, Dropout dropout) {
   dropout.offset = static_cast<uint32_t>(p.rng_state[1]);
   dropout.first_query = static_cast<uint32_t>(p.query_offset);

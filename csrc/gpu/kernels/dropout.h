@@ -94,7 +94,7 @@ ATTENTION_DEVICE void for_each_kept(const Block& block, const Dropout& dropout, 
   if (!dropout.present) {
     return for_each_number<kRowTiles, kTiles>([&](int m, int n, int i) { f(m, n, i, true); });
   }
-  const Dropout here = positions_of(block.p, dropout);  // in no register where there is no dropout
+  const Dropout here = positions_of(block.p, dropout);
   const uint32_t batch_head = here.batch_head(block.head.sequence.batch, block.head.head);
   const auto words = [&](int q, uint32_t octet) {
     return here.words<WordOps>(static_cast<uint32_t>(q), octet, batch_head);
