@@ -30,13 +30,13 @@ def kept_mask(block_mask: BlockMask) -> SparseMask:
 
 @torch.compiler.assume_constant_result
 def is_current(block_mask: BlockMask) -> bool:
-    """Whether the mask that is kept is what a conversion would make."""
+    """Whether a conversion would make the mask that is kept."""
     kept = getattr(block_mask, _NAME, None)
     return kept is not None and kept.seen is not None and kept.seen == _seen_by(block_mask)
 
 
 def _seen_by(block_mask: BlockMask) -> Hashable:
-    """What a conversion depends on, or None where that is not known."""
+    """State that a conversion depends on, or None where that is not known."""
     full = (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     tables = (block_mask.kv_num_blocks, block_mask.kv_indices, *full)
     try:

@@ -1,4 +1,4 @@
-"""Graphs of what the functions of a block compute for each score: the modified score, and gradients."""
+"""Graphs that are run for each score of a block: of the modified score, and of the gradients."""
 
 import functools
 from collections.abc import Callable, Sequence

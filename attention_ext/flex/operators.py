@@ -68,7 +68,7 @@ def _width(*bounds: float) -> float:
     return 2.0 ** math.frexp(max(bounds))[1] if math.isfinite(max(bounds)) else math.inf
 
 
-# What the absolute value of a whole number does not exceed, from the same of the arguments; inf where nothing is here.
+# Bounds of the absolute values of whole numbers, from those of the arguments; operators that are not listed have none.
 BOUNDS: dict[object, Callable[..., float]] = {
     **dict.fromkeys((aten.add, aten.sub), lambda a, b, alpha=1: a + alpha * b),
     **dict.fromkeys((aten.neg, aten.abs, aten.relu, aten.fmod, *ROUNDING), lambda a, *_: a),

@@ -1,4 +1,4 @@
-"""What a score_mod did once, split into what depends on captured tensors only and what is done for each score."""
+"""A traced score_mod, split into a graph of captured tensors only and a graph that is run for each score."""
 
 from __future__ import annotations
 

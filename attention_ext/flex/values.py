@@ -148,7 +148,7 @@ class Values:
         return self._define(ctype, _of_type(expression, ctype), names, bound)
 
     def _bound(self, value: Any) -> float:
-        """What the absolute value of a whole number does not exceed; inf for others."""
+        """A bound of the absolute value of a whole number; inf for others."""
         return self.bounds.get(self.name_of(value), math.inf) if isinstance(value, fx.Node) else abs(value)
 
     def _narrowed(self, ctype: str, *bounds: float) -> str:
